@@ -1,0 +1,237 @@
+"""Which pairs make a step, and how they are packed into micro-batches on the ranks.
+
+1. `epoch_permutation` shuffles the pairs of an epoch from (seed, epoch) alone.
+2. `step_pair_indices` cuts the concatenation of all epochs into steps of exactly
+   `global_batch_size` pairs. A step may cross the end of an epoch: no pair is left out of one,
+   and only the last, partial step of the whole run is dropped (`num_steps`).
+3. `plan_micro_batches` packs the pairs of a step under the token budget: every rank gets the
+   same number of micro-batches, because ZeRO-3 ranks gather parameters in lock-step.
+4. `plan_scoring_batches` does the same in waves for a pass over many pairs.
+
+Nothing here knows its own rank: every rank computes the whole plan and takes its entry.
+A token count is that of the packed row: prompt + chosen + rejected.
+"""
+
+import bisect
+import functools
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.errors import DataError
+
+IntArray = npt.NDArray[np.integer]
+Bin = list[int]  # positions in the list of pairs that is being packed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that go through the model as one packed row.
+
+    A micro-batch with `counted=False` repeats a short pair only to keep its rank in step: its
+    loss has weight 0 and its metrics and scores are thrown away.
+    """
+
+    pair_indices: tuple[int, ...]
+    counted: bool
+
+
+Plan = list[list[MicroBatch]]  # [rank][micro_step]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of the pairs in an epoch: (num_pairs,) read-only, a function of its arguments.
+
+    The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch).
+    numpy promises that stream for ever, unlike `Generator.permutation`: a run can be resumed, or
+    repeated, with another numpy.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def num_steps(num_pairs: int, global_batch_size: int, num_epochs: float) -> int:
+    """Optimizer steps of a run: floor(num_pairs * num_epochs / global_batch_size).
+
+    Raises DataError when the pairs do not fill one global batch, or the run has no step.
+    """
+    if num_pairs < global_batch_size:
+        raise DataError(
+            f"{num_pairs} pairs",
+            f"at least one global batch of {global_batch_size} pairs",
+            f"Set train.global_batch_size to {num_pairs} or less, or add pairs.",
+        )
+    # round() because 0.29 * 100 is 28.999999999999996
+    steps = round(num_pairs * num_epochs) // global_batch_size
+    if steps == 0:
+        raise DataError(
+            f"{num_pairs} pairs * {num_epochs} epochs do not fill one optimizer step",
+            f"at least one global batch of {global_batch_size} pairs",
+            "Raise train.num_epochs or lower train.global_batch_size.",
+        )
+    return steps
+
+
+def step_pair_indices(
+    step: int, num_pairs: int, global_batch_size: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """The (global_batch_size,) pairs of a step (counted from 0), whatever the number of ranks.
+
+    They stand at positions [step * G, (step + 1) * G) of the epoch permutations laid end to end.
+    A step that crosses into the next epoch can hold a pair twice, once for each epoch.
+    """
+    assert num_pairs > 0, f"num_pairs is {num_pairs}, wanted at least 1"
+    position, end = step * global_batch_size, (step + 1) * global_batch_size
+    pieces: list[npt.NDArray[np.int64]] = []
+    while position < end:
+        epoch, offset = divmod(position, num_pairs)
+        piece = epoch_permutation(num_pairs, seed, epoch)[offset : offset + end - position]
+        pieces.append(piece)
+        position += len(piece)
+    return np.concatenate(pieces)
+
+
+def check_token_budget(
+    lengths: IntArray, pair_indices: Sequence[int] | IntArray, micro_batch_tokens: int
+) -> None:
+    """Raises DataError, naming the longest pair, when it does not fit a micro-batch alone."""
+    pairs = np.asarray(pair_indices, dtype=np.int64)
+    if len(pairs) == 0:
+        return
+    longest = int(pairs[np.argmax(lengths[pairs])])
+    if lengths[longest] <= micro_batch_tokens:
+        return
+    raise DataError(
+        f"pair {longest} has {lengths[longest]} tokens (prompt + chosen + rejected)",
+        f"at most micro_batch_tokens = {micro_batch_tokens}",
+        f"Set micro_batch_tokens to {lengths[longest]} or more, or lower data.max_length.",
+    )
+
+
+def plan_micro_batches(
+    lengths: IntArray,
+    pair_indices: Sequence[int] | IntArray,
+    world_size: int,
+    micro_batch_tokens: int,
+) -> Plan:
+    """Packs pairs into equally many micro-batches on every rank: plan[rank][micro_step].
+
+    Every entry of `pair_indices` appears in exactly one counted micro-batch, and none of them
+    holds more than `micro_batch_tokens`; `lengths` are the packed tokens of every pair, indexed
+    by pair. Tokens are balanced over ranks and micro-steps. The plan is a function of the
+    arguments. Raises DataError as `check_token_budget`.
+    """
+    pairs = [int(pair) for pair in pair_indices]
+    check_token_budget(lengths, pairs, micro_batch_tokens)
+    if not pairs:
+        return [[] for _ in range(world_size)]
+    tokens = [int(lengths[pair]) for pair in pairs]
+    # longest first; the position breaks ties so that the plan is deterministic
+    order = sorted(range(len(pairs)), key=lambda position: (-tokens[position], position))
+
+    fitted = _best_fit(order, tokens, micro_batch_tokens)
+    num_bins = -(-len(fitted) // world_size) * world_size
+    bins = _level(order, tokens, micro_batch_tokens, num_bins) or _split(fitted, num_bins)
+
+    micro_batches = [
+        MicroBatch(tuple(pairs[position] for position in members), counted=True) for members in bins
+    ]
+    filler = MicroBatch((pairs[order[-1]],), counted=False)
+    micro_batches += [filler] * (num_bins - len(bins))
+    return _deal(micro_batches, lengths, world_size)
+
+
+def plan_scoring_batches(
+    lengths: IntArray,
+    pair_indices: Sequence[int] | IntArray,
+    world_size: int,
+    micro_batch_tokens: int,
+    micro_batches_per_wave: int = 16,
+) -> list[Plan]:
+    """Cuts a pass over `pair_indices` into waves, each one a plan of `plan_micro_batches`.
+
+    A wave is what the reference pass commits at once: about `micro_batches_per_wave` full
+    micro-batches on every rank. Raises DataError as `check_token_budget`, before the first wave.
+    """
+    pairs = np.asarray(pair_indices, dtype=np.int64)
+    check_token_budget(lengths, pairs, micro_batch_tokens)
+    wave_tokens = world_size * micro_batch_tokens * micro_batches_per_wave
+    ends = np.cumsum(lengths[pairs])
+    waves: list[Plan] = []
+    start, done = 0, 0
+    while start < len(pairs):
+        # at least one pair, though a pair never exceeds a wave
+        stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
+        waves.append(plan_micro_batches(lengths, pairs[start:stop], world_size, micro_batch_tokens))
+        start, done = stop, int(ends[stop - 1])
+    return waves
+
+
+def _best_fit(order: list[int], tokens: list[int], capacity: int) -> list[Bin]:
+    """Best-fit decreasing: few bins (at most 11/9 of the fewest + 1), filled unevenly."""
+    bins: list[Bin] = []
+    free: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for position in order:
+        slot = bisect.bisect_left(free, (tokens[position], -1))
+        if slot < len(free):
+            left, chosen = free.pop(slot)
+        else:
+            left, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(position)
+        bisect.insort(free, (left - tokens[position], chosen))
+    return bins
+
+
+def _level(order: list[int], tokens: list[int], capacity: int, num_bins: int) -> list[Bin] | None:
+    """Longest first into the emptiest bin: even bins, or None when one would overflow."""
+    bins: list[Bin] = [[] for _ in range(num_bins)]
+    emptiest = [(0, index) for index in range(num_bins)]
+    for position in order:
+        used, index = heapq.heappop(emptiest)
+        if used + tokens[position] > capacity:
+            return None
+        bins[index].append(position)
+        heapq.heappush(emptiest, (used + tokens[position], index))
+    return [members for members in bins if members]
+
+
+def _split(bins: list[Bin], num_bins: int) -> list[Bin]:
+    """Halves the bins of most pairs until there are `num_bins`, or every bin has one pair."""
+    bins = [list(members) for members in bins]
+    while len(bins) < num_bins:
+        largest = max(range(len(bins)), key=lambda index: len(bins[index]))
+        if len(bins[largest]) == 1:
+            break
+        members = bins[largest]
+        bins[largest] = members[0::2]
+        bins.append(members[1::2])
+    return bins
+
+
+def _deal(micro_batches: list[MicroBatch], lengths: IntArray, world_size: int) -> Plan:
+    """Deals the micro-batches to ranks; their number is a multiple of world_size.
+
+    The ranks wait for the slowest in every micro-step, so neighbours in size go together, and
+    the largest of them to the rank that has had least.
+    """
+    sized = [
+        (sum(int(lengths[pair]) for pair in micro_batch.pair_indices), micro_batch)
+        for micro_batch in micro_batches
+    ]
+    sized.sort(key=lambda item: (-item[0], not item[1].counted, item[1].pair_indices))
+    plan: Plan = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for start in range(0, len(sized), world_size):
+        ranks = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
+        micro_step = sized[start : start + world_size]
+        for rank, (size, micro_batch) in zip(ranks, micro_step, strict=True):
+            plan[rank].append(micro_batch)
+            loads[rank] += size
+    return plan

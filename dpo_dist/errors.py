@@ -1,0 +1,44 @@
+"""What a user can get wrong or run into: every error says what was found, wanted and what to do."""
+
+EXIT_USER_ERROR = 2
+EXIT_RESTART = 75  # stopped by a signal with a checkpoint committed: start the same command again
+EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
+
+
+class DPODistError(Exception):
+    """One line for the terminal: `found`, then `wanted`, then `remedy`; the process exits 2."""
+
+    def __init__(self, found: str, wanted: str, remedy: str) -> None:
+        super().__init__(found, wanted, remedy)
+        self.found, self.wanted, self.remedy = found, wanted, remedy
+
+    def __str__(self) -> str:
+        return f"{self.found}; wanted {self.wanted}. {self.remedy}"
+
+
+class ConfigError(DPODistError):
+    """The run config, an override or a DeepSpeed JSON is not usable."""
+
+
+class DataError(DPODistError):
+    """The preference rows are not usable."""
+
+
+class ModelFilesError(DPODistError):
+    """A model folder lacks a file, holds an unsafe one, or is not the expected model."""
+
+
+class ArtefactError(DPODistError):
+    """An artefact of an earlier stage is missing, stale or damaged."""
+
+
+class ReferenceStoreError(DPODistError):
+    """The reference store lacks rows, or holds rows of another scoring contract."""
+
+
+class GateError(DPODistError):
+    """The training engine does not reproduce the reference log-probs at step 0."""
+
+
+class CheckpointError(DPODistError):
+    """A checkpoint is damaged, foreign or of another run."""

@@ -1,0 +1,101 @@
+"""The run folder: the only place that spells its file names, which are a documented interface."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STEP_NAME = re.compile(r"step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; nothing is created by asking for a path."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.resolved.yaml"
+
+    @property
+    def pairs_dir(self) -> Path:
+        return self.root / "pairs"
+
+    @property
+    def reference_dir(self) -> Path:
+        return self.root / "reference"
+
+    @property
+    def reference_status_path(self) -> Path:
+        return self.root / "reference.json"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def quarantine_dir(self) -> Path:
+        return self.checkpoints_dir / "quarantine"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.checkpoints_dir / f"step-{step:06d}"
+
+    @property
+    def export_dir(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.export_dir / "adapter"
+
+    def model_dir(self, merged: bool) -> Path:
+        """The folder of the exported whole model: `merged` after LoRA, `full` otherwise."""
+        return self.export_dir / ("merged" if merged else "full")
+
+    @property
+    def verify_path(self) -> Path:
+        return self.root / "verify.json"
+
+    @property
+    def evaluate_path(self) -> Path:
+        return self.root / "evaluate.json"
+
+    @property
+    def generate_path(self) -> Path:
+        return self.root / "generate.json"
+
+    @property
+    def status_path(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.root / "logs"
+
+    def log_path(self, stage: str, attempt: int, rank: int) -> Path:
+        return self.logs_dir / f"{stage}-attempt{attempt:02d}" / f"rank{rank:04d}.log"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.root / "run.lock"
+
+
+def step_of(checkpoint_dir: Path) -> int | None:
+    """The optimizer step in a checkpoint folder's name, None for other folders."""
+    match = STEP_NAME.fullmatch(checkpoint_dir.name)
+    return int(match.group(1)) if match else None
+
+
+MANIFEST_NAME = "MANIFEST.json"
+COMMIT_NAME = "COMMITTED"
+PROBE_NAME = "probe.safetensors"
+TRAIN_STATE_NAME = "train_state.json"
+PAIRS_REPORT_NAME = "report.json"
