@@ -1,0 +1,102 @@
+"""The process group: starting and ending it, and the few exchanges that the stages need."""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpo_dist.topology import Topology
+
+Value = TypeVar("Value")
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def device_of(topology: Topology) -> torch.device:
+    """The accelerator of this rank, or the CPU when the machine has none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", topology.local_rank)
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(topology: Topology) -> Iterator[torch.device]:
+    """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end.
+
+    The destruction in `finally` waits for nobody: a rank that failed must not hang the others.
+    """
+    device = device_of(topology)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed would otherwise guess the accelerator, and its CPU one counts ranks by this.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["LOCAL_SIZE"] = str(topology.local_world_size)
+    # DeepSpeed builds a small extension with ninja, which pip puts beside the interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    import deepspeed
+
+    os.environ.update(topology.environment())
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def broadcast(value: Value) -> Value:
+    """What rank 0 passed, on every rank: whatever one rank decides alone goes through here."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Value] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(vector: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over ranks; float64 sums do not depend on the number of ranks in float32."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(vector)
+    return vector
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Work that rank 0 does alone: its failure is raised on every rank instead of a hang.
+
+    Every rank enters; the body must do its work on rank 0 only.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    error = broadcast(error)
+    if error is not None:
+        raise error

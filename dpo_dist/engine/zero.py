@@ -1,0 +1,89 @@
+"""DeepSpeed engines: the only place that starts one, steps it and takes it down."""
+
+import gc
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo_dist.config import TrainSection
+
+
+def start_training(
+    module: nn.Module, ds_config: dict[str, Any], train: TrainSection, num_steps: int
+) -> Any:
+    """A DeepSpeed engine around `module` with AdamW and the learning-rate schedule.
+
+    The schedule counts optimizer steps: ceil(num_steps * warmup_ratio) of linear warm-up, then
+    the shape of `train.lr_schedule` down to the last step.
+    """
+    import deepspeed
+    from transformers import get_scheduler
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        warmup = math.ceil(num_steps * train.warmup_ratio)
+        name = {"constant": "constant_with_warmup"}.get(train.lr_schedule, train.lr_schedule)
+        return get_scheduler(name, optimizer, warmup, num_steps)
+
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=_adamw([p for p in module.parameters() if p.requires_grad], ds_config, train),
+        lr_scheduler=schedule,
+        config=ds_config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def start_inference(module: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine that gathers ZeRO-3 partitions on the fly and holds no optimizer."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=module, config=ds_config, dist_init_required=False)
+    return engine
+
+
+def _adamw(
+    parameters: Iterable[nn.Parameter], ds_config: dict[str, Any], train: TrainSection
+) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_eps,
+        "weight_decay": train.weight_decay,
+    }
+    offloaded = "offload_optimizer" in ds_config["zero_optimization"]
+    if offloaded and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(list(parameters), **settings)
+    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **settings)
+
+
+def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:
+    """Adds the gradient of `loss`, this rank's share of a sum over all ranks.
+
+    DeepSpeed averages over ranks and would divide by its own accumulation count: both are undone,
+    so that the optimizer sees the gradient of the plain sum.
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss * world_size, scale_wrt_gas=False)
+
+
+def update(engine: Any) -> tuple[float, float]:
+    """One optimizer step; (gradient norm before clipping, learning rate it used)."""
+    learning_rate = engine.optimizer.param_groups[0]["lr"]
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return (math.nan if norm is None else float(norm)), float(learning_rate)
+
+
+def take_down(engine: Any) -> None:
+    """Frees an engine and its hooks before the process group goes.
+
+    Without this order a worker sometimes aborts at exit, after all its work.
+    """
+    engine.destroy()
+    gc.collect()
