@@ -1,5 +1,7 @@
 """What a user can get wrong or run into: every error says what was found, wanted and what to do."""
 
+from typing import ClassVar
+
 EXIT_USER_ERROR = 2
 EXIT_RESTART = 75  # stopped by a signal with a checkpoint committed: start the same command again
 EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
@@ -7,6 +9,8 @@ EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
 
 class DPODistError(Exception):
     """One line for the terminal: `found`, then `wanted`, then `remedy`; the process exits 2."""
+
+    exit_code: ClassVar[int] = EXIT_USER_ERROR
 
     def __init__(self, found: str, wanted: str, remedy: str) -> None:
         super().__init__(found, wanted, remedy)
@@ -42,3 +46,9 @@ class GateError(DPODistError):
 
 class CheckpointError(DPODistError):
     """A checkpoint is damaged, foreign or of another run."""
+
+
+class VerificationError(DPODistError):
+    """The export does not reproduce the numbers of the training run; the process exits 1."""
+
+    exit_code: ClassVar[int] = 1

@@ -22,19 +22,27 @@ console = Console(stderr=True)
 
 
 def set_up_logging(rank: int, log_path: Path | None) -> None:
-    """Sends INFO lines of the `dpo_dist` loggers to the terminal (rank 0) and to the rank's file."""
+    """Sends INFO lines of the `dpo_dist` loggers to stderr; rank 0's also to `log_path`.
+
+    The launcher gives every other rank its file as stderr.
+    """
     logger = logging.getLogger("dpo_dist")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
+    plain = logging.Formatter(f"%(asctime)s rank {rank} %(message)s")
     if rank == 0:
         logger.addHandler(
             RichHandler(console=console, show_path=False, show_level=False, markup=False)
         )
-    if log_path is not None:
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(plain)
+        logger.addHandler(handler)
+    if rank == 0 and log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(log_path)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
+        handler.setFormatter(plain)
         logger.addHandler(handler)
 
 

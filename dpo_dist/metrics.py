@@ -16,6 +16,9 @@ Evaluation metrics are `eval_<name>` in the JSONL file and `eval/<name>` in Tens
 metrics `<name>` and `train/<name>`, as the transformers Trainer writes them.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (protobuf makes its message classes at import, where no type checker sees them)
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,6 @@
 """A model folder on disk: where it is, which files are its weights, and their identity."""
 
+import contextlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -132,8 +133,6 @@ def _cached_digest(path: Path) -> str:
     except (OSError, ValueError, KeyError):
         pass
     digest = digest_of_file(path)
-    try:
+    with contextlib.suppress(OSError):  # a read-only home only costs the next run another read
         write_json(cached, {"file": identity, "sha256": digest})
-    except OSError:  # a read-only home only costs the next run another read
-        pass
     return digest

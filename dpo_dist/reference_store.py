@@ -224,7 +224,7 @@ def _stored_contract(directory: Path) -> StoredContract:
     parts = part_paths(directory)
     return StoredContract(
         directory=directory,
-        fields=fields,
+        fields=fields if isinstance(fields, dict) else {},
         num_rows=sum(map(num_rows_in, parts)),
         num_parts=len(parts),
         num_quarantined=len(list((directory / QUARANTINE_NAME).glob("*"))),

@@ -80,8 +80,16 @@ class RunDir:
     def logs_dir(self) -> Path:
         return self.root / "logs"
 
-    def log_path(self, stage: str, attempt: int, rank: int) -> Path:
-        return self.logs_dir / f"{stage}-attempt{attempt:02d}" / f"rank{rank:04d}.log"
+    def log_dir(self, stage: str, attempt: int) -> Path:
+        """Logs of one attempt at a stage, counted from 1; `rankNNNN.log` each."""
+        return self.logs_dir / f"{stage}-{attempt:02d}"
+
+    def count_attempts(self, stage: str) -> int:
+        """Attempts at a stage so far; a launcher makes the next one's folder."""
+        attempt = 0
+        while self.log_dir(stage, attempt + 1).is_dir():
+            attempt += 1
+        return attempt
 
     @property
     def lock_path(self) -> Path:
@@ -99,3 +107,8 @@ COMMIT_NAME = "COMMITTED"
 PROBE_NAME = "probe.safetensors"
 TRAIN_STATE_NAME = "train_state.json"
 PAIRS_REPORT_NAME = "report.json"
+
+
+def rank_log_path(log_dir: Path, rank: int) -> Path:
+    """The log of one rank in the folder of an attempt."""
+    return log_dir / f"rank{rank:04d}.log"

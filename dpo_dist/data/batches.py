@@ -137,7 +137,7 @@ def plan_micro_batches(
 
     fitted = _best_fit(order, tokens, micro_batch_tokens)
     num_bins = -(-len(fitted) // world_size) * world_size
-    bins = _level(order, tokens, micro_batch_tokens, num_bins) or _split(fitted, num_bins)
+    bins = _level(order, tokens, micro_batch_tokens, num_bins) or fitted
 
     micro_batches = [
         MicroBatch(tuple(pairs[position] for position in members), counted=True) for members in bins
@@ -200,19 +200,6 @@ def _level(order: list[int], tokens: list[int], capacity: int, num_bins: int) ->
         bins[index].append(position)
         heapq.heappush(emptiest, (used + tokens[position], index))
     return [members for members in bins if members]
-
-
-def _split(bins: list[Bin], num_bins: int) -> list[Bin]:
-    """Halves the bins of most pairs until there are `num_bins`, or every bin has one pair."""
-    bins = [list(members) for members in bins]
-    while len(bins) < num_bins:
-        largest = max(range(len(bins)), key=lambda index: len(bins[index]))
-        if len(bins[largest]) == 1:
-            break
-        members = bins[largest]
-        bins[largest] = members[0::2]
-        bins.append(members[1::2])
-    return bins
 
 
 def _deal(micro_batches: list[MicroBatch], lengths: IntArray, world_size: int) -> Plan:

@@ -32,7 +32,7 @@ def as_key_array(keys: Keys) -> npt.NDArray[np.bytes_]:
     Only compare the elements as an array: numpy drops trailing zero bytes when it hands out one.
     """
     if isinstance(keys, np.ndarray) and keys.dtype == KEY_DTYPE:
-        return keys.reshape(-1)
+        return keys.view(KEY_DTYPE).reshape(-1)
     if isinstance(keys, np.ndarray) and keys.dtype == np.uint8:
         rows = np.ascontiguousarray(keys)
         assert rows.ndim == 2 and rows.shape[1] == KEY_BYTES, f"keys have shape {rows.shape}"

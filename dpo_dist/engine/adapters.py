@@ -20,7 +20,9 @@ def add_adapter(model: nn.Module, adapter: AdapterSection, base_model_path: str)
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     for key in ("target_modules", "modules_to_save"):
         wanted = getattr(adapter, key)
-        missing = [] if isinstance(wanted, str) else [n for n in wanted if n.split(".")[-1] not in names]
+        missing = (
+            [] if isinstance(wanted, str) else [n for n in wanted if n.split(".")[-1] not in names]
+        )
         if missing:
             linear = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -100,3 +100,8 @@ def same_error_everywhere() -> Iterator[None]:
     error = broadcast(error)
     if error is not None:
         raise error
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which does what only one rank should do."""
+    return not dist.is_initialized() or dist.get_rank() == 0

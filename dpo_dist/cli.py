@@ -1,0 +1,249 @@
+"""dpo-dist STAGE run.yaml [section.key=value ...]: the command line, without torch at start."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpo_dist import __version__, plan
+from dpo_dist.config import RunConfig, explain_keys, load_config, to_yaml
+from dpo_dist.errors import EXIT_RESTART, DPODistError
+from dpo_dist.local import count_workers, run_ranks
+from dpo_dist.logs import console, set_up_logging
+from dpo_dist.manifest import write_atomic
+from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.status import update_status
+from dpo_dist.stop_flag import Stopped
+from dpo_dist.topology import from_environment, launched
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    help="Multi-node DPO: prepare, reference, train, export, verify.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run config.", metavar="RUN.YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value", metavar="[SECTION.KEY=VALUE]...")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and its cost.")
+    ] = False,
+) -> None:
+    """Run all stages on this machine; what is current is skipped."""
+    config = load_config(config_path, overrides or [])
+    if dry_run:
+        from dpo_dist.stages import plan as plan_stage
+
+        plan_stage.print_dry_run(config, config_path, overrides or [])
+        return
+    for stage in plan.STAGES:
+        code = _launch(stage, config, config_path, overrides or [])
+        if code:
+            raise typer.Exit(code)
+
+
+def _stage_command(stage: plan.Stage) -> None:
+    def command(config_path: ConfigPath, overrides: Overrides = None) -> None:
+        _run_or_launch(stage, config_path, overrides or [])
+
+    command.__doc__ = f"{stage.purpose[0].upper()}{stage.purpose[1:]}."
+    app.command(stage.name)(command)
+
+
+for _stage in plan.STAGES:
+    if _stage.name not in ("prepare", "reference"):
+        _stage_command(_stage)
+
+
+@app.command()
+def prepare(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    preview: Annotated[
+        int, typer.Option(help="Show this many rendered pairs and write nothing.")
+    ] = 0,
+) -> None:
+    """Preference rows -> tokenised pairs."""
+    if preview:
+        from dpo_dist.stages import prepare as prepare_stage
+
+        prepare_stage.preview(load_config(config_path, overrides or []), preview)
+        return
+    _run_or_launch(plan.STAGES[0], config_path, overrides or [])
+
+
+@app.command()
+def reference(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    status: Annotated[bool, typer.Option("--status", help="Show the store's coverage.")] = False,
+) -> None:
+    """Pairs -> reference log-probs."""
+    if status:
+        from dpo_dist.stages import reference as reference_stage
+
+        _print_json(reference_stage.status(load_config(config_path, overrides or [])))
+        return
+    _run_or_launch(plan.STAGES[1], config_path, overrides or [])
+
+
+@app.command()
+def evaluate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Held-out accuracy and margin, per source, before and after."""
+    config = _run_or_launch(plan.EVALUATE, config_path, overrides or [])
+    _show_result(config, "evaluate", RunDir(config.run.dir).evaluate_path, as_json)
+
+
+@app.command()
+def generate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Answers of base and export side by side."""
+    config = _run_or_launch(plan.GENERATE, config_path, overrides or [])
+    _show_result(config, "generate", RunDir(config.run.dir).generate_path, as_json)
+
+
+@app.command("plan")
+def plan_command(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option(help="Ranks of the training stage.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one GPU, GiB.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, steps, tokens and disk; neither weights nor GPU needed."""
+    from dpo_dist.stages import plan as plan_stage
+
+    config = load_config(config_path, overrides or [])
+    plan_stage.print_plan(config, world_size, gpu_memory_gib, as_json)
+
+
+@app.command("config")
+def config_command(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[RUN.YAML]")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="JSON schema for editors.")] = False,
+) -> None:
+    """Explain every key; with a file print it resolved."""
+    if schema:
+        _print_json(RunConfig.model_json_schema())
+    elif config_path is not None:
+        print(to_yaml(load_config(config_path, overrides or [])), end="")
+    else:
+        for key, kind, default, description in explain_keys():
+            print(f"{key}  ({kind}{', default ' + default if default else ''})\n    {description}")
+
+
+def _show_result(config: RunConfig, stage: str, path: Path, as_json: bool) -> None:
+    if launched():
+        return
+    result = json.loads(path.read_text())
+    if as_json:
+        _print_json(result)
+    else:
+        import_module(f"dpo_dist.stages.{stage}").print_result(result)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _run_or_launch(stage: plan.Stage, config_path: Path, overrides: list[str]) -> RunConfig:
+    """One rank of a launcher's job runs the stage; a user's command starts the ranks first."""
+    config = load_config(config_path, overrides)
+    if launched():
+        _run_rank(stage, config)
+    elif code := _launch(stage, config, config_path, overrides):
+        raise typer.Exit(code)
+    return config
+
+
+def _launch(stage: plan.Stage, config: RunConfig, config_path: Path, overrides: list[str]) -> int:
+    """Runs a stage on this machine; its exit code."""
+    paths = RunDir(config.run.dir)
+    num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
+    ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
+    console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
+    write_atomic(paths.config_path, to_yaml(config))
+    log_dir = paths.log_dir(stage.name, paths.count_attempts(stage.name) + 1)
+    return run_ranks(plan.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
+
+
+def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
+    """Runs a stage as one rank and leaves the process with its exit code."""
+    topology = from_environment()
+    paths = RunDir(config.run.dir)
+    attempt = paths.count_attempts(stage.name)
+    log_dir = paths.log_dir(stage.name, attempt)
+    set_up_logging(topology.rank, rank_log_path(log_dir, 0) if attempt else None)
+    _leave(_guarded(stage, config, paths, topology.rank))
+
+
+def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, rank: int) -> int:
+    def tell(state: str, **fields: Any) -> None:
+        if rank == 0:
+            update_status(paths.status_path, stage=stage.name, state=state, **fields)
+
+    logger = logging.getLogger("dpo_dist")
+    try:
+        tell("running", error=None)
+        artefact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
+        tell("finished", artefact=str(artefact))
+        return 0
+    except Stopped as stopped:
+        logger.info("%s; start the same command again to go on", stopped)
+        tell("stopped", exit_code=EXIT_RESTART)
+        return EXIT_RESTART
+    except DPODistError as error:
+        _print_error(error)
+        tell("failed", error=str(error), exit_code=error.exit_code)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        tell("failed", error=traceback.format_exc(limit=1), exit_code=1)
+        return 1
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once: libraries sometimes abort in their exit handlers, after the work,
+    and a rank that failed must not wait in one for the others."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _print_error(error: DPODistError) -> None:
+    console.print(
+        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def main() -> None:
+    """Entry point: an error of the user is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except DPODistError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,57 @@
+"""The policy in training: base model, adapter, gradient checkpointing, DeepSpeed engine."""
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config import AdapterSection, ModelSection, TrainSection
+from dpo_dist.engine import ds_config, zero
+from dpo_dist.engine.adapters import add_adapter
+from dpo_dist.engine.forward import PairScorer
+from dpo_dist.engine.load import load_model, num_parameters
+
+_logger = logging.getLogger(__name__)
+
+
+def build_policy(
+    model_dir: Path,
+    model: ModelSection,
+    adapter: AdapterSection | None,
+    train: TrainSection,
+    *,
+    sharding: dict[str, Any],
+    num_steps: int,
+    device: torch.device,
+    seed: int,
+) -> tuple[Any, PairScorer]:
+    """(DeepSpeed engine, the scorer inside it), in training mode, from the DeepSpeed config."""
+    set_seed(seed)
+    zero3 = sharding if ds_config.zero_stage(sharding) == 3 else None
+    policy: Any = load_model(model_dir, model, device=device, zero3=zero3)
+    if adapter is not None:
+        policy = add_adapter(policy, adapter, str(model_dir))
+    if train.gradient_checkpointing:
+        # ZeRO-3 with adapters gathers a recomputed layer only under the reentrant kind, which
+        # in turn needs an input with a gradient when the embeddings are frozen.
+        policy.gradient_checkpointing_enable({"use_reentrant": True})
+        policy.enable_input_require_grads()
+    trainable, total = num_parameters(policy)
+    _logger.info(
+        "policy: %s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}",
+        100 * trainable / total,
+    )  # fmt: skip
+    scorer = PairScorer(policy)
+    engine = zero.start_training(scorer, sharding, train, num_steps)
+    engine.train()
+    return engine, scorer
+
+
+def set_seed(seed: int) -> None:
+    """Seeds every generator alike on all ranks: adapters must start equal everywhere."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

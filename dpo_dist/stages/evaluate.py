@@ -1,0 +1,119 @@
+"""Held-out accuracy and margin of the export, against the policy as it started.
+
+1. Load the exported model fresh, whole on every rank.
+2. Score the held-out pairs; the numbers before training are the reference store's.
+3. Write means over all pairs and per source.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from dpo_dist.config import RunConfig
+from dpo_dist.data.batches import plan_scoring_batches
+from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.engine import collectives
+from dpo_dist.engine.forward import PairScorer
+from dpo_dist.engine.load import load_export
+from dpo_dist.engine.policy import settle_layout
+from dpo_dist.engine.scoring import score_on_all_ranks
+from dpo_dist.errors import DataError
+from dpo_dist.logs import console, progress_bar
+from dpo_dist.manifest import write_json
+from dpo_dist.objective.rewards import reward_metrics
+from dpo_dist.plan import base_model_dir, scoring_budget
+from dpo_dist.run_dir import RunDir
+from dpo_dist.stages.inputs import ScoredPairs, with_reference
+from dpo_dist.topology import Topology, from_environment
+
+_logger = logging.getLogger(__name__)
+SHOWN = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
+
+
+def run(config: RunConfig) -> Path:
+    """Scores the held-out pairs with the export and writes evaluate.json."""
+    paths, topology = RunDir(config.run.dir), from_environment()
+    pairs = open_pairs(paths.pairs_dir, "eval")
+    if len(pairs) == 0:
+        raise DataError(
+            f"{paths.pairs_dir} has no held-out pairs",
+            "at least one",
+            "Set data.eval and prepare the pairs in another run.dir.",
+        )
+    with collectives.process_group(topology) as device:
+        model = load_export(paths, base_model_dir(config), config.model, device)
+        scorer = PairScorer(model)
+        layout = settle_layout(scorer, scorer, config.model, device)
+        held_out = with_reference(config, pairs, layout)
+        scores = _score_all(config, scorer, pairs, topology, device)
+        if topology.rank == 0:
+            write_json(paths.evaluate_path, _result(held_out, scores, config.objective.beta))
+    return paths.evaluate_path
+
+
+def _score_all(
+    config: RunConfig,
+    scorer: PairScorer,
+    pairs: Pairs,
+    topology: Topology,
+    device: torch.device,
+) -> torch.Tensor:
+    """(N, 2) log-probs of all pairs, on every rank."""
+    scores = np.zeros((len(pairs), 2), dtype=np.float32)
+    waves = plan_scoring_batches(
+        pairs.packed_lengths,
+        range(len(pairs)),
+        topology.world_size,
+        scoring_budget(config),
+        micro_batches_per_wave=1,
+    )
+    with progress_bar("pairs", enabled=topology.rank == 0) as bar:
+        task = bar.add_task("evaluate", total=len(pairs))
+        for wave in waves:
+            own = wave[topology.rank]
+            indices, logps = score_on_all_ranks(scorer, own, pairs.token_ids, device)
+            scores[indices] = logps
+            bar.advance(task, len(indices))
+    return torch.from_numpy(scores)
+
+
+def _result(held_out: ScoredPairs, scores: torch.Tensor, beta: float) -> dict[str, Any]:
+    """Means before (the reference itself: margins are 0) and after, over all and per source."""
+    sources = np.array(held_out.pairs.sources)
+    groups = {"all": np.arange(len(sources))}
+    groups |= {str(name): np.flatnonzero(sources == name) for name in np.unique(sources)}
+    result: dict[str, Any] = {"num_pairs": len(sources), "beta": beta}
+    for state, policy in (("before", held_out.reference), ("after", scores)):
+        means = {
+            name: {"num_pairs": len(rows)} | _means(held_out, policy[rows], rows, beta)
+            for name, rows in groups.items()
+        }
+        result[state] = means.pop("all") | {"per_source": means}
+    return result
+
+
+def _means(
+    held_out: ScoredPairs, policy: torch.Tensor, rows: np.ndarray[Any, Any], beta: float
+) -> dict[str, float]:
+    """TRL's reward metrics, and how often the policy's own log-probs rank a pair right."""
+    means = {
+        name: float(values.double().mean())
+        for name, values in reward_metrics(held_out.logps(policy, rows), beta).items()
+    }
+    return means | {"logps/accuracies": float((policy[:, 0] > policy[:, 1]).double().mean())}
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Shows evaluate.json as a table."""
+    table = Table("held-out", *(f"{name} {when}" for name in SHOWN for when in ("before", "after")))
+    groups = {"all": (result["before"], result["after"])}
+    for name in result["after"]["per_source"]:
+        groups[name] = tuple(result[when]["per_source"][name] for when in ("before", "after"))
+    for name, (before, after) in groups.items():
+        cells = [f"{means[metric]:.3f}" for metric in SHOWN for means in (before, after)]
+        table.add_row(f"{name} ({after['num_pairs']})", *cells)
+    console.print(table)

@@ -1,0 +1,73 @@
+"""Answers of the base model and of the export to held-out prompts, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dpo_dist.config import GenerateSection, RunConfig
+from dpo_dist.data.pairs import open_pairs
+from dpo_dist.engine.collectives import device_of
+from dpo_dist.engine.generate import answer
+from dpo_dist.engine.load import load_export, load_model
+from dpo_dist.errors import DataError
+from dpo_dist.logs import console
+from dpo_dist.manifest import write_json
+from dpo_dist.plan import base_model_dir
+from dpo_dist.run_dir import RunDir
+from dpo_dist.topology import from_environment
+
+
+def run(config: RunConfig) -> Path:
+    """Answers the first `generate.num_prompts` distinct held-out prompts; writes generate.json."""
+    from transformers import AutoTokenizer
+
+    paths, settings = RunDir(config.run.dir), config.generate
+    prompts = _prompts(paths, settings)
+    device = device_of(from_environment())
+    base_dir = base_model_dir(config)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    answers: list[list[str]] = []
+    for load in (
+        lambda: load_model(base_dir, config.model, device=device),
+        lambda: load_export(paths, base_dir, config.model, device),
+    ):
+        torch.manual_seed(config.run.seed)
+        answers.append(
+            answer(
+                load(), tokenizer, prompts,
+                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            )
+        )  # fmt: skip
+    rows = [
+        {"prompt": tokenizer.decode(ids), "before": before, "after": after}
+        for ids, before, after in zip(prompts, *answers, strict=True)
+    ]
+    write_json(paths.generate_path, {"answers": rows} | settings.model_dump(mode="json"))
+    return paths.generate_path
+
+
+def _prompts(paths: RunDir, settings: GenerateSection) -> list[list[int]]:
+    """Token ids of the first distinct prompts."""
+    pairs = open_pairs(paths.pairs_dir, "eval")
+    distinct: dict[tuple[int, ...], None] = {}
+    for index in range(len(pairs)):
+        distinct[tuple(int(token) for token in pairs.token_ids(index)[0])] = None
+        if len(distinct) == settings.num_prompts:
+            break
+    if not distinct:
+        raise DataError(
+            f"{paths.pairs_dir} has no held-out pairs",
+            "prompts to answer",
+            "Set data.eval and prepare the pairs in another run.dir.",
+        )
+    return [list(prompt) for prompt in distinct]
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Shows generate.json, a row a prompt."""
+    table = Table("prompt", "before", "after", show_lines=True)
+    for row in result["answers"]:
+        table.add_row(*(row[key].strip() for key in ("prompt", "before", "after")))
+    console.print(table)

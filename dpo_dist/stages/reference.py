@@ -1,0 +1,189 @@
+"""The reference pass: log-probs of a frozen model over all pairs, once, before training.
+
+1. Look which pairs the store lacks; with none there is nothing to load.
+2. Load the reference, whole on every rank when it fits, else in ZeRO-3 partitions.
+3. Score the missing pairs in waves; rank 0 appends each wave, so a killed pass goes on from it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from dpo_dist.config import RunConfig
+from dpo_dist.data.batches import Plan, plan_scoring_batches
+from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.engine import collectives, ds_config, zero
+from dpo_dist.engine.forward import PairScorer
+from dpo_dist.engine.load import load_model
+from dpo_dist.engine.policy import settle_layout
+from dpo_dist.engine.scoring import score_on_all_ranks
+from dpo_dist.errors import ArtefactError
+from dpo_dist.logs import progress_bar
+from dpo_dist.manifest import write_json
+from dpo_dist.model_files import weight_files
+from dpo_dist.plan import (
+    complete_store,
+    reference_model_dir,
+    scoring_budget,
+    scoring_contract,
+    store_root,
+)
+from dpo_dist.reference_store import ReferenceStore, explain_miss, open_store
+from dpo_dist.run_dir import RunDir
+from dpo_dist.stop_flag import StopFlag, Stopped
+from dpo_dist.topology import Topology, from_environment
+
+_logger = logging.getLogger(__name__)
+SPLITS = ("train", "eval")
+WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for activations
+
+
+def run(config: RunConfig) -> Path:
+    """Scores what the store lacks; returns the store's folder. Raises Stopped on a signal."""
+    paths = RunDir(config.run.dir)
+    splits = [open_pairs(paths.pairs_dir, split) for split in SPLITS]
+    done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
+    if done is not None:
+        layout, store = done
+        topology_rank = from_environment().rank
+        if topology_rank == 0:
+            _logger.info("reference: current, %s rows in %s", store.num_rows, store.directory)
+            _write_report(paths, splits, store, layout, num_scored=0)
+        return store.directory
+    topology = from_environment()
+    stop = StopFlag().install()
+    with collectives.process_group(topology) as device:
+        return _run_pass(config, paths, splits, topology, device, stop)
+
+
+def _run_pass(
+    config: RunConfig,
+    paths: RunDir,
+    splits: list[Pairs],
+    topology: Topology,
+    device: torch.device,
+    stop: StopFlag,
+) -> Path:
+    model, layout, engine = _load_reference(config, topology, device)
+    contract = scoring_contract(config, layout)
+    store = open_store(store_root(config), contract)
+    if topology.rank == 0 and store.num_rows == 0:
+        for line in explain_miss(store_root(config), contract):
+            _logger.info("reference: %s", line)
+    todo = collectives.broadcast([store.coverage(pairs.keys)[1] for pairs in splits])
+    num_missing = sum(map(len, todo))
+    num_pairs = sum(map(len, splits))
+    if topology.rank == 0:
+        _logger.info("reference: %d of %d pairs to score", num_missing, num_pairs)
+    with progress_bar("pairs", enabled=topology.rank == 0) as bar:
+        task = bar.add_task("reference", total=num_missing)
+        for pairs, missing in zip(splits, todo, strict=True):
+            for wave in plan_scoring_batches(
+                pairs.packed_lengths, missing, topology.world_size, scoring_budget(config)
+            ):
+                num_scored = _score_wave(model, store, pairs, wave, topology, device)
+                bar.advance(task, num_scored)
+                if any(collectives.gather(bool(stop))):
+                    raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
+    if topology.rank == 0:
+        _write_report(paths, splits, store, layout, num_scored=num_missing)
+    if engine is not None:
+        zero.take_down(engine)
+    collectives.barrier()
+    return store.directory
+
+
+def _load_reference(
+    config: RunConfig, topology: Topology, device: torch.device
+) -> tuple[torch.nn.Module, str, Any]:
+    """(what `score` takes, its layout, the DeepSpeed engine or None)."""
+    model_dir = reference_model_dir(config)
+    whole, reason = collectives.broadcast(_fits_whole(config, model_dir, topology, device))
+    if topology.rank == 0:
+        _logger.info("reference: %s (%s)", "whole on every rank" if whole else "ZeRO-3", reason)
+    if whole:
+        scorer = PairScorer(load_model(model_dir, config.model, device=device))
+        return scorer, settle_layout(scorer, scorer, config.model, device), None
+    sharding = ds_config.inference_config(config.model.dtype, topology.world_size)
+    model = load_model(model_dir, config.model, device=device, zero3=sharding)
+    scorer = PairScorer(model)
+    engine = zero.start_inference(scorer, sharding)
+    return engine, settle_layout(engine, scorer, config.model, device), engine
+
+
+def _fits_whole(
+    config: RunConfig, model_dir: Path, topology: Topology, device: torch.device
+) -> tuple[bool, str]:
+    """Whether every rank can hold all weights, and why."""
+    if config.reference.sharding != "auto":
+        return config.reference.sharding == "whole", "reference.sharding"
+    stored = sum(path.stat().st_size for path in weight_files(model_dir, True))
+    weights_gib = stored / 2**30 * (2 if config.model.dtype == "float32" else 1)
+    if device.type == "cuda":
+        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    else:
+        memory_gib = psutil.virtual_memory().available / topology.local_world_size / 2**30
+    limit_gib = WHOLE_MODEL_SHARE * memory_gib
+    return weights_gib <= limit_gib, (
+        f"weights {weights_gib:.1f} GiB, {WHOLE_MODEL_SHARE:.0%} of a rank's "
+        f"{memory_gib:.1f} GiB is {limit_gib:.1f} GiB"
+    )
+
+
+def _score_wave(
+    model: torch.nn.Module,
+    store: ReferenceStore,
+    pairs: Pairs,
+    wave: Plan,
+    topology: Topology,
+    device: torch.device,
+) -> int:
+    """Scores this rank's share, gathers, and commits the wave on rank 0; pairs scored."""
+    wave_indices, wave_scores = score_on_all_ranks(
+        model, wave[topology.rank], pairs.token_ids, device
+    )
+    with collectives.same_error_everywhere():
+        if topology.rank == 0:
+            store.append(pairs.keys[wave_indices], wave_scores, wave_indices)
+    return len(wave_indices)
+
+
+def _write_report(
+    paths: RunDir, splits: list[Pairs], store: ReferenceStore, layout: str, num_scored: int
+) -> None:
+    write_json(
+        paths.reference_status_path,
+        {
+            "store": str(store.directory),
+            "contract": store.contract.digest(),
+            "layout": layout,
+            "num_pairs": {split: len(pairs) for split, pairs in zip(SPLITS, splits, strict=True)},
+            "num_scored_now": num_scored,
+        },
+    )
+
+
+def status(config: RunConfig) -> dict[str, Any]:
+    """Coverage of the store per split and layout, without loading a model."""
+    paths = RunDir(config.run.dir)
+    if not paths.pairs_dir.is_dir():
+        raise ArtefactError(
+            f"{paths.pairs_dir} does not exist", "prepared pairs", "Run `dpo-dist prepare` first."
+        )
+    report: dict[str, Any] = {"store_dir": str(store_root(config)), "layouts": {}}
+    for layout in ("packed", "padded"):
+        contract = scoring_contract(config, layout)
+        store = open_store(store_root(config), contract)
+        coverage = {}
+        for split in SPLITS:
+            pairs = open_pairs(paths.pairs_dir, split)
+            present, missing = store.coverage(pairs.keys)
+            coverage[split] = {"present": present, "missing": len(missing), "total": len(pairs)}
+        report["layouts"][layout] = {"contract": contract.digest(), "splits": coverage}
+        if store.num_rows == 0:
+            report["layouts"][layout]["holds_instead"] = explain_miss(store_root(config), contract)
+    return report

@@ -1,0 +1,308 @@
+"""DPO training: prepared pairs + reference log-probs -> metrics and sharded checkpoints.
+
+1. Open the pairs, build the engine, look the reference up for its layout.
+2. Resume, or start through the step-0 gate.
+3. For every step: its micro-batches, score, loss, backward; one summed vector; update.
+4. Evaluate and checkpoint when due; at a signal stop with a checkpoint committed.
+
+B pairs in a micro-batch, M metrics.
+"""
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config import RunConfig
+from dpo_dist.data.batches import (
+    MicroBatch,
+    check_token_budget,
+    num_steps,
+    plan_micro_batches,
+    plan_scoring_batches,
+    step_pair_indices,
+)
+from dpo_dist.data.pairs import open_pairs
+from dpo_dist.engine import checkpoint, collectives, ds_config, zero
+from dpo_dist.engine.forward import score_pairs
+from dpo_dist.engine.packing import pack_pairs
+from dpo_dist.engine.policy import build_policy, settle_layout
+from dpo_dist.engine.scoring import score, score_on_all_ranks
+from dpo_dist.errors import DPODistError, GateError
+from dpo_dist.logs import progress_bar
+from dpo_dist.manifest import digest_of
+from dpo_dist.metrics import MetricsWriter
+from dpo_dist.model_files import digest_of_weights
+from dpo_dist.objective.losses import LOSSES, PairLogps
+from dpo_dist.objective.rewards import METRIC_NAMES, metric_means, metric_sums
+from dpo_dist.plan import base_model_dir, scoring_budget, training_identity
+from dpo_dist.run_dir import RunDir
+from dpo_dist.stages.inputs import ScoredPairs, with_reference
+from dpo_dist.status import update_status
+from dpo_dist.stop_flag import StopFlag, Stopped
+from dpo_dist.topology import Topology, from_environment
+
+_logger = logging.getLogger(__name__)
+# What the packing of a micro-batch may change in a log-prob, per square root of its tokens (the
+# rounding errors of tokens add up like a random walk). DESIGN.md says how it was measured.
+GATE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+NUM_METRICS = len(METRIC_NAMES)
+EXTRA_SUMS = 3  # behind the M metrics: packed tokens, tokens without sharing, ranks told to stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step of this rank needs."""
+
+    config: RunConfig
+    paths: RunDir
+    topology: Topology
+    device: torch.device
+    engine: Any
+    train: ScoredPairs
+    held_out: ScoredPairs
+    num_steps: int
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimizer step 1, 2, ..."""
+        settings, pairs = self.config.train, self.train.pairs
+        indices = step_pair_indices(
+            step - 1, len(pairs), settings.global_batch_size, self.config.run.seed
+        )
+        plan = plan_micro_batches(
+            pairs.packed_lengths, indices, self.topology.world_size, settings.micro_batch_tokens
+        )
+        return plan[self.topology.rank]
+
+    def losses(self, logps: PairLogps) -> torch.Tensor:
+        """The loss of each of B pairs."""
+        objective = self.config.objective
+        return LOSSES[objective.loss](logps, objective.beta, objective.label_smoothing)
+
+
+def run(config: RunConfig) -> Path:
+    """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
+    paths, topology = RunDir(config.run.dir), from_environment()
+    pairs, held_out = (open_pairs(paths.pairs_dir, split) for split in ("train", "eval"))
+    settings = config.train
+    total = num_steps(len(pairs), settings.global_batch_size, settings.num_epochs)
+    total = min(total, settings.max_steps or total)
+    check_token_budget(pairs.packed_lengths, range(len(pairs)), settings.micro_batch_tokens)
+    stop = StopFlag().install()
+    with collectives.process_group(topology) as device:
+        resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
+        convert = checkpoint.needs_conversion(resume, topology.world_size)
+        sharding = ds_config.training_config(
+            settings, config.model.dtype, topology.world_size, universal=convert
+        )
+        engine, scorer = build_policy(
+            base_model_dir(config), config.model, config.adapter, settings,
+            sharding=sharding, num_steps=total, device=device, seed=config.run.seed,
+        )  # fmt: skip
+        layout = settle_layout(engine, scorer, config.model, device)
+        splits = [with_reference(config, split, layout) for split in (pairs, held_out)]
+        job = Job(config, paths, topology, device, engine, *splits, total)
+        identity = _identity(job)
+        if resume is None:
+            _check_start(job)
+            first_step = 1
+        else:
+            first_step = checkpoint.load(engine, resume, identity).step + 1
+        _train(job, first_step, identity, stop)
+        zero.take_down(engine)
+    return paths.checkpoint_dir(total)
+
+
+def _identity(job: Job) -> dict[str, str]:
+    """What a resume must find unchanged: settings one by one, and digests of what was read."""
+    model = job.config.model
+    return training_identity(job.config) | {
+        "pairs": job.train.pairs.digest,
+        "model": digest_of_weights(base_model_dir(job.config), model.allow_pickle_weights),
+        "reference": digest_of(job.train.reference.numpy().tobytes().hex()),
+    }
+
+
+def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) -> None:
+    config, lead = job.config, job.topology.rank == 0
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_metrics_writer(job, first_step)) if lead else None
+        bar = stack.enter_context(progress_bar("steps", enabled=lead))
+        task = bar.add_task("train", total=job.num_steps, completed=first_step - 1)
+        window, since = torch.zeros(NUM_METRICS + EXTRA_SUMS, dtype=torch.float64), time.monotonic()
+        for step in range(first_step, job.num_steps + 1):
+            sums, grad_norm, learning_rate = _step(job, step, stop)
+            window += sums
+            last, stopping = step == job.num_steps, bool(sums[-1])
+            if step % config.logging.every_steps == 0 or last or stopping:
+                metrics = _window_metrics(job, step, window, time.monotonic() - since)
+                metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+                _report(job, writer, step, metrics)
+                window.zero_()
+                since = time.monotonic()
+            if len(job.held_out.pairs) and (step % config.eval.every_steps == 0 or last):
+                _report(job, writer, step, _evaluate(job), "eval")
+                since = time.monotonic()
+            if step % config.checkpoint.every_steps == 0 or last or stopping:
+                _save(job, step, identity)
+                since = time.monotonic()
+            bar.advance(task)
+            if stopping and not last:
+                raise Stopped(f"training stopped after step {step} of {job.num_steps}")
+
+
+def _step(job: Job, step: int, stop: StopFlag) -> tuple[torch.Tensor, float, float]:
+    """One optimizer step: ((M + 3,) sums over all ranks, gradient norm, learning rate).
+
+    The loss is the sum over the global batch divided by its size: the same number for any
+    packing, number of ranks and token budget. Raises DPODistError on every rank when it is not
+    finite, before the update.
+    """
+    global_batch_size = job.config.train.global_batch_size
+    sums = torch.zeros(NUM_METRICS + EXTRA_SUMS, dtype=torch.float64, device=job.device)
+    micro_batches = job.micro_batches(step)
+    for position, batch in enumerate(micro_batches, start=1):
+        token_ids = [job.train.pairs.token_ids(index) for index in batch.pair_indices]
+        packed = pack_pairs(token_ids, job.device)
+        logps = job.train.logps(score_pairs(job.engine, packed), batch.pair_indices)
+        losses = job.losses(logps)
+        weight = batch.counted / global_batch_size  # a filler only keeps its rank in step
+        zero.backward(
+            job.engine,
+            losses.sum() * weight,
+            last=position == len(micro_batches),
+            world_size=job.topology.world_size,
+        )
+        if batch.counted:
+            sums[:NUM_METRICS] += metric_sums(logps, losses, job.config.objective.beta)
+            sums[-3] += packed.num_tokens
+            sums[-2] += packed.num_tokens_unshared
+    sums[-1] = bool(stop)
+    sums = collectives.sum_over_ranks(sums).cpu()
+    if not sums.isfinite().all():
+        pairs = sorted(i for b in job.micro_batches(step) for i in b.pair_indices)
+        raise DPODistError(
+            f"step {step}: the loss or a reward is not finite (this rank's pairs: {pairs})",
+            "finite numbers",
+            "Look at these pairs; lower train.learning_rate or set model.dtype=float32.",
+        )
+    return sums, *zero.update(job.engine)
+
+
+def _window_metrics(job: Job, step: int, sums: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Means over the pairs since the last report, and the speed of all ranks together."""
+    tokens, unshared = float(sums[-3]), float(sums[-2])
+    consumed = step * job.config.train.global_batch_size
+    return metric_means(sums[:NUM_METRICS]) | {
+        "epoch": consumed / len(job.train.pairs),
+        "consumed_pairs": float(consumed),
+        "pairs_per_second": float(sums[0]) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "tokens_saved_by_sharing": 1 - tokens / unshared,
+    }
+
+
+def _evaluate(job: Job) -> dict[str, float]:
+    """Metrics over all held-out pairs."""
+    pairs = job.held_out.pairs
+    scores, order = [], []
+    for wave in plan_scoring_batches(
+        pairs.packed_lengths, range(len(pairs)), job.topology.world_size, scoring_budget(job.config)
+    ):
+        own = wave[job.topology.rank]
+        indices, logps = score_on_all_ranks(job.engine, own, pairs.token_ids, job.device)
+        order.append(indices)
+        scores.append(logps)
+    logps = job.held_out.logps(torch.from_numpy(np.concatenate(scores)), np.concatenate(order))
+    return metric_means(metric_sums(logps, job.losses(logps), job.config.objective.beta))
+
+
+def _check_start(job: Job) -> None:
+    """The step-0 gate: the untrained engine must give the log-probs that the store holds.
+
+    Catches a stale store, another template, a mask that is off by one, dropout left on. Raises
+    GateError on every rank.
+    """
+    own = job.micro_batches(1)[:1]
+    indices, scores = score_on_all_ranks(job.engine, own, job.train.pairs.token_ids, job.device)
+    logps = job.train.logps(torch.from_numpy(scores), indices)
+    reference = job.train.reference[indices]
+    tokens = torch.stack([logps.chosen_lengths, logps.rejected_lengths], dim=1)
+    differences = ((torch.from_numpy(scores) - reference).abs() / tokens.sqrt()).amax(dim=1)
+    worst = int(differences.argmax())
+    tolerance = GATE_TOLERANCE[job.config.model.dtype]
+    if not bool(differences[worst] <= tolerance):
+        raise GateError(
+            f"step-0 gate: pair {indices[worst]} scores {scores[worst].tolist()} in the untrained "
+            f"policy and {reference[worst].tolist()} in the reference (chosen, rejected), "
+            f"{differences[worst]:.2e} apart per square root of tokens",
+            f"the same within {tolerance:.0e}",
+            "Check that reference.model is what training starts from; if so, delete the "
+            "reference store and run `dpo-dist reference` again.",
+        )
+    if job.topology.rank == 0:
+        _logger.info(
+            "step-0 gate passed on %d pairs: largest difference %.1e per square root of tokens "
+            "(tolerance %.0e), loss %.6f",
+            len(indices), differences[worst], tolerance, job.losses(logps).mean(),
+        )  # fmt: skip
+
+
+def _save(job: Job, step: int, identity: dict[str, str]) -> None:
+    """Commits a checkpoint with the probe: log-probs of a few fixed pairs by this policy."""
+    config, pairs = job.config, job.train.pairs
+    probe = range(min(config.checkpoint.probe_pairs, len(pairs)))
+    (batches,) = plan_micro_batches(
+        pairs.packed_lengths,
+        probe,
+        world_size=1,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
+    indices, scores = score(job.engine, batches, pairs.token_ids, job.device)
+    order = np.argsort(indices)
+    state = checkpoint.TrainState(
+        step=step,
+        consumed_pairs=step * config.train.global_batch_size,
+        epoch=step * config.train.global_batch_size / len(pairs),
+        digests=identity,
+        world_size=job.topology.world_size,
+        zero_stage=job.engine.zero_optimization_stage(),
+    )
+    path = checkpoint.save(
+        job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
+        keep=config.checkpoint.keep, lora=config.adapter is not None,
+    )  # fmt: skip
+    if job.topology.rank == 0:
+        _logger.info("checkpoint: %s", path)
+        update_status(job.paths.status_path, last_checkpoint=str(path))
+
+
+def _metrics_writer(job: Job, first_step: int) -> MetricsWriter:
+    tensorboard_dir = job.paths.tensorboard_dir if job.config.logging.tensorboard else None
+    return MetricsWriter(job.paths.metrics_path, tensorboard_dir, resume_step=first_step - 1)
+
+
+def _report(
+    job: Job,
+    writer: MetricsWriter | None,
+    step: int,
+    metrics: dict[str, float],
+    kind: str = "train",
+) -> None:
+    """On rank 0 writes metrics to the files, to status.json, and as one line to the log."""
+    if writer is None:
+        return
+    writer.write(step, metrics, kind=kind)  # pyright: ignore[reportArgumentType]
+    _logger.info(
+        "step %d/%d %s: loss %.4f, margin %.3f, accuracy %.3f%s",
+        step, job.num_steps, kind, metrics["loss"], metrics["rewards/margins"],
+        metrics["rewards/accuracies"],
+        f", {metrics['pairs_per_second']:.1f} pairs/s" if kind == "train" else "",
+    )  # fmt: skip
+    if kind == "train":
+        update_status(job.paths.status_path, step=step, num_steps=job.num_steps, **metrics)
