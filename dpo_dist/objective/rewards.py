@@ -56,6 +56,6 @@ def metric_sums(logps: PairLogps, losses: torch.Tensor, beta: float) -> torch.Te
 
 def metric_means(sums: torch.Tensor) -> dict[str, float]:
     """Turns (M,) sums into name -> mean over pairs; `num_pairs` itself is left out."""
-    count, *totals = sums.tolist()
+    count, *totals = map(float, sums.cpu())
     assert count > 0, f"metrics of {count} pairs have no mean, wanted at least one pair"
     return {name: total / count for name, total in zip(METRIC_NAMES[1:], totals, strict=True)}
