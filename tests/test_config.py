@@ -133,3 +133,17 @@ def test_the_examples_are_all_there() -> None:
     names = {path.stem for path in Path("examples").glob("*.yaml")}
     wanted = {"quickstart", "single_gpu_lora", "single_gpu_full", "full_zero3", "lora_zero3"}
     assert names == wanted
+
+
+def keys_table() -> str:
+    """The table of docs/config.md."""
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, kind, default, description in explain_keys():
+        kind = kind.replace(" | ", ", ")
+        shown = f"`{default}`" if default not in ("", "required") else default
+        rows.append(f"| `{key}` | {kind} | {shown} | {description} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_doc_explains_every_key_as_it_is() -> None:
+    assert Path("docs/config.md").read_text().endswith("## Keys\n\n" + keys_table())

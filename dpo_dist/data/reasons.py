@@ -1,0 +1,57 @@
+"""Why a pair is dropped and what is worth a note: names, policy keys and words for the report."""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A ground for dropping; `policy` is the key of the data section, None: always dropped."""
+
+    name: str
+    policy: str | None
+    meaning: str
+
+
+DIFFERING_TURNS: Final = "differing_turns"
+TEMPLATE: Final = "template"
+EMPTY: Final = "empty"
+PROMPT_FILLS: Final = "prompt_fills"
+IDENTICAL: Final = "identical"
+IDENTICAL_TRUNCATED: Final = "identical_truncated"
+CONFLICT: Final = "conflict"
+DUPLICATE: Final = "duplicate"
+OVERLAP: Final = "overlap"
+
+# In the order they are looked at: a pair counts under the first that fits.
+DROP_REASONS = (
+    Reason(DIFFERING_TURNS, None, "the two dialogues share no prompt"),
+    Reason(TEMPLATE, None, "the chat template refuses the conversation"),
+    Reason(EMPTY, "on_empty", "the prompt or an answer is empty"),
+    Reason(PROMPT_FILLS, "on_prompt_fills", "the prompt leaves no room for an answer"),
+    Reason(IDENTICAL, "on_identical", "chosen and rejected are the same"),
+    Reason(IDENTICAL_TRUNCATED, "on_identical", "the same after truncation"),
+    Reason(CONFLICT, "on_conflict", "another pair prefers the other answer"),
+    Reason(DUPLICATE, "on_duplicate", "the same pair was there before"),
+    Reason(OVERLAP, "on_overlap", "held-out, but its prompt is trained on"),
+)
+KEPT: Final = 0
+CODES = {reason.name: code for code, reason in enumerate(DROP_REASONS, start=1)}
+
+CUT_TO_SHARED: Final = "cut_to_shared"
+MERGED_BOUNDARY: Final = "merged_boundary"
+REWRITTEN_PROMPT: Final = "rewritten_prompt"
+SPECIAL_IN_TEXT: Final = "special_in_text"
+ANSWER_IS_PROMPT: Final = "answer_is_prompt"
+TRUNCATED: Final = "truncated"
+
+# name -> meaning; a kept pair can have several, bit 1 << index.
+NOTES = {
+    CUT_TO_SHARED: "dialogues differ before the last turn: cut to the shared part",
+    MERGED_BOUNDARY: "tokens would merge across prompt and answer: tokenised apart",
+    REWRITTEN_PROMPT: "the template renders the prompt otherwise before an answer: cut there",
+    SPECIAL_IN_TEXT: "the text itself holds a special token of the tokenizer",
+    ANSWER_IS_PROMPT: "an answer repeats the prompt word for word",
+    TRUNCATED: "an answer is cut at max_length",
+}
+NOTE_BITS = {name: 1 << index for index, name in enumerate(NOTES)}

@@ -1,0 +1,174 @@
+"""Real ranks on this machine: N processes of one thread each, as a launcher would start them.
+
+    def worker(folder: str) -> float:                # a module-level function of a test file
+        with collectives.process_group(from_environment()) as device:
+            ...
+            return loss                              # anything JSON can hold
+
+    losses = run_ranks(2, worker, str(tmp_path))     # one value a rank, in rank order
+
+A worker leaves by `os._exit` once its value is written, since DeepSpeed may abort at exit.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dpo_dist.topology import VARIABLES, Topology
+
+ROOT = Path(__file__).parent.parent
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """How one rank ended."""
+
+    exit_code: int  # negative: the signal that killed it
+    output: str  # stdout and stderr
+    value: Any  # what the worker returned, None when it did not
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The started processes of a job, in rank order."""
+
+    processes: list[subprocess.Popen[bytes]]
+    folder: Path
+
+    def wait(self, timeout_s: float) -> list[RankResult]:
+        """How every rank ended; ranks that still run after `timeout_s` are killed first."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+        return [self._result(rank, process) for rank, process in enumerate(self.processes)]
+
+    def kill(self) -> None:
+        """Ends every rank that still runs, together with the processes it started."""
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _result(self, rank: int, process: subprocess.Popen[bytes]) -> RankResult:
+        value_path = _value_path(self.folder, rank)
+        value = json.loads(value_path.read_text()) if value_path.exists() else None
+        output = _output_path(self.folder, rank).read_text(errors="replace")
+        return RankResult(process.returncode, output, value)
+
+
+@contextlib.contextmanager
+def started_ranks(world_size: int, worker: Callable[..., Any], *args: Any) -> Iterator[Ranks]:
+    """Starts `worker(*args)` on `world_size` ranks; the arguments travel as JSON."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks([], Path(folder))
+        try:
+            for rank in range(world_size):
+                topology = Topology(rank, world_size, rank, world_size, "127.0.0.1", port)
+                ranks.processes.append(_start(topology, ranks.folder, worker, args))
+            yield ranks
+        finally:
+            ranks.kill()
+
+
+def run_ranks(
+    world_size: int, worker: Callable[..., Any], *args: Any, timeout_s: float = 120
+) -> list[Any]:
+    """What `worker(*args)` returns on each of `world_size` ranks; fails when a rank does."""
+    with started_ranks(world_size, worker, *args) as ranks:
+        results = ranks.wait(timeout_s)
+    failed = [
+        f"rank {rank} ended with {result.exit_code}:\n{result.output[-4000:]}"
+        for rank, result in enumerate(results)
+        if result.exit_code
+    ]
+    assert not failed, "\n".join(failed)
+    return [result.value for result in results]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Polls until the condition holds; fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+        time.sleep(POLL_S)
+
+
+def _start(
+    topology: Topology, folder: Path, worker: Callable[..., Any], args: tuple[Any, ...]
+) -> subprocess.Popen[bytes]:
+    source = Path(cast(str, inspect.getsourcefile(worker)))
+    call = {
+        "folder": str(source.parent),
+        "module": source.stem,
+        "function": worker.__name__,
+        "args": args,
+        "value_path": str(_value_path(folder, topology.rank)),
+    }
+    inherited = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    environment = {
+        **inherited,
+        **topology.environment(),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), inherited.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with _output_path(folder, topology.rank).open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__)), json.dumps(call)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a process group of its own, to be killed with its children
+        )
+
+
+def _output_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _value_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.json"
+
+
+def _run_worker(call: dict[str, Any]) -> int:
+    try:
+        sys.path.insert(0, call["folder"])
+        worker = getattr(importlib.import_module(call["module"]), call["function"])
+        value = worker(*call["args"])
+        Path(call["value_path"]).write_text(json.dumps(value))
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = _run_worker(json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
