@@ -31,6 +31,7 @@ from dpo_dist.topology import VARIABLES, Topology
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.02
+FAILURE_GRACE_S = 5.0  # for the other ranks to report what they saw
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,18 @@ class Ranks:
     processes: list[subprocess.Popen[bytes]]
     folder: Path
 
-    def wait(self, timeout_s: float) -> list[RankResult]:
-        """How every rank ended; ranks that still run after `timeout_s` are killed first."""
+    def wait(self, timeout_s: float, grace_s: float | None = None) -> list[RankResult]:
+        """How every rank ended; those that still run after `timeout_s` are killed first.
+
+        With `grace_s` the others get only so long once a rank has failed.
+        """
         deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
+        while any(process.poll() is None for process in self.processes):
+            if grace_s is not None and any(process.returncode for process in self.processes):
+                deadline, grace_s = min(deadline, time.monotonic() + grace_s), None
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
         self.kill()
         return [self._result(rank, process) for rank, process in enumerate(self.processes)]
 
@@ -93,7 +100,7 @@ def run_ranks(
 ) -> list[Any]:
     """What `worker(*args)` returns on each of `world_size` ranks; fails when a rank does."""
     with started_ranks(world_size, worker, *args) as ranks:
-        results = ranks.wait(timeout_s)
+        results = ranks.wait(timeout_s, grace_s=FAILURE_GRACE_S)
     failed = [
         f"rank {rank} ended with {result.exit_code}:\n{result.output[-4000:]}"
         for rank, result in enumerate(results)

@@ -266,10 +266,10 @@ def test_a_process_killed_while_it_appends_leaves_a_whole_store(tmp_path: Path) 
     for attempt in range(4):
         process = start_python(APPENDER, tmp_path, done)
         assert process.stdout is not None
-        process.stdout.readline()
+        first = process.stdout.readline()
         time.sleep(0.03 + 0.017 * attempt)
         os.kill(process.pid, signal.SIGKILL)
-        acknowledged = process.stdout.read().split()
+        acknowledged = (first + process.stdout.read()).split()
         process.wait()
         store = open_store(tmp_path, CONTRACT)
         assert store.num_rows >= int(acknowledged[-1]) > done

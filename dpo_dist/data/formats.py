@@ -8,6 +8,7 @@ an implicit prompt are written here anew: importing trl doubles the start of thi
 """
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_dist.config import PreferenceFormat
-from dpo_dist.data.reasons import DIFFERING_TURNS
+from dpo_dist.data.reasons import NO_SHARED_PROMPT
 from dpo_dist.errors import DataError
 
 Message = dict[str, Any]  # role, content and, where there are, the keys of MESSAGE_KEYS
@@ -98,7 +99,7 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
 
 def read_pair(
     row: Row, row_format: PreferenceFormat, source: str
-) -> Pair | Literal["differing_turns"]:
+) -> Pair | Literal["no_shared_prompt"]:
     """The pair of a row, or the reason to drop it; raises DataError at a field that is unusable."""
     match row_format:
         case "standard":
@@ -166,20 +167,19 @@ def _single_turn(
 
 def _last_turn_pair(
     row: Row, chosen: Conversation, rejected: Conversation, source: str
-) -> Pair | Literal["differing_turns"]:
+) -> Pair | Literal["no_shared_prompt"]:
     """Splits two dialogues before their last assistant turn, or where they part.
 
     Dialogues that part earlier are cut to what they share and the two assistant turns that
     follow; when those are not assistant turns there is no common prompt to answer.
     """
-    shared = len(os.path.commonprefix([chosen, rejected]))
     at_the_end = chosen[:-1] == rejected[:-1]
-    turn = len(chosen) - 1 if at_the_end else shared
+    turn = len(chosen) - 1 if at_the_end else _num_shared(chosen, rejected)
     if not 0 < turn < min(len(chosen), len(rejected)):
-        return DIFFERING_TURNS
+        return NO_SHARED_PROMPT
     answers = chosen[turn], rejected[turn]
     if any(answer["role"] != "assistant" for answer in answers):
-        return DIFFERING_TURNS
+        return NO_SHARED_PROMPT
     return Pair(
         prompt=chosen[:turn],
         chosen=answers[0],
@@ -189,6 +189,12 @@ def _last_turn_pair(
         tools=_tools(row),
         cut_to_shared=not at_the_end,
     )
+
+
+def _num_shared(chosen: Conversation, rejected: Conversation) -> int:
+    """How many messages two dialogues have in common from the start."""
+    pairs = zip(chosen, rejected, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _texts(row: Row) -> tuple[str, str, str]:
@@ -225,20 +231,18 @@ def _dialogues(row: Row) -> tuple[Conversation, Conversation]:
     """Both dialogues in full, whether the prompt stands in them, beside them, or both."""
     chosen, rejected = (_messages(row, name) for name in ("chosen", "rejected"))
     prompt = row.fields.get("prompt")
-    if isinstance(prompt, str):
-        # beside full dialogues the column repeats their first user turn, as in UltraFeedback
-        opening = [_message("user", _text(row, "prompt"))]
-        return _continue(opening, chosen), _continue(opening, rejected)
     if prompt is None:
         return chosen, rejected
-    opening = _messages(row, "prompt")
-    return _continue(opening, chosen), _continue(opening, rejected)
-
-
-def _continue(opening: Conversation, dialogue: Conversation) -> Conversation:
-    """`dialogue` as it is when it brings the opening itself, else after the opening."""
-    answers_only = dialogue[0]["role"] == "assistant"
-    return [*opening, *dialogue] if answers_only else dialogue
+    if isinstance(prompt, str):
+        opening = [_message("user", _text(row, "prompt"))]
+        # beside full dialogues this column only repeats a part of them, as in UltraFeedback
+        repeated = any(message["role"] == "user" for message in chosen + rejected)
+    else:
+        opening = _messages(row, "prompt")
+        repeated = all(d[: len(opening)] == opening for d in (chosen, rejected))
+    if repeated:
+        return chosen, rejected
+    return opening + chosen, opening + rejected
 
 
 def _messages(row: Row, name: str) -> Conversation:

@@ -13,7 +13,7 @@ class Reason:
     meaning: str
 
 
-DIFFERING_TURNS: Final = "differing_turns"
+NO_SHARED_PROMPT: Final = "no_shared_prompt"
 TEMPLATE: Final = "template"
 EMPTY: Final = "empty"
 PROMPT_FILLS: Final = "prompt_fills"
@@ -25,7 +25,7 @@ OVERLAP: Final = "overlap"
 
 # In the order they are looked at: a pair counts under the first that fits.
 DROP_REASONS = (
-    Reason(DIFFERING_TURNS, None, "the two dialogues share no prompt"),
+    Reason(NO_SHARED_PROMPT, None, "the dialogues share no turns that both answer"),
     Reason(TEMPLATE, None, "the chat template refuses the conversation"),
     Reason(EMPTY, "on_empty", "the prompt or an answer is empty"),
     Reason(PROMPT_FILLS, "on_prompt_fills", "the prompt leaves no room for an answer"),
