@@ -8,36 +8,34 @@ an implicit prompt are written here anew: importing trl doubles the start of thi
 """
 
 import difflib
-import itertools
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_dist.config import PreferenceFormat
+from dpo_dist.data.messages import (
+    SYSTEM_ROLES,
+    Conversation,
+    Message,
+    is_blank,
+    message,
+    num_shared,
+    read_messages,
+    read_tools,
+    text_of,
+)
 from dpo_dist.data.reasons import NO_SHARED_PROMPT
+from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
-
-Message = dict[str, Any]  # role, content and, where there are, the keys of MESSAGE_KEYS
-Conversation = list[Message]
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",
 )  # fmt: skip
-MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+NoPair = Literal["no_shared_prompt"]  # the reason a row makes no pair
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_START = re.compile(r"\s*Human:")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a source and where it lies, `file:line`."""
-
-    fields: Mapping[str, Any]
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,25 @@ class Pair:
     tools: list[Any] | None = None
     cut_to_shared: bool = False
 
+    @property
+    def has_empty_part(self) -> bool:
+        """Whether an answer is blank, or the prompt is but for a system message."""
+        if is_blank(self.chosen) or is_blank(self.rejected):
+            return True
+        if isinstance(self.prompt, str):
+            return is_blank(self.prompt)
+        return all(is_blank(m) for m in self.prompt if m["role"] not in SYSTEM_ROLES)
 
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our column names; raises DataError when a mapped column is missing."""
-    if not columns:
-        return row
-    fields = {name: value for name, value in row.fields.items() if name not in columns.values()}
-    for ours, theirs in columns.items():
-        fields[ours] = _field(row, theirs)
-    return Row(fields, row.origin)
+    @property
+    def answer_repeats_prompt(self) -> bool:
+        """Whether an answer is the prompt (of a conversation: its last turn) word for word."""
+        last = text_of(self.prompt if isinstance(self.prompt, str) else self.prompt[-1])
+        return bool(last) and last in (text_of(self.chosen), text_of(self.rejected))
+
+    def texts(self) -> list[str]:
+        """All texts of the row's own, without what a template adds."""
+        prompt = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [text_of(part) for part in (*prompt, self.chosen, self.rejected)]
 
 
 def check_column_map(columns: Mapping[str, str], where: str) -> None:
@@ -69,9 +77,16 @@ def check_column_map(columns: Mapping[str, str], where: str) -> None:
         if name not in COLUMNS:
             close = difflib.get_close_matches(name, COLUMNS, n=1)
             hint = f"Did you mean {close[0]}?" if close else "Write {our name: the file's name}."
-            raise DataError(
-                f"{where}.columns maps to {name!r}", f"one of {', '.join(COLUMNS)}", hint
-            )
+            raise DataError(f"{where}.columns has {name!r}", f"one of {', '.join(COLUMNS)}", hint)
+
+
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our column names; raises DataError when a mapped column is missing."""
+    if not columns:
+        return row
+    renamed = {ours: row.field(theirs) for ours, theirs in columns.items()}
+    others = {name: value for name, value in row.fields.items() if name not in columns.values()}
+    return Row({**others, **renamed}, row.origin)
 
 
 def detect_format(row: Row, where: str) -> PreferenceFormat:
@@ -85,7 +100,7 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
             "chosen and rejected, or question, response_j and response_k",
             f"Map the file's names, for example {where}.columns={{chosen: good, rejected: bad}}.",
         )
-    prompt, chosen = row.fields.get("prompt"), _field(row, "chosen")
+    prompt, chosen = row.fields.get("prompt"), row.field("chosen")
     if isinstance(prompt, list):
         return "conversational"
     if not isinstance(chosen, str):
@@ -97,22 +112,18 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
     return "hh" if _HH_START.match(chosen) else "standard"
 
 
-def read_pair(
-    row: Row, row_format: PreferenceFormat, source: str
-) -> Pair | Literal["no_shared_prompt"]:
+def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
     """The pair of a row, or the reason to drop it; raises DataError at a field that is unusable."""
     match row_format:
         case "standard":
-            prompt, chosen, rejected = _texts(row)
-            return Pair(prompt, chosen, rejected, source, row.origin)
+            return _text_pair(row, source)
         case "orca":
-            system = row.fields.get("system")
-            opening = [_message("system", _text(row, "system"))] if system else []
-            question = _message("user", _text(row, "question"))
-            return _single_turn(row, [*opening, question], "chosen", "rejected", source)
+            system = [message("system", row.text("system"))] if row.fields.get("system") else []
+            prompt = [*system, message("user", row.text("question"))]
+            return _single_turn_pair(row, prompt, "chosen", "rejected", source)
         case "stack_exchange":
-            question = _message("user", _text(row, "question"))
-            return _single_turn(row, [question], "response_j", "response_k", source)
+            prompt = [message("user", row.text("question"))]
+            return _single_turn_pair(row, prompt, "response_j", "response_k", source)
         case "hh":
             chosen, rejected = (_hh_dialogue(row, name) for name in ("chosen", "rejected"))
             return _last_turn_pair(row, chosen, rejected, source)
@@ -123,58 +134,37 @@ def read_pair(
             raise AssertionError("the format is settled before rows are read")
 
 
-def is_blank(answer: str | Message) -> bool:
-    """Whether an answer or a message says nothing: no text and no tool call."""
-    if isinstance(answer, str):
-        return not answer.strip()
-    return not str(answer.get("content") or "").strip() and not answer.get("tool_calls")
+def _text_pair(row: Row, source: str) -> Pair:
+    """Without a prompt column the prompt is what both texts begin with.
+
+    It then ends before the last whitespace of the shared part, so that it holds whole words and
+    an answer begins with the space that belongs to its first token.
+    """
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if "prompt" in row.fields:
+        return Pair(row.text("prompt"), chosen, rejected, source, row.origin)
+    prompt = re.sub(r"\s*\w*$", "", os.path.commonprefix([chosen, rejected]))
+    start = len(prompt)
+    return Pair(prompt, chosen[start:], rejected[start:], source, row.origin)
 
 
-def has_empty_part(pair: Pair) -> bool:
-    """Whether an answer is blank, or the prompt has nothing beside a system message."""
-    if is_blank(pair.chosen) or is_blank(pair.rejected):
-        return True
-    if isinstance(pair.prompt, str):
-        return not pair.prompt.strip()
-    return all(is_blank(m) for m in pair.prompt if m["role"] not in ("system", "developer"))
-
-
-def answer_repeats_prompt(pair: Pair) -> bool:
-    """Whether an answer is the prompt (of a conversation: its last turn) word for word."""
-    if isinstance(pair.prompt, str):
-        return pair.prompt in (pair.chosen, pair.rejected)
-    if not pair.prompt or is_blank(pair.prompt[-1]):
-        return False
-    last = pair.prompt[-1].get("content")
-    return any(isinstance(a, dict) and a.get("content") == last for a in (pair.chosen, pair.rejected))
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _single_turn(
+def _single_turn_pair(
     row: Row, prompt: Conversation, chosen: str, rejected: str, source: str
 ) -> Pair:
-    return Pair(
-        prompt,
-        _message("assistant", _text(row, chosen)),
-        _message("assistant", _text(row, rejected)),
-        source,
-        row.origin,
-    )
+    better, worse = (message("assistant", row.text(name)) for name in (chosen, rejected))
+    return Pair(prompt, better, worse, source, row.origin)
 
 
 def _last_turn_pair(
     row: Row, chosen: Conversation, rejected: Conversation, source: str
-) -> Pair | Literal["no_shared_prompt"]:
+) -> Pair | NoPair:
     """Splits two dialogues before their last assistant turn, or where they part.
 
     Dialogues that part earlier are cut to what they share and the two assistant turns that
     follow; when those are not assistant turns there is no common prompt to answer.
     """
     at_the_end = chosen[:-1] == rejected[:-1]
-    turn = len(chosen) - 1 if at_the_end else _num_shared(chosen, rejected)
+    turn = len(chosen) - 1 if at_the_end else num_shared(chosen, rejected)
     if not 0 < turn < min(len(chosen), len(rejected)):
         return NO_SHARED_PROMPT
     answers = chosen[turn], rejected[turn]
@@ -186,163 +176,39 @@ def _last_turn_pair(
         rejected=answers[1],
         source=source,
         origin=row.origin,
-        tools=_tools(row),
+        tools=read_tools(row),
         cut_to_shared=not at_the_end,
     )
 
 
-def _num_shared(chosen: Conversation, rejected: Conversation) -> int:
-    """How many messages two dialogues have in common from the start."""
-    pairs = zip(chosen, rejected, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _texts(row: Row) -> tuple[str, str, str]:
-    """Prompt and two answers; without a prompt column the prompt is what the texts share.
-
-    The prompt ends before the last whitespace of the shared part, so that it holds whole words
-    and an answer begins with the space that belongs to its first token.
-    """
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if "prompt" in row.fields:
-        return _text(row, "prompt"), chosen, rejected
-    prompt = re.sub(r"\s*\w*$", "", os.path.commonprefix([chosen, rejected]))
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-
-
 def _hh_dialogue(row: Row, name: str) -> Conversation:
     """Messages of a text `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
-    text = _text(row, name)
+    text = row.text(name)
     before, *turns = _HH_TURN.split("\n\n" + text.lstrip())
     if before.strip() or not turns:
-        raise DataError(
-            f"{row.origin}: field {name!r} begins with {_shorten(text)}",
-            "a dialogue that begins with 'Human:' (format hh)",
-            "Name the source's format in the config.",
+        begins = text if len(text) <= 40 else text[:37] + "..."
+        raise row.unusable(
+            f"field {name!r} begins with {begins!r}", "a dialogue that begins with 'Human:'"
         )
-    roles, contents = turns[0::2], turns[1::2]
     return [
-        _message("user" if role == "Human" else "assistant", content.strip())
-        for role, content in zip(roles, contents, strict=True)
+        message("user" if role == "Human" else "assistant", content.strip())
+        for role, content in zip(turns[0::2], turns[1::2], strict=True)
     ]
 
 
 def _dialogues(row: Row) -> tuple[Conversation, Conversation]:
     """Both dialogues in full, whether the prompt stands in them, beside them, or both."""
-    chosen, rejected = (_messages(row, name) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_messages(row, name) for name in ("chosen", "rejected"))
     prompt = row.fields.get("prompt")
     if prompt is None:
         return chosen, rejected
     if isinstance(prompt, str):
-        opening = [_message("user", _text(row, "prompt"))]
+        opening = [message("user", row.text("prompt"))]
         # beside full dialogues this column only repeats a part of them, as in UltraFeedback
-        repeated = any(message["role"] == "user" for message in chosen + rejected)
+        repeated = any(turn["role"] == "user" for turn in chosen + rejected)
     else:
-        opening = _messages(row, "prompt")
+        opening = read_messages(row, "prompt")
         repeated = all(d[: len(opening)] == opening for d in (chosen, rejected))
     if repeated:
         return chosen, rejected
     return opening + chosen, opening + rejected
-
-
-def _messages(row: Row, name: str) -> Conversation:
-    """A list of messages; one message, or the text of an assistant, counts as a list of one."""
-    value = _field(row, name)
-    if isinstance(value, str) and name != "prompt":
-        return [_message("assistant", _text(row, name))]
-    items = [value] if isinstance(value, dict) else value
-    if not isinstance(items, list) or not items:
-        found = "an empty list" if items == [] else _type_name(value)
-        raise _unusable(row, f"field {name!r} is {found}", "a list of messages")
-    return [_as_message(row, f"{name}[{index}]", item) for index, item in enumerate(items)]
-
-
-def _as_message(row: Row, name: str, item: Any) -> Message:
-    wanted = "a message with role and content"
-    if not isinstance(item, dict):
-        raise _unusable(row, f"{name} is {_type_name(item)}", wanted)
-    role, content = item.get("role"), item.get("content")
-    if "from" in item and role is None:  # ShareGPT's names for the same
-        role, content = _SHAREGPT_ROLES.get(item["from"], item["from"]), item.get("value")
-    if not isinstance(role, str):
-        raise _unusable(row, f"{name} has role {role!r}", wanted)
-    if isinstance(content, list):
-        content = _joined_parts(row, name, content)
-    # the null keys of a typed table are no keys, and a template would print them as "None"
-    extra = {key: item[key] for key in MESSAGE_KEYS if item.get(key) is not None}
-    if content is None and "tool_calls" in extra:
-        return {"role": role, **extra}
-    if not isinstance(content, str):
-        raise _unusable(row, f"{name}.content is {_type_name(content)}", "a string")
-    _check_encodable(row, f"{name}.content", content)
-    return {"role": role, "content": content, **extra}
-
-
-def _joined_parts(row: Row, name: str, parts: Sequence[Any]) -> str:
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        kinds = sorted({str(part.get("type")) for part in parts if isinstance(part, dict)})
-        raise _unusable(row, f"{name}.content has parts of type {', '.join(kinds)}", "text parts")
-    return "".join(map(str, texts))
-
-
-def _tools(row: Row) -> list[Any] | None:
-    """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
-    value = row.fields.get("tools")
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise _unusable(row, "field 'tools' is not JSON", "a list of JSON schemas") from None
-    if not value:
-        return None
-    if not isinstance(value, list):
-        raise _unusable(row, f"field 'tools' is {_type_name(value)}", "a list of JSON schemas")
-    return value
-
-
-def _field(row: Row, name: str) -> Any:
-    if name not in row.fields:
-        raise DataError(
-            f"{row.origin} has no field {name!r} (it has {', '.join(row.fields) or 'none'})",
-            f"a field {name!r} in every row",
-            "Correct or remove the row, or map the column with `columns`.",
-        )
-    value = row.fields[name]
-    if value is None:
-        raise _unusable(row, f"field {name!r} is null", "text or messages")
-    return value
-
-
-def _text(row: Row, name: str) -> str:
-    value = _field(row, name)
-    if not isinstance(value, str):
-        raise _unusable(row, f"field {name!r} is {_type_name(value)}", "a string")
-    _check_encodable(row, f"field {name!r}", value)
-    return value
-
-
-def _check_encodable(row: Row, name: str, text: str) -> None:
-    """JSON can spell half a UTF-16 pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise _unusable(row, f"{name} holds half a character ({half})", "valid Unicode") from None
-
-
-def _unusable(row: Row, found: str, wanted: str) -> DataError:
-    return DataError(f"{row.origin}: {found}", wanted, "Correct or remove the row.")
-
-
-def _type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    if value is None:
-        return "null"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return "a number"
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

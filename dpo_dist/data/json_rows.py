@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.formats import Row
+from dpo_dist.data.rows import Row, as_object, type_name
 from dpo_dist.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -62,13 +62,14 @@ class JsonRows:
             ) from None
         except ValueError as error:
             raise _not_json(origin, error) from None
-        if not isinstance(value, dict):
+        fields = as_object(value)
+        if fields is None:
             raise DataError(
-                f"{origin} holds a {type(value).__name__}",
+                f"{origin} holds {type_name(value)}",
                 "a JSON object with the fields of a preference row",
                 "Correct or remove the row.",
             )
-        return Row(value, origin)
+        return Row(fields, origin)
 
 
 def index_json(path: Path, label: str, limit: int | None) -> JsonRows:
@@ -165,5 +166,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def _not_json(origin: str, error: ValueError) -> DataError:
-    where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+    where = (
+        f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+    )
     return DataError(f"{origin} is not JSON ({where})", "a JSON object", "Correct or remove it.")

@@ -11,6 +11,7 @@ class Reason:
     name: str
     policy: str | None
     meaning: str
+    remedy: str
 
 
 NO_SHARED_PROMPT: Final = "no_shared_prompt"
@@ -25,15 +26,60 @@ OVERLAP: Final = "overlap"
 
 # In the order they are looked at: a pair counts under the first that fits.
 DROP_REASONS = (
-    Reason(NO_SHARED_PROMPT, None, "the dialogues share no turns that both answer"),
-    Reason(TEMPLATE, None, "the chat template refuses the conversation"),
-    Reason(EMPTY, "on_empty", "the prompt or an answer is empty"),
-    Reason(PROMPT_FILLS, "on_prompt_fills", "the prompt leaves no room for an answer"),
-    Reason(IDENTICAL, "on_identical", "chosen and rejected are the same"),
-    Reason(IDENTICAL_TRUNCATED, "on_identical", "the same after truncation"),
-    Reason(CONFLICT, "on_conflict", "another pair prefers the other answer"),
-    Reason(DUPLICATE, "on_duplicate", "the same pair was there before"),
-    Reason(OVERLAP, "on_overlap", "held-out, but its prompt is trained on"),
+    Reason(
+        NO_SHARED_PROMPT,
+        None,
+        "the dialogues share no turns that both answer",
+        "Check that chosen and rejected answer the same prompt.",
+    ),
+    Reason(
+        TEMPLATE,
+        None,
+        "the chat template refuses the conversation",
+        "Set data.chat_template to one that takes these roles.",
+    ),
+    Reason(
+        EMPTY,
+        "on_empty",
+        "the prompt or an answer is empty",
+        "Check the source's columns and format.",
+    ),
+    Reason(
+        PROMPT_FILLS,
+        "on_prompt_fills",
+        "the prompt leaves no room for an answer",
+        "Raise data.max_length.",
+    ),
+    Reason(
+        IDENTICAL,
+        "on_identical",
+        "chosen and rejected are the same",
+        "Check the source's columns.",
+    ),
+    Reason(
+        IDENTICAL_TRUNCATED,
+        "on_identical",
+        "chosen and rejected are the same after truncation",
+        "Raise data.max_length.",
+    ),
+    Reason(
+        CONFLICT,
+        "on_conflict",
+        "another pair prefers the other answer",
+        "Check whether sources have chosen and rejected exchanged.",
+    ),
+    Reason(
+        DUPLICATE,
+        "on_duplicate",
+        "the same pair was there before",
+        "Check whether a source is listed twice; `weight` repeats rows on purpose.",
+    ),
+    Reason(
+        OVERLAP,
+        "on_overlap",
+        "a training pair has its prompt",
+        "Split training and held-out rows by prompt.",
+    ),
 )
 KEPT: Final = 0
 CODES = {reason.name: code for code, reason in enumerate(DROP_REASONS, start=1)}

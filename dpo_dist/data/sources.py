@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,9 +54,7 @@ class Source:
     copies: IntArray
 
 
-def open_sources(
-    sections: Sequence[SourceSection], split: str, scratch_dir: Path
-) -> list[Source]:
+def open_sources(sections: Sequence[SourceSection], split: str, scratch_dir: Path) -> list[Source]:
     """Opens the sources of a split; raises DataError, naming the config key or `file:line`."""
     sources: list[Source] = []
     for index, section in enumerate(sections):
@@ -146,7 +144,7 @@ def _open_data_set(kind: Kind, section: SourceSection, path: Path, key: str) -> 
 
 
 @contextlib.contextmanager
-def _readable(section: SourceSection, key: str) -> Iterator[None]:
+def _readable(section: SourceSection, key: str) -> Generator[None]:
     try:
         yield
     except OSError as error:

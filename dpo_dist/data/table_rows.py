@@ -4,6 +4,9 @@ All of them end up memory-mapped: Parquet and CSV are streamed once into an Arro
 scratch folder, so that any process can read any row.
 """
 
+# pyright: basic
+# (pyarrow and datasets have no types)
+
 import csv
 import itertools
 from collections.abc import Iterable, Iterator
@@ -16,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_dist.data.formats import Row
+from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
 from dpo_dist.manifest import digest_of, digest_of_file
 
@@ -141,9 +144,7 @@ def digest_of_table(rows: TableRows) -> str:
     return digest_of([files, rows.dataset._fingerprint if not files else len(rows)])
 
 
-def _csv_rows(
-    reader: Any, names: list[str], label: str, lines: list[int]
-) -> Iterator[list[str]]:
+def _csv_rows(reader: Any, names: list[str], label: str, lines: list[int]) -> Iterator[list[str]]:
     """The rows; the line each begins on is appended to `lines`."""
     line = reader.line_num + 1
     for values in reader:
@@ -159,9 +160,7 @@ def _csv_rows(
         line = reader.line_num + 1
 
 
-def _first_rows(
-    batches: Iterable[pa.RecordBatch], limit: int | None
-) -> Iterator[pa.RecordBatch]:
+def _first_rows(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
     left = limit
     for batch in batches:
         if left is None:

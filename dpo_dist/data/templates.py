@@ -5,16 +5,24 @@
 3. `render_pair` renders prompt, prompt + chosen and prompt + rejected.
 """
 
+# pyright: basic
+# (transformers' types are partial)
+
+from __future__ import annotations
+
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_dist.data.formats import Conversation, Pair
+from dpo_dist.data.formats import Pair
+from dpo_dist.data.messages import SYSTEM_ROLES, Conversation
 from dpo_dist.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 CHATML = """\
 {%- for message in messages -%}
@@ -65,9 +73,7 @@ class BuiltinTemplate:
 
 BUILTIN_TEMPLATES = {
     "chatml": BuiltinTemplate(CHATML, ("<|im_start|>", "<|im_end|>")),
-    "llama3": BuiltinTemplate(
-        LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    ),
+    "llama3": BuiltinTemplate(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "mistral": BuiltinTemplate(MISTRAL, ()),
     "zephyr": BuiltinTemplate(ZEPHYR, ()),
 }
@@ -114,6 +120,8 @@ def load_tokenizer(
 
     Raises DataError when the tokenizer does not load or the template is not Jinja.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -172,7 +180,7 @@ def render_pair(
 
 
 def _with_system_message(prompt: Conversation, system_message: str | None) -> Conversation:
-    if not system_message or (prompt and prompt[0]["role"] in ("system", "developer")):
+    if not system_message or (prompt and prompt[0]["role"] in SYSTEM_ROLES):
         return prompt
     return [{"role": "system", "content": system_message}, *prompt]
 

@@ -13,13 +13,17 @@ The second rule keeps the prompt exactly as it is at generation time; TRL shorte
 there. In the third case, as in TRL, what the generation prompt adds is left out.
 """
 
+# pyright: basic
+# (transformers' types are partial)
+
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from dpo_dist.data.formats import Pair, answer_repeats_prompt
+from dpo_dist.data.formats import Pair
 from dpo_dist.data.reasons import (
     ANSWER_IS_PROMPT,
     CUT_TO_SHARED,
@@ -29,6 +33,9 @@ from dpo_dist.data.reasons import (
     SPECIAL_IN_TEXT,
 )
 from dpo_dist.data.templates import RenderedPair, TemplateRefusal, render_pair
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 
@@ -73,7 +80,7 @@ class PairTokenizer:
     def _split(
         self, pair: Pair, text: RenderedPair, prompt: Ids, chosen: Ids, rejected: Ids
     ) -> TokenPair:
-        """The ids of prompt and answers from those of prompt, prompt + chosen, prompt + rejected."""
+        """The ids of the three parts from those of the three texts."""
         notes = self._notes_on_text(pair)
         if isinstance(pair.prompt, str) and not self._writes_bos(text.prompt):
             # a template writes its own BOS; plain text gets what the tokenizer would add
@@ -90,7 +97,7 @@ class PairTokenizer:
             else:
                 notes |= NOTE_BITS[MERGED_BOUNDARY]
                 answers.append(self._continuation_ids(answer[len(text.prompt) :]))
-        return TokenPair(prompt, *answers, notes)
+        return TokenPair(prompt, answers[0], answers[1], notes)
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not texts:
@@ -115,17 +122,11 @@ class PairTokenizer:
 
     def _notes_on_text(self, pair: Pair) -> int:
         notes = NOTE_BITS[CUT_TO_SHARED] if pair.cut_to_shared else 0
-        if answer_repeats_prompt(pair):
+        if pair.answer_repeats_prompt:
             notes |= NOTE_BITS[ANSWER_IS_PROMPT]
-        if any(map(self._special.search, _texts_of(pair))):
+        if any(map(self._special.search, pair.texts())):
             notes |= NOTE_BITS[SPECIAL_IN_TEXT]
         return notes
-
-
-def _texts_of(pair: Pair) -> list[str]:
-    parts = [pair.prompt] if isinstance(pair.prompt, str) else list(pair.prompt)
-    parts = [*parts, pair.chosen, pair.rejected]
-    return [p if isinstance(p, str) else str(p.get("content") or "") for p in parts]
 
 
 def _num_shared(ids: Ids, others: Ids) -> int:

@@ -4,11 +4,10 @@ The processes come from a fork server that has loaded the tokenizer library: no 
 parent is copied in the middle of something, and a process that is killed is noticed.
 `datasets.map` was not taken because it wants all rows in one typed table first, where messages
 with different keys do not fit, and loses the `file:line` of an error.
-
-Columns of a batch: prompt_ids, chosen_ids, rejected_ids (not truncated), source and position of
-the row, reason (code of DROP_REASONS), notes (bits of NOTES), detail (a refusing template's words),
-pair_key, swapped_key (chosen and rejected exchanged) and prompt_key.
 """
+
+# pyright: basic
+# (pyarrow has no types)
 
 import contextlib
 import multiprocessing
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dpo_dist.data.formats import Pair, has_empty_part, read_pair, rename_columns
+from dpo_dist.data.columns import SCHEMA
+from dpo_dist.data.formats import Pair, read_pair, rename_columns
 from dpo_dist.data.json_rows import JsonRows
 from dpo_dist.data.keys import KEY_BYTES, pair_key
 from dpo_dist.data.reasons import CODES, EMPTY, KEPT, NO_SHARED_PROMPT, TEMPLATE
@@ -37,17 +37,7 @@ from dpo_dist.errors import DataError
 CHUNK_ROWS = 256
 CHUNK_BYTES = 4 << 20  # of text, so that long rows come in small chunks
 CHUNKS_AHEAD = 4  # a process, so that none waits for the writer
-
-_IDS = pa.list_(pa.int32())
-_KEY = pa.binary(KEY_BYTES)
-SCHEMA = pa.schema(
-    [
-        ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
-        ("source", pa.int32()), ("position", pa.int64()),
-        ("reason", pa.int8()), ("notes", pa.uint8()), ("detail", pa.string()),
-        ("pair_key", _KEY), ("swapped_key", _KEY), ("prompt_key", _KEY),
-    ]
-)  # fmt: skip
+TOKENIZER_MODULE = "transformers.models.auto.tokenization_auto"  # seconds to import: done once
 
 
 @dataclass(frozen=True)
@@ -69,15 +59,15 @@ class TokenizeJob:
     system_message: str | None
     sources: tuple[Source, ...]
 
-    def open(self) -> "ChunkTokenizer":
-        """Loads the tokenizer."""
+    def load_tokenizer(self) -> PairTokenizer:
+        """The tokenizer with the job's template and system message."""
         tokenizer = load_tokenizer(self.model_dir, self.template, self.trust_remote_code)
-        return ChunkTokenizer(self, PairTokenizer(tokenizer, self.system_message))
+        return PairTokenizer(tokenizer, self.system_message)
 
 
 @dataclass(frozen=True)
 class ChunkTokenizer:
-    """A job with its tokenizer loaded."""
+    """A job in a process that has the tokenizer loaded."""
 
     job: TokenizeJob
     tokenizer: PairTokenizer
@@ -120,17 +110,18 @@ def make_chunks(sources: Sequence[Source]) -> list[Chunk]:
 
 
 def tokenize_chunks(
-    job: TokenizeJob, chunks: Iterable[Chunk], num_workers: int
+    job: TokenizeJob, tokenizer: PairTokenizer, chunks: Iterable[Chunk], num_workers: int
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the batches of the chunks in order, from `num_workers` processes (1: this one).
+    """Yields the batches of the chunks in order, from `num_workers` processes.
 
+    One worker is this process with `tokenizer`; others load their own.
     Raises the first DataError in row order, and DataError when a process was killed.
     """
     if num_workers == 1:
-        yield from map(job.open().tokenize, chunks)
+        yield from map(ChunkTokenizer(job, tokenizer).tokenize, chunks)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, TOKENIZER_MODULE])
     with ProcessPoolExecutor(num_workers, context, _start_process, (job,)) as pool:
         pending: deque[Future[pa.RecordBatch]] = deque()
         try:
@@ -158,7 +149,7 @@ def _start_process(job: TokenizeJob) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _chunk_tokenizer = job.open()
+    _chunk_tokenizer = ChunkTokenizer(job, job.load_tokenizer())
 
 
 def _leave_with_parent() -> None:
@@ -189,7 +180,7 @@ def _outcome(pair: Pair, encoded: TokenPair | TemplateRefusal) -> dict[str, obje
     prompt, chosen, rejected = encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids
     return {
         "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-        "reason": CODES[EMPTY] if has_empty_part(pair) else KEPT,
+        "reason": CODES[EMPTY] if pair.has_empty_part else KEPT,
         "notes": encoded.notes, "detail": None,
         "pair_key": pair_key(prompt, chosen, rejected),
         "swapped_key": pair_key(prompt, rejected, chosen),

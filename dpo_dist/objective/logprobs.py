@@ -2,18 +2,17 @@
 
 Shapes: C completion positions, D hidden, V vocabulary, R rows of one chunk (R <= C).
 
-The logits of one chunk are made, used and dropped before those of the next; backward makes them
+The logits of one chunk are made, used and overwritten by those of the next; backward makes them
 again. So the peak is one (R, V) buffer beside the gradients, whatever C is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 LOGITS_BUDGET = 2**25  # logits of one chunk; 128 MiB of float32
 
@@ -33,7 +32,7 @@ def completion_logps(
     `f(x)` is `x * logit_scale`, then `softcap * tanh(x / softcap)` where a softcap is given.
     hidden is (C, D), weight (V, D), targets (C,) int64, bias (V,); the result is (C,) float32
     (float64 from float64 inputs). The softmax is taken in float32 whatever the dtype of the
-    inputs. `chunk_size` is the rows of a chunk; by default as many as LOGITS_BUDGET allows.
+    inputs. `chunk_size` is R; by default as many rows as LOGITS_BUDGET allows.
 
     Gradients reach hidden, weight and bias; one that is not required costs nothing, so a frozen
     weight has no (V, D) buffer. The weight's gradient is summed over chunks in its own dtype.
@@ -41,7 +40,9 @@ def completion_logps(
     assert hidden.shape[0] == targets.shape[0], (hidden.shape, targets.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     rows = chunk_size or max(1, LOGITS_BUDGET // weight.shape[0])
-    return _CompletionLogps.apply(hidden, weight, targets, bias, logit_scale, softcap, rows)
+    logps = _CompletionLogps.apply(hidden, weight, targets, bias, logit_scale, softcap, rows)
+    assert isinstance(logps, Tensor)
+    return logps
 
 
 class _CompletionLogps(torch.autograd.Function):
@@ -60,44 +61,93 @@ class _CompletionLogps(torch.autograd.Function):
         # the forward and gathered into a new one before the backward.
         ctx.weight, ctx.bias = weight, bias
         ctx.logit_scale, ctx.softcap, ctx.rows = logit_scale, softcap, rows
-        logps = hidden.new_empty(hidden.shape[0], dtype=_softmax_dtype(hidden))
+        buffer = _chunk_buffer(hidden, weight, rows)
+        logps = buffer.new_empty(hidden.shape[0])
         log_normalisers = torch.empty_like(logps)
         for chunk in _chunks(hidden.shape[0], rows):
-            logits = _logits(hidden[chunk], weight, bias, logit_scale, softcap)
+            logits = _logits(buffer, hidden[chunk], weight, bias, logit_scale, softcap)
             logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
             log_normalisers[chunk] = _logsumexp_(logits)
-            del logits
-        logps -= log_normalisers
         ctx.save_for_backward(hidden, targets, log_normalisers)
-        return logps
+        return logps.sub_(log_normalisers)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
         hidden, targets, log_normalisers = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
-        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(log_normalisers[:0]).new_zeros(bias.shape) if needs_bias else None
+        grad_bias = grad_logps.new_zeros(bias.shape) if needs_bias else None
+        buffer = _chunk_buffer(hidden, weight, ctx.rows)
         for chunk in _chunks(hidden.shape[0], ctx.rows):
-            logits = _logits(hidden[chunk], weight, bias, ctx.logit_scale, ctx.softcap)
-            slopes = None
-            if ctx.softcap is not None:  # d capped / d uncapped, from the capped value
-                slopes = (logits / ctx.softcap).square_().neg_().add_(1.0)
-            grad = logits.sub_(log_normalisers[chunk, None]).exp_().neg_()
-            grad[torch.arange(len(grad), device=grad.device), targets[chunk]] += 1.0
-            grad *= grad_logps[chunk, None] * ctx.logit_scale
-            if slopes is not None:
-                grad *= slopes
+            logits = _logits(buffer, hidden[chunk], weight, bias, ctx.logit_scale, ctx.softcap)
+            grad = _grad_logits_(
+                logits, targets[chunk], log_normalisers[chunk], grad_logps[chunk], ctx.softcap
+            )
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias.add_(grad.sum(0), alpha=ctx.logit_scale)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[chunk])
+                torch.mm(grad, weight, out=grad_hidden[chunk]).mul_(ctx.logit_scale)
             if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[chunk])
-            del logits, grad, slopes
+                grad_weight.addmm_(grad.t(), hidden[chunk], alpha=ctx.logit_scale)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+def _chunks(num_rows: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _chunk_buffer(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """One (R, V) buffer for all chunks: fresh pages for each would cost more than the softmax."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((min(rows, hidden.shape[0]), weight.shape[0]), dtype=dtype)
+
+
+def _logits(
+    buffer: Tensor,  # (R, V), overwritten
+    hidden: Tensor,  # (rows of this chunk, D)
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    logits = buffer[: hidden.shape[0]]
+    if hidden.dtype == logits.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(torch.mm(hidden, weight.t()))
+    if bias is not None:
+        logits += bias
+    if logit_scale != 1.0:
+        logits *= logit_scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """(rows,) log of the sum of exponentials; `logits` is destroyed."""
+    largest = logits.amax(1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
+
+
+def _grad_logits_(
+    logits: Tensor, targets: Tensor, log_normalisers: Tensor, grad_logps: Tensor, softcap: float | None
+) -> Tensor:
+    """Gradient of the log-probs by the scaled logits before the cap; `logits` is destroyed.
+
+    `d log p[target] / d logit = [is target] - p`, times the slope of the cap, `1 - (y / cap)^2`.
+    """
+    slopes = None
+    if softcap is not None:
+        slopes = (logits / softcap).square_().neg_().add_(1.0)
+    grad = logits.sub_(log_normalisers[:, None]).exp_().neg_()
+    grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
+    grad *= grad_logps[:, None]
+    return grad if slopes is None else grad.mul_(slopes)

@@ -275,8 +275,8 @@ def _save(job: Job, step: int, identity: dict[str, str]) -> None:
     )
     path = checkpoint.save(
         job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
-        keep=config.checkpoint.keep, lora=config.adapter is not None,
-    )  # fmt: skip
+        keep=config.checkpoint.keep,
+)  # fmt: skip
     if job.topology.rank == 0:
         _logger.info("checkpoint: %s", path)
         update_status(job.paths.status_path, last_checkpoint=str(path))

@@ -1,0 +1,142 @@
+"""What the gate needs to know about every row, as numpy columns: about 100 bytes a row.
+
+The token ids themselves stay in a scratch Arrow file. N rows read, in the order of the sources.
+"""
+
+# pyright: basic
+# (pyarrow has no types)
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpo_dist.data.keys import KEY_BYTES, pair_key
+from dpo_dist.data.pairs import key_column, list_lengths
+from dpo_dist.data.reasons import NOTE_BITS, TRUNCATED
+from dpo_dist.data.sources import Source
+
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.bytes_]
+
+_IDS = pa.list_(pa.int32())
+_KEY = pa.binary(KEY_BYTES)
+# A batch of tokenised rows; the ids are not truncated.
+SCHEMA = pa.schema(
+    [
+        ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
+        ("source", pa.int32()), ("position", pa.int64()),
+        ("reason", pa.int8()),  # KEPT or a code of DROP_REASONS
+        ("notes", pa.uint8()),  # bits of NOTES
+        ("detail", pa.string()),  # a refusing template's words
+        ("pair_key", _KEY), ("swapped_key", _KEY),  # swapped: chosen and rejected exchanged
+        ("prompt_key", _KEY),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """N rows of a split; lengths are token counts, keys are compared as arrays only."""
+
+    sources: tuple[Source, ...]
+    source: IntArray  # (N,) index into sources
+    position: IntArray  # (N,) row of the source
+    copies: IntArray  # (N,) how often the row counts
+    reasons: IntArray  # (N,) KEPT or a code of DROP_REASONS
+    notes: IntArray  # (N,) bits of NOTES
+    prompt_lengths: IntArray
+    chosen_lengths: IntArray
+    rejected_lengths: IntArray
+    pair_keys: KeyArray
+    swapped_keys: KeyArray
+    prompt_keys: KeyArray
+    refusals: tuple[str, ...]  # `file:line: words of the template`, in row order
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def longest(self) -> IntArray:
+        """(N,) tokens of the prompt and the longer answer."""
+        return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
+
+    def origin(self, row: int) -> str:
+        """Where a row lies, `file:line`."""
+        return self.sources[self.source[row]].rows.origin(int(self.position[row]))
+
+
+def collect(
+    batches: Iterable[pa.RecordBatch],
+    sources: Sequence[Source],
+    scratch_path: Path,
+    advance: Callable[[int], None],
+) -> PairColumns:
+    """Streams batches of SCHEMA to a scratch file and keeps their columns.
+
+    `advance` is called with the number of rows of each batch.
+    """
+    parts: list[dict[str, npt.NDArray]] = []
+    refusals: list[str] = []
+    with pa.OSFile(str(scratch_path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            parts.append(_columns_of(batch))
+            refusals += batch["detail"].drop_null().to_pylist()
+            advance(batch.num_rows)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    copies = np.concatenate([source.copies for source in sources])
+    return PairColumns(sources=tuple(sources), copies=copies, refusals=tuple(refusals), **joined)
+
+
+def read_scratch(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of a scratch file, one at a time (not mapped, so memory stays one batch)."""
+    with pa.OSFile(str(path), "rb") as stream, pa.ipc.open_stream(stream) as reader:
+        yield from reader
+
+
+def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairColumns:
+    """Cuts the ends of answers so that prompt + answer is at most `max_length` tokens.
+
+    A prompt is never cut; where it leaves no room the answers have length 0. The keys of the
+    pairs that change are those of the remaining ids.
+    """
+    room = np.maximum(max_length - columns.prompt_lengths, 0)
+    chosen_lengths = np.minimum(columns.chosen_lengths, room)
+    rejected_lengths = np.minimum(columns.rejected_lengths, room)
+    cut = (chosen_lengths < columns.chosen_lengths) | (rejected_lengths < columns.rejected_lengths)
+    pair_keys, swapped_keys = columns.pair_keys.copy(), columns.swapped_keys.copy()
+    first = 0
+    for batch in read_scratch(scratch_path):
+        for row in np.flatnonzero(cut[first : first + batch.num_rows]).tolist():
+            prompt = batch["prompt_ids"][row].values.to_numpy()
+            chosen = batch["chosen_ids"][row].values.to_numpy()[: chosen_lengths[first + row]]
+            rejected = batch["rejected_ids"][row].values.to_numpy()[: rejected_lengths[first + row]]
+            keys = pair_key(prompt, chosen, rejected), pair_key(prompt, rejected, chosen)
+            pair_keys[first + row], swapped_keys[first + row] = keys
+        first += batch.num_rows
+    return replace(
+        columns,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        pair_keys=pair_keys,
+        swapped_keys=swapped_keys,
+        notes=columns.notes | np.where(cut, NOTE_BITS[TRUNCATED], 0),
+    )
+
+
+def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
+    # copies, because a view would keep the batch with all its token ids in memory
+    columns: dict[str, npt.NDArray] = {
+        f"{part}_lengths": list_lengths(batch[f"{part}_ids"])
+        for part in ("prompt", "chosen", "rejected")
+    }
+    for name, ours in (("reason", "reasons"), ("notes", "notes"), ("source", "source")):
+        columns[ours] = batch[name].to_numpy().astype(np.int64)
+    columns["position"] = batch["position"].to_numpy().copy()
+    for name in ("pair", "swapped", "prompt"):
+        columns[f"{name}_keys"] = key_column(batch[f"{name}_key"]).copy()
+    return columns

@@ -1,0 +1,142 @@
+"""The artefact of the prepare stage, as the other stages read it.
+
+    pairs/
+        train/ eval/     Arrow data sets that `datasets.load_from_disk` also opens
+        MANIFEST.json    settings, digests of the inputs, and per split the digest of its pairs
+        report.json      what was kept, dropped and noted
+
+Columns: prompt_ids, chosen_ids, rejected_ids (lists of int32), pair_key (16 bytes), source,
+origin. N pairs of a split.
+"""
+
+# pyright: basic
+# (pyarrow has no types)
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_dist.data.keys import KEY_BYTES, KEY_DTYPE, pair_key
+from dpo_dist.errors import ArtefactError
+from dpo_dist.manifest import read_manifest
+
+IntArray = npt.NDArray[np.int64]
+SPLITS = ("train", "eval")
+DATA_NAME = "data-00000-of-00001.arrow"
+
+_IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
+        ("pair_key", pa.binary(KEY_BYTES)), ("source", pa.string()), ("origin", pa.string()),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The prepared pairs of a split, memory-mapped; index is the pair's position."""
+
+    table: pa.Table
+    folder: Path
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @functools.cached_property
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """(N,) 16-byte keys; compare them as an array only."""
+        chunks = [key_column(chunk) for chunk in self.table["pair_key"].chunks]
+        return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
+
+    @functools.cached_property
+    def prompt_lengths(self) -> IntArray:
+        """(N,) tokens."""
+        return list_lengths(self.table["prompt_ids"])
+
+    @functools.cached_property
+    def chosen_lengths(self) -> IntArray:
+        """(N,) tokens."""
+        return list_lengths(self.table["chosen_ids"])
+
+    @functools.cached_property
+    def rejected_lengths(self) -> IntArray:
+        """(N,) tokens."""
+        return list_lengths(self.table["rejected_ids"])
+
+    @functools.cached_property
+    def packed_lengths(self) -> IntArray:
+        """(N,) tokens of prompt | chosen | rejected."""
+        return self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
+
+    @functools.cached_property
+    def sources(self) -> npt.NDArray[np.str_]:
+        """(N,) names of the sources."""
+        return np.array(self.table["source"].to_pylist(), dtype=np.str_)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of all keys in order: the identity of these pairs."""
+        return digest_of_keys(self.keys)
+
+    def origin(self, index: int) -> str:
+        """Where a pair came from, `file:line`."""
+        return self.table["origin"][index].as_py()
+
+    def token_ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
+        """Prompt, chosen and rejected ids; raises ArtefactError when they do not have their key."""
+        prompt, chosen, rejected = (
+            self.table[name][index].values.to_numpy()
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        if self.table["pair_key"][index].as_py() != pair_key(prompt, chosen, rejected):
+            raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
+        return prompt.tolist(), chosen.tolist(), rejected.tolist()
+
+
+def open_pairs(pairs_dir: Path, split: str) -> Pairs:
+    """Opens a split; raises ArtefactError when it is missing or damaged."""
+    expected = read_manifest(pairs_dir).details["splits"].get(split)
+    folder = pairs_dir / split
+    if expected is None:
+        raise _damaged(folder, "is not in the manifest")
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(folder / DATA_NAME))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(folder, f"is not readable ({str(error).splitlines()[0]})") from None
+    if table.schema != SCHEMA:
+        raise _damaged(folder, f"has the columns {', '.join(table.schema.names)}")
+    pairs = Pairs(table, folder)
+    if pairs.digest != expected["digest"]:
+        raise _damaged(folder, f"holds {len(pairs)} pairs that are not those of the manifest")
+    return pairs
+
+
+def digest_of_keys(keys: npt.NDArray[np.bytes_]) -> str:
+    """Hex SHA-256 of (N,) keys in order."""
+    return hashlib.sha256(keys.tobytes()).hexdigest()
+
+
+def key_column(array: pa.FixedSizeBinaryArray) -> npt.NDArray[np.bytes_]:
+    """(N,) keys of an Arrow column."""
+    rows = np.frombuffer(array.buffers()[1], dtype=KEY_DTYPE)
+    return rows[array.offset : array.offset + len(array)]
+
+
+def list_lengths(column: pa.ListArray | pa.ChunkedArray) -> IntArray:
+    """(N,) lengths of the lists of an Arrow column."""
+    return pc.call_function("list_value_length", [column]).to_numpy().astype(np.int64)
+
+
+def _damaged(folder: Path, what: str) -> ArtefactError:
+    return ArtefactError(
+        f"{folder} {what}",
+        "prepared pairs as they were written",
+        f"Delete {folder.parent} and run `dpo-dist prepare` again.",
+    )

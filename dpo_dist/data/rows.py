@@ -1,0 +1,70 @@
+"""One row of a source, and its fields read with errors that say where they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from dpo_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """Named values and where they lie, `file:line`."""
+
+    fields: Mapping[str, Any]
+    origin: str
+
+    def field(self, name: str) -> Any:
+        """A field that is there and not null; raises DataError otherwise."""
+        if name not in self.fields:
+            raise DataError(
+                f"{self.origin} has no field {name!r} (it has {', '.join(self.fields) or 'none'})",
+                f"a field {name!r} in every row",
+                "Correct or remove the row, or map the column with `columns`.",
+            )
+        value = self.fields[name]
+        if value is None:
+            raise self.unusable(f"field {name!r} is null", "text or messages")
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that is text; raises DataError otherwise."""
+        return self.checked_text(f"field {name!r}", self.field(name))
+
+    def checked_text(self, name: str, value: Any) -> str:
+        """`value` if it is text that can be encoded; raises DataError under `name` otherwise."""
+        if not isinstance(value, str):
+            raise self.unusable(f"{name} is {type_name(value)}", "a string")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a UTF-16 pair
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise self.unusable(f"{name} holds half a character ({half})", "whole ones") from None
+        return value
+
+    def unusable(self, found: str, wanted: str) -> DataError:
+        """The error of a row that has to be mended."""
+        return DataError(f"{self.origin}: {found}", wanted, "Correct or remove the row.")
+
+
+def as_object(value: Any) -> dict[str, Any] | None:
+    """The value if it is a JSON object."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The value if it is a JSON array."""
+    return cast("list[Any]", value) if isinstance(value, list) else None
+
+
+def type_name(value: Any) -> str:
+    """A reader's name of a JSON type: `a number`, `null`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    names = {"dict": "an object", "list": "a list", "str": "a string"}
+    kind = type(value).__name__
+    return names.get(kind, f"a {kind}")

@@ -1,0 +1,157 @@
+"""A micro-batch of preference pairs as one row of tokens in which every prompt occurs once.
+
+Shapes: B pairs, T packed tokens, C completion tokens (chosen and rejected of every pair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """The row `prompt | chosen | rejected` of each pair in turn, and where it is scored.
+
+    `score_positions[k]` is the place in the row whose hidden state predicts `targets[k]`, and
+    `completions[k]` the completion that token counts to: 2i for the chosen one of pair i, 2i + 1
+    for the rejected one.
+    """
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T)
+    score_positions: Tensor  # (C,)
+    targets: Tensor  # (C,)
+    completions: Tensor  # (C,), values in 0 .. 2B-1, ascending
+    prompt_lengths: tuple[int, ...]  # B of each
+    chosen_lengths: tuple[int, ...]
+    rejected_lengths: tuple[int, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens of the row."""
+        return self.input_ids.shape[1]
+
+    @property
+    def num_tokens_unshared(self) -> int:
+        """Tokens of the same pairs as two sequences each, without any padding."""
+        return self.num_tokens + sum(self.prompt_lengths)
+
+    def to(self, device: torch.device | str) -> PackedPairs:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            score_positions=self.score_positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            completions=self.completions.to(device, non_blocking=True),
+        )
+
+
+def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> PackedPairs:
+    """Pack (prompt_ids, chosen_ids, rejected_ids) of B pairs into one row.
+
+    Every token of chosen_ids and rejected_ids is scored; the last token of the prompt predicts the
+    first one of both. So a prompt needs one token at least, and so does either completion.
+
+    >>> packed = pack_pairs([([5, 6, 7], [8, 9], [4]), ([5], [9], [8, 4])])
+    >>> packed.input_ids.tolist()  # prompt | chosen | rejected, twice
+    [[5, 6, 7, 8, 9, 4, 5, 9, 8, 4]]
+    >>> packed.position_ids.tolist()  # rejected starts again behind its prompt
+    [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2]]
+    >>> packed.targets.tolist()
+    [8, 9, 4, 9, 8, 4]
+    >>> packed.score_positions.tolist()  # token 2 predicts both 8 (chosen) and 4 (rejected)
+    [2, 3, 2, 6, 6, 8]
+    >>> packed.completions.tolist()
+    [0, 0, 1, 2, 3, 3]
+    >>> packed.num_tokens, packed.num_tokens_unshared
+    (10, 14)
+    """
+    assert pairs, "wanted one pair at least, found none"
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    score_positions: list[int] = []
+    targets: list[int] = []
+    completions: list[int] = []
+    for index, (prompt, chosen, rejected) in enumerate(pairs):
+        lengths = (len(prompt), len(chosen), len(rejected))
+        assert min(lengths) > 0, f"pair {index} has an empty part: {lengths}"
+        last_of_prompt = len(input_ids) + len(prompt) - 1
+        input_ids.extend(prompt)
+        position_ids.extend(range(len(prompt)))
+        for completion, ids in ((2 * index, chosen), (2 * index + 1, rejected)):
+            start = len(input_ids)
+            input_ids.extend(ids)
+            position_ids.extend(range(len(prompt), len(prompt) + len(ids)))
+            score_positions.append(last_of_prompt)
+            score_positions.extend(range(start, start + len(ids) - 1))
+            targets.extend(ids)
+            completions.extend([completion] * len(ids))
+    packed = PackedPairs(
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        score_positions=torch.tensor(score_positions),
+        targets=torch.tensor(targets),
+        completions=torch.tensor(completions),
+        prompt_lengths=tuple(len(prompt) for prompt, _, _ in pairs),
+        chosen_lengths=tuple(len(chosen) for _, chosen, _ in pairs),
+        rejected_lengths=tuple(len(rejected) for _, _, rejected in pairs),
+    )
+    return packed.to(device)
+
+
+@dataclass(frozen=True)
+class PaddedPairs:
+    """The same pairs as 2B sequences, right-padded: row 2i is prompt + chosen of pair i."""
+
+    input_ids: Tensor  # (2B, L)
+    attention_mask: Tensor  # (2B, L), 1 on tokens, 0 on padding
+    score_positions: Tensor  # (C,), into the flattened (2B * L) positions; order of `packed.targets`
+
+
+def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:
+    """Unpack into 2B right-padded sequences for a model that must not see two in one row.
+
+    The padding comes after all that is scored, so in a causal model nothing flows back from it.
+
+    >>> padded = pad_pairs(pack_pairs([([5, 6, 7], [8, 9], [4])]))
+    >>> padded.input_ids.tolist()
+    [[5, 6, 7, 8, 9], [5, 6, 7, 4, 0]]
+    >>> padded.score_positions.tolist()
+    [2, 3, 7]
+    """
+    device = packed.input_ids.device
+    row = packed.input_ids[0]
+    sequences: list[Tensor] = []
+    starts: list[int] = []  # of the first scored position within its sequence
+    counts: list[int] = []
+    offset = 0
+    for lengths in zip(
+        packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True
+    ):
+        prompt, chosen, rejected = row[offset : offset + sum(lengths)].split(lengths)
+        sequences += [torch.cat((prompt, chosen)), torch.cat((prompt, rejected))]
+        starts += [lengths[0] - 1] * 2
+        counts += lengths[1:]
+        offset += sum(lengths)
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    width = input_ids.shape[1]
+    num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
+    score_positions = torch.cat(
+        [
+            torch.arange(index * width + start, index * width + start + count)
+            for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+        ]
+    )
+    return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device))

@@ -1,0 +1,72 @@
+"""Which checkpoints of a run stand: the newest whole one, those put aside, those pruned.
+
+Only rank 0 calls these; nothing here talks to other ranks.
+"""
+
+import logging
+from pathlib import Path
+
+from dpo_dist.engine.commit import Files, put_aside, read_committed, remove
+from dpo_dist.engine.train_state import read_train_state
+from dpo_dist.errors import CheckpointError
+from dpo_dist.run_dir import RunDir, step_of
+
+_logger = logging.getLogger(__name__)
+
+
+def newest_plausible(run: RunDir, refused: set[Path]) -> tuple[Path, Files] | None:
+    """The newest checkpoint that passes the cheap checks; moves those that do not."""
+    for step_dir in _step_dirs(run.checkpoints_dir):
+        if step_dir in refused:
+            continue
+        try:
+            files = read_committed(step_dir)
+            step = read_train_state(step_dir).step
+            if step != step_of(step_dir):
+                raise CheckpointError(f"{step_dir} holds step {step}", "the step of its name", "")
+            return step_dir, files
+        except CheckpointError as error:
+            quarantine(run, step_dir, error.found, refused)
+    return None
+
+
+def quarantine(run: RunDir, step_dir: Path, reason: str, refused: set[Path]) -> None:
+    refused.add(step_dir)
+    try:
+        moved = put_aside(step_dir, run.quarantine_dir, reason)
+        _logger.warning("checkpoint %s is not used (%s): moved to %s", step_dir, reason, moved)
+    except OSError as error:  # a read-only run folder: passing it over is enough
+        _logger.warning("checkpoint %s is not used (%s) and stays: %s", step_dir, reason, error)
+
+
+def supersede(run: RunDir, step: int) -> None:
+    """Puts aside what a run that went back to an earlier step had written further on."""
+    for step_dir in _step_dirs(run.checkpoints_dir):
+        if (step_of(step_dir) or 0) >= step:
+            reason = f"training went back and reached step {step} again"
+            moved = put_aside(step_dir, run.quarantine_dir, reason)
+            _logger.warning("checkpoint %s moved to %s: %s", step_dir, moved, reason)
+
+
+def prune(checkpoints_dir: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest whole checkpoints; damaged ones do not count."""
+    whole = []
+    for step_dir in _step_dirs(checkpoints_dir):
+        try:
+            read_committed(step_dir)
+            whole.append(step_dir)
+        except (CheckpointError, OSError) as error:
+            _logger.warning("checkpoint %s is damaged: %s", step_dir, error)
+    for step_dir in whole[keep:]:
+        try:
+            remove(step_dir)
+        except OSError as error:
+            _logger.warning("checkpoint %s could not be pruned: %s", step_dir, error)
+
+
+def _step_dirs(checkpoints_dir: Path) -> list[Path]:
+    """Everything that is named like a checkpoint, newest first."""
+    if not checkpoints_dir.is_dir():
+        return []
+    named = [(step_of(path), path) for path in checkpoints_dir.iterdir()]
+    return [path for step, path in sorted(named, key=lambda n: n[0] or 0, reverse=True) if step]

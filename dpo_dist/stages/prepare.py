@@ -1,0 +1,264 @@
+"""Preference rows to tokenised pairs: one process in charge, many that tokenise.
+
+1. Compare settings and digests with an artefact that is there: a current one is left alone.
+2. Tokenise all rows into a scratch file, keeping only lengths and keys in memory.
+3. Settle max_length, truncate, and let the gate decide row by row.
+4. Write the kept pairs, the report and the manifest; all of it appears at once.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from dpo_dist.config import RunConfig, SourceSection
+from dpo_dist.data.columns import PairColumns, collect, truncate
+from dpo_dist.data.gate import apply_gate, check_policies, choose_max_length
+from dpo_dist.data.pairs import SPLITS
+from dpo_dist.data.preview import preview_pair
+from dpo_dist.data.reasons import DROP_REASONS, KEPT
+from dpo_dist.data.report import print_report, split_report
+from dpo_dist.data.sources import Source, digest_of_source, open_sources
+from dpo_dist.data.templates import resolve_template, split_markers
+from dpo_dist.data.tokenize import PairTokenizer
+from dpo_dist.data.worker import (
+    Chunk,
+    ChunkTokenizer,
+    TokenizeJob,
+    make_chunks,
+    tokenize_chunks,
+)
+from dpo_dist.data.write_pairs import write_pairs
+from dpo_dist.logs import console, progress_bar
+from dpo_dist.manifest import (
+    Manifest,
+    atomic_dir,
+    digest_of,
+    is_current,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from dpo_dist.model_files import digest_of_tokenizer, read_model_config
+from dpo_dist.plan import base_model_dir
+from dpo_dist.run_dir import PAIRS_REPORT_NAME, RunDir
+
+_logger = logging.getLogger(__name__)
+STAGE = "prepare"
+MAX_AUTO_WORKERS = 16
+ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than the work
+
+
+def run(config: RunConfig) -> Path:
+    """Makes the pairs folder of a run unless it is current; returns it.
+
+    Raises DataError for unusable rows or settings, and ArtefactError when a folder made from
+    other settings or data stands there.
+    """
+    check_policies(config.data)
+    folder = RunDir(config.run.dir).pairs_dir
+    model_dir = base_model_dir(config)
+    template = resolve_template(config.data.chat_template)
+    settings, inputs = _identity(config, model_dir, template)
+    if is_current(folder, STAGE, settings, inputs):
+        splits = read_manifest(folder).details["splits"]
+        counts = ", ".join(f"{splits[split]['num_pairs']:,} {split}" for split in SPLITS)
+        _logger.info("prepare: current, %s pairs in %s", counts, folder)
+        return folder
+    with atomic_dir(folder) as partial:
+        scratch = partial / "scratch"
+        scratch.mkdir()
+        details = _prepare(config, model_dir, template, partial, scratch)
+        shutil.rmtree(scratch)
+        write_manifest(partial, Manifest(STAGE, settings, inputs, details))
+    _logger.info("prepare: pairs in %s", folder)
+    return folder
+
+
+def preview(config: RunConfig, num_pairs: int) -> None:
+    """Prints the first pairs of the training sources with the scored tokens marked.
+
+    Nothing is written. The pairs are shared out among the sources; `max_length: auto` needs all
+    rows, so with it they are shown untruncated.
+    """
+    output = Console(highlight=False, soft_wrap=True)
+    model_dir = base_model_dir(config)
+    template = resolve_template(config.data.chat_template)
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = open_sources(config.data.train, "train", Path(scratch))
+        job = _job(config, model_dir, template, sources)
+        chunks = ChunkTokenizer(job, job.load_tokenizer())
+        for index, source in enumerate(sources):
+            share = len(range(index, num_pairs, len(sources)))
+            if rows := min(share, len(source.positions)):
+                _preview_rows(chunks, Chunk(index, 0, rows), config.data.max_length, output)
+
+
+def _preview_rows(
+    chunks: ChunkTokenizer, chunk: Chunk, max_length: int | str, output: Console
+) -> None:
+    source = chunks.job.sources[chunk.source]
+    for row in chunks.tokenize(chunk).to_pylist():
+        origin = f"{source.name}, {source.row_format}, {source.rows.origin(row['position'])}"
+        if row["reason"] != KEPT:
+            reason = DROP_REASONS[row["reason"] - 1]
+            output.print(Text(f"{origin}\ndropped, {reason.name}: {reason.meaning}\n"))
+            continue
+        length = max_length if isinstance(max_length, int) else None
+        room = None if length is None else max(length - len(row["prompt_ids"]), 0)
+        shown = preview_pair(
+            chunks.tokenizer.tokenizer,
+            origin,
+            row["prompt_ids"],
+            row["chosen_ids"][:room],
+            row["rejected_ids"][:room],
+        )
+        output.print(shown)
+
+
+def _identity(
+    config: RunConfig, model_dir: Path, template: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and input digests that the pairs depend on; both name every difference."""
+    settings = config.data.model_dump(mode="json", exclude={"train", "eval", "num_workers"})
+    settings["model_limit"] = _model_limit(model_dir)
+    inputs = {"tokenizer": digest_of_tokenizer(model_dir)}
+    if template is not None:
+        inputs["chat_template"] = digest_of(template)
+    for split, sections in _sections(config).items():
+        # by number, so that a difference is named by its key and not as two whole lists
+        settings[split] = {
+            str(index): section.model_dump(mode="json") for index, section in enumerate(sections)
+        }
+        for index, section in enumerate(sections):
+            key = f"data.{split}.{index}"
+            inputs[key] = digest_of_source(section, key)
+    return settings, inputs
+
+
+def _sections(config: RunConfig) -> dict[str, list[SourceSection]]:
+    return {"train": config.data.train, "eval": config.data.eval}
+
+
+def _model_limit(model_dir: Path) -> int | None:
+    """The number of positions the model was made for, when its config tells."""
+    config = read_model_config(model_dir)
+    for section in (config, config.get("text_config") or {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(section.get(name), int):
+                return section[name]
+    return None
+
+
+def _prepare(
+    config: RunConfig, model_dir: Path, template: str | None, partial: Path, scratch: Path
+) -> dict[str, Any]:
+    """Writes splits and report below `partial`; returns the manifest's details."""
+    tokenized: dict[str, PairColumns] = {}
+    tokenizer: PairTokenizer | None = None
+    for split, sections in _sections(config).items():
+        if not sections:
+            continue
+        sources = open_sources(sections, split, scratch)
+        job = _job(config, model_dir, template, sources)
+        tokenizer = tokenizer or job.load_tokenizer()
+        tokenized[split] = _tokenize(job, tokenizer, split, scratch, config.data.num_workers)
+    assert tokenizer is not None, "the config has at least one training source"
+
+    max_length, reason = choose_max_length(
+        tokenized["train"], config.data.max_length, _model_limit(model_dir)
+    )
+    report: dict[str, Any] = {"max_length": max_length, "max_length_reason": reason, "splits": {}}
+    details: dict[str, Any] = {"max_length": max_length, "max_length_reason": reason, "splits": {}}
+    trained_prompts = None
+    for split in SPLITS:
+        columns = tokenized.get(split)
+        if columns is not None:
+            cut = truncate(columns, _scratch_path(scratch, split), max_length)
+            columns = apply_gate(columns, cut, config.data, split, max_length, trained_prompts)
+            report["splits"][split] = split_report(columns)
+            trained_prompts = columns.prompt_keys[columns.reasons == KEPT]
+        digest = write_pairs(partial / split, columns, _scratch_path(scratch, split))
+        num_pairs = report["splits"][split]["pairs"] if columns is not None else 0
+        details["splits"][split] = {"num_pairs": num_pairs, "digest": digest}
+    report["hints"] = _hints(config, tokenizer, tokenized)
+    write_json(partial / PAIRS_REPORT_NAME, report)
+    print_report(report, console)
+    return details
+
+
+def _job(
+    config: RunConfig, model_dir: Path, template: str | None, sources: Sequence[Source]
+) -> TokenizeJob:
+    return TokenizeJob(
+        model_dir=model_dir,
+        template=template,
+        trust_remote_code=config.model.trust_remote_code,
+        system_message=config.data.system_message,
+        sources=tuple(sources),
+    )
+
+
+def _tokenize(
+    job: TokenizeJob, tokenizer: PairTokenizer, split: str, scratch: Path, workers: int | str
+) -> PairColumns:
+    """Tokenises all rows of a split into its scratch file."""
+    chunks = make_chunks(job.sources)
+    num_rows = sum(len(source.positions) for source in job.sources)
+    num_workers = min(_num_workers(workers, num_rows), len(chunks))
+    started = time.monotonic()
+    with progress_bar("rows") as bar:
+        task = bar.add_task(f"prepare {split}", total=num_rows)
+        columns = collect(
+            tokenize_chunks(job, tokenizer, chunks, num_workers),
+            job.sources,
+            _scratch_path(scratch, split),
+            lambda rows: bar.advance(task, rows),
+        )
+    seconds = time.monotonic() - started
+    _logger.info(
+        "prepare: %s %s rows tokenised in %.1f s, %s rows/s, %d processes",
+        f"{num_rows:,}", split, seconds, f"{num_rows / seconds:,.0f}", num_workers,
+    )  # fmt: skip
+    return columns
+
+
+def _scratch_path(scratch: Path, split: str) -> Path:
+    return scratch / f"{split}.tokens.arrow"
+
+
+def _num_workers(setting: int | str, num_rows: int) -> int:
+    if setting != "auto":
+        return int(setting)
+    if num_rows < ROWS_FOR_WORKERS:
+        return 1
+    return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS)
+
+
+def _hints(
+    config: RunConfig, tokenizer: PairTokenizer, tokenized: dict[str, PairColumns]
+) -> list[str]:
+    """What is allowed, yet seldom meant."""
+    hints: list[str] = []
+    sources = [source for columns in tokenized.values() for source in columns.sources]
+    plain = sorted({source.name for source in sources if source.row_format == "standard"})
+    if plain and tokenizer.tokenizer.chat_template:
+        hints.append(
+            f"{', '.join(plain)}: format standard is plain text without the chat template, as in "
+            "TRL; for the template set format: orca and columns: {question: prompt}"
+        )
+    if plain and not tokenizer.tokenizer.eos_token:
+        hints.append(f"{', '.join(plain)}: the tokenizer has no EOS, so answers end without one")
+    if markers := split_markers(tokenizer.tokenizer, config.data.chat_template):
+        hints.append(
+            f"chat template {config.data.chat_template} writes {', '.join(markers)}, which this "
+            "tokenizer has not as one token: the model will hardly learn to stop"
+        )
+    return hints

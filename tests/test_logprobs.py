@@ -1,0 +1,187 @@
+"""Chunked log-probs: equal to plain log_softmax in value and gradient, and small in memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_dist.objective.logprobs import LOGITS_BUDGET, completion_logps
+
+C, D, V = 11, 6, 23
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"bias": True},
+    {"logit_scale": 0.25},
+    {"softcap": 1.5},
+    {"bias": True, "logit_scale": 3.0, "softcap": 2.0},
+]
+
+
+def plain_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+
+
+def inputs(dtype: torch.dtype, *, bias: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(C, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    targets = torch.randint(V, (C,), generator=generator)
+    targets[1] = targets[0]  # two positions that push the same row of the weight
+    shift = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    return hidden.to(dtype), weight.to(dtype), targets, shift
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 4, C - 1, C, C + 5, None])
+def test_value_and_gradients_equal_plain_autograd(
+    variant: dict[str, Any], chunk_size: int | None
+) -> None:
+    options = {key: value for key, value in variant.items() if key != "bias"}
+    hidden, weight, targets, bias = inputs(torch.float64, bias="bias" in variant)
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
+    grad_logps = torch.linspace(-1.0, 2.0, C, dtype=torch.float64)
+
+    ours = completion_logps(hidden, weight, targets, bias=bias, chunk_size=chunk_size, **options)
+    plain = plain_logps(hidden, weight, targets, bias=bias, **options)
+
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for our_grad, plain_grad in zip(
+        torch.autograd.grad(ours, leaves, grad_logps),
+        torch.autograd.grad(plain, leaves, grad_logps),
+        strict=True,
+    ):
+        torch.testing.assert_close(our_grad, plain_grad, rtol=1e-11, atol=1e-12)
+
+
+def test_softmax_is_float32_for_bfloat16_inputs() -> None:
+    hidden, weight, targets, _ = inputs(torch.bfloat16)
+    hidden.requires_grad_()
+    logps = completion_logps(hidden, weight, targets, chunk_size=4)
+    rounded_logits = F.linear(hidden, weight).float()
+    expected = torch.log_softmax(rounded_logits, -1).gather(1, targets[:, None]).squeeze(1)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
+    logps.sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight, targets, _ = inputs(torch.float32)
+    hidden = (hidden * 1e4).requires_grad_()
+    logps = completion_logps(hidden, weight, targets)
+    torch.testing.assert_close(logps, plain_logps(hidden, weight, targets))
+    logps.sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_frozen_weight_gets_no_gradient_and_hidden_still_does() -> None:
+    hidden, weight, targets, _ = inputs(torch.float32)
+    hidden.requires_grad_()
+    completion_logps(hidden, weight, targets).sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_weight_swapped_between_forward_and_backward_is_read_again() -> None:
+    """What ZeRO-3 does: the parameter's storage is freed and gathered into another tensor."""
+    hidden, weight, targets, _ = inputs(torch.float32)
+    parameter = torch.nn.Parameter(weight.clone())
+    hidden.requires_grad_()
+    logps = completion_logps(hidden, parameter, targets, chunk_size=4)
+    parameter.data = torch.empty(0)
+    parameter.data = weight.clone()
+    logps.sum().backward()
+    expected = torch.autograd.grad(plain_logps(hidden, parameter, targets).sum(), parameter)[0]
+    torch.testing.assert_close(parameter.grad, expected)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation makes, while it is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        before = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in before:
+                self._watch(leaf.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        size, pointer = storage.nbytes(), storage.data_ptr()
+        if size == 0 or pointer in self.known:
+            return
+        self.known.add(pointer)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, pointer, size)
+
+    def _release(self, pointer: int, size: int) -> None:
+        self.known.discard(pointer)
+        self.live -= size
+
+
+def peak_bytes(logps_of: Any, *, frozen: bool) -> int:
+    """Peak of what forward + backward makes beside its inputs, for 512 positions x 4096 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 8, generator=generator).requires_grad_()
+    weight = torch.randn(4096, 8, generator=generator).requires_grad_(not frozen)
+    targets = torch.randint(4096, (512,), generator=generator)
+    with LiveBytes() as counted:
+        logps_of(hidden, weight, targets).sum().backward()
+    return counted.peak
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_peak_memory_is_one_chunk_of_logits(softcap: float | None) -> None:
+    logits_bytes = 512 * 4096 * 4
+    weight_bytes = 4096 * 8 * 4
+    chunk_bytes = logits_bytes // 16  # 32 of 512 positions at a time
+
+    def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return completion_logps(hidden, weight, targets, softcap=softcap, chunk_size=32)
+
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return plain_logps(hidden, weight, targets, softcap=softcap)
+
+    assert peak_bytes(plain, frozen=True) >= 2 * logits_bytes  # the counter sees plain autograd
+    chunk_buffers = 1 if softcap is None else 2
+    small = 64 * 1024  # vectors of C, the gradient of hidden
+    assert peak_bytes(chunked, frozen=True) <= chunk_buffers * chunk_bytes + small
+    assert peak_bytes(chunked, frozen=False) <= chunk_buffers * chunk_bytes + weight_bytes + small
+
+
+def test_default_chunk_follows_from_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the budget, half the peak: the default chunk is made from the budget and from V."""
+    assert LOGITS_BUDGET >= 2**20
+    peaks = []
+    for budget in (64 * 4096, 32 * 4096):
+        monkeypatch.setattr("dpo_dist.objective.logprobs.LOGITS_BUDGET", budget)
+        peaks.append(peak_bytes(completion_logps, frozen=True))
+    assert peaks[0] - peaks[1] == pytest.approx(32 * 4096 * 4, rel=0.05)
