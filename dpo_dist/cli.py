@@ -15,7 +15,7 @@ from dpo_dist import __version__, plan
 from dpo_dist.config import RunConfig, explain_keys, load_config, to_yaml
 from dpo_dist.errors import EXIT_RESTART, DPODistError
 from dpo_dist.local import count_workers, run_ranks
-from dpo_dist.logs import console, set_up_logging
+from dpo_dist.logs import console, hush_libraries, set_up_logging
 from dpo_dist.manifest import write_atomic
 from dpo_dist.run_dir import RunDir, rank_log_path
 from dpo_dist.status import update_status
@@ -197,6 +197,7 @@ def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
     attempt = paths.count_attempts(stage.name)
     log_dir = paths.log_dir(stage.name, attempt)
     set_up_logging(topology.rank, rank_log_path(log_dir, 0) if attempt else None)
+    hush_libraries()
     _leave(_guarded(stage, config, paths, topology.rank))
 
 

@@ -1,7 +1,9 @@
 """Log lines of a rank: the terminal for rank 0, a file for every rank; and progress bars."""
 
 import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -44,6 +46,17 @@ def set_up_logging(rank: int, log_path: Path | None) -> None:
         handler = logging.FileHandler(log_path)
         handler.setFormatter(plain)
         logger.addHandler(handler)
+
+
+def hush_libraries() -> None:
+    """Keeps other libraries' bars, banners and deprecation notes out of a run's terminal.
+
+    Their warnings and errors stay. Has to come before they are imported.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 class RateColumn(ProgressColumn):

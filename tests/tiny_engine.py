@@ -10,7 +10,6 @@ from torch import nn
 from dpo_dist.config import TrainSection
 from dpo_dist.engine import ds_config, zero
 
-NUM_STEPS = 10  # length of the learning-rate schedule
 GLOBAL_BATCH = 6  # rows a step, divisible by 1, 2 and 3 ranks
 SUB_GROUP_ELEMENTS = 60  # several sub-groups under stage 3, as in models of 10^9 parameters
 
@@ -53,15 +52,24 @@ def start_engine(
     stage: int, *, adapter: bool, dtype: str = "float32", universal: bool = False, width: int = 7
 ) -> Any:
     """A fresh engine; the same weights on every call."""
+    import deepspeed
+
     torch.manual_seed(0)
-    policy = TinyPolicy(adapter, width).to(getattr(torch, dtype))
-    train = TrainSection(
-        learning_rate=1e-2, warmup_ratio=0.3, weight_decay=0.1, deepspeed=f"zero{stage}"
-    )  # pyright: ignore[reportCallIssue]
+    scorer = Scorer(TinyPolicy(adapter, width)).to(getattr(torch, dtype))
+    train = TrainSection(deepspeed=f"zero{stage}")  # pyright: ignore[reportCallIssue]
     config = ds_config.training_config(train, dtype, dist.get_world_size(), universal=universal)
     if stage == 3:
         config["zero_optimization"] |= {"sub_group_size": SUB_GROUP_ELEMENTS * width // 7}
-    return zero.start_training(Scorer(policy), config, train, NUM_STEPS)
+    trainable = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    # Not zero.start_training, whose schedules cost every rank of every test seconds of imports.
+    engine, *_ = deepspeed.initialize(
+        model=scorer,
+        optimizer=torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8),
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
 
 
 def train_step(engine: Any, step: int) -> float:

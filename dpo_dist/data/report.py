@@ -93,7 +93,7 @@ def _percentiles(lengths: IntArray) -> dict[str, int]:
 def _source_table(splits: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="pairs by source", title_justify="left")
     for name in ("split", "source", "format"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("rows", "pairs"):
         table.add_column(name, justify="right")
     table.add_column("dropped")

@@ -57,6 +57,8 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.system_message = system_message
         self._bos_ids = _leading_special_ids(tokenizer)
+        first = tokenizer.tokenize("x")[0]
+        self._prepends_space = first.startswith("\u2581")  # the SentencePiece sign of a space
         special = sorted({*map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
@@ -109,12 +111,11 @@ class PairTokenizer:
 
     def _continuation_ids(self, text: str) -> Ids:
         """Ids of a text that continues another, also with tokenizers that prepend a space."""
-        anchor_ids, anchored_ids, ids = self._ids(["\n", "\n" + text, text])
-        pieces = self.tokenizer.convert_ids_to_tokens(self._ids(["x"])[0])
-        prepends = str(pieces[0]).startswith("\u2581")
-        if prepends and anchored_ids[: len(anchor_ids)] == anchor_ids:
-            return anchored_ids[len(anchor_ids) :]
-        return ids
+        if not self._prepends_space:
+            return self._ids([text])[0]
+        anchor_ids, ids = self._ids(["\n", "\n" + text])
+        assert ids[: len(anchor_ids)] == anchor_ids, "a line break is a token of its own"
+        return ids[len(anchor_ids) :]
 
     def _writes_bos(self, prompt: str) -> bool:
         bos = self.tokenizer.bos_token

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -42,12 +43,13 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
     import deepspeed
 
     os.environ.update(topology.environment())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=TIMEOUT,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # says that its extension was built
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=TIMEOUT,
+        )
     try:
         yield device
     finally:

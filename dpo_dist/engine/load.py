@@ -32,7 +32,9 @@ def load_model(
     and leave random numbers in its place.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     weight_files(model_dir, section.allow_pickle_weights)
     with _partitioned_loading(zero3):
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -37,7 +37,7 @@ def build_policy(
     if train.gradient_checkpointing:
         # ZeRO-3 with adapters gathers a recomputed layer only under the reentrant kind, which
         # in turn needs an input with a gradient when the embeddings are frozen.
-        policy.gradient_checkpointing_enable({"use_reentrant": True})
+        policy.activation_checkpointing_enable({"use_reentrant": True})
         policy.enable_input_require_grads()
     trainable, total = num_parameters(policy)
     _logger.info(

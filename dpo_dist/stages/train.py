@@ -36,7 +36,7 @@ from dpo_dist.engine.scoring import score, score_on_all_ranks
 from dpo_dist.errors import DPODistError, GateError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import digest_of
-from dpo_dist.metrics import MetricsWriter
+from dpo_dist.metrics import Kind, MetricsWriter
 from dpo_dist.model_files import digest_of_weights
 from dpo_dist.objective.losses import LOSSES, PairLogps
 from dpo_dist.objective.rewards import METRIC_NAMES, metric_means, metric_sums
@@ -292,12 +292,12 @@ def _report(
     writer: MetricsWriter | None,
     step: int,
     metrics: dict[str, float],
-    kind: str = "train",
+    kind: Kind = "train",
 ) -> None:
     """On rank 0 writes metrics to the files, to status.json, and as one line to the log."""
     if writer is None:
         return
-    writer.write(step, metrics, kind=kind)  # pyright: ignore[reportArgumentType]
+    writer.write(step, metrics, kind)
     _logger.info(
         "step %d/%d %s: loss %.4f, margin %.3f, accuracy %.3f%s",
         step, job.num_steps, kind, metrics["loss"], metrics["rewards/margins"],
@@ -305,4 +305,5 @@ def _report(
         f", {metrics['pairs_per_second']:.1f} pairs/s" if kind == "train" else "",
     )  # fmt: skip
     if kind == "train":
-        update_status(job.paths.status_path, step=step, num_steps=job.num_steps, **metrics)
+        progress = {"step": step, "num_steps": job.num_steps}
+        update_status(job.paths.status_path, train=progress | metrics)

@@ -1,0 +1,326 @@
+"""Writes what was trained as Hugging Face weights, one parameter in memory at a time.
+
+1. `full_changes` or `adapter_changes` say which weights of the base model training changed, and
+   how; both compare names and shapes of the checkpoint with the model and leave nothing over.
+2. `plan_model` lays the output out: the tensors of the base folder, in their order and under their
+   names, and one more where training took tied weights apart.
+3. `write_model` streams: a tensor that nothing changed from the base files, another from the
+   checkpoint or from both, cast once at the end.
+
+`write_adapter` writes the adapter alone, as peft names it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dpo_dist.engine.adapters import ADAPTER_NAME
+from dpo_dist.engine.base_weights import BaseWeights, Tensors, WeightGroup
+from dpo_dist.engine.merge import merge_expert_lora_, merge_lora_
+from dpo_dist.engine.safetensors_stream import ShardedModel, TensorFile, TensorSpec, read_tensor
+from dpo_dist.errors import CheckpointError, ConfigError
+
+POLICY = "policy."  # the model's name inside the module that is trained
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_PEFT = "base_model.model."  # the base model's name inside peft's
+Advance = Callable[[int], None]  # told the bytes of every tensor written
+
+
+class TrainedWeights(Protocol):
+    """A checkpoint's trainable parameters by name; `read` gives float32."""
+
+    @property
+    def names_and_shapes(self) -> Mapping[str, Sequence[int]]: ...
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A parameter trained in full, and its name in the checkpoint."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A parameter with a low-rank adapter: names in the checkpoint and how it applies."""
+
+    lora_a: str
+    lora_b: str
+    magnitude: str | None
+    scaling: float
+    transposed: bool
+    stacked: bool
+
+
+Changes = Mapping[str, Replaced | Adapted]  # by name in the module
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The tensors of an exported model, known before any of them is read."""
+
+    base: BaseWeights
+    changes: Changes
+    specs: Mapping[str, TensorSpec]
+    untied: Mapping[str, str]  # tensor that the base does not have -> its parameter
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+
+def full_changes(base: BaseWeights, trained: TrainedWeights) -> Changes:
+    """After full training: every parameter comes from the checkpoint.
+
+    Tied parameters are in it under one of their names. Raises CheckpointError when a parameter
+    is missing, has another shape, or is none of this model.
+    """
+    changes: dict[str, Replaced | Adapted] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, parameter in base.skeleton.named_parameters(remove_duplicate=False):
+        names = [POLICY + n for n in (name, *base.tied_to(name))]
+        source = next((n for n in names if n in trained.names_and_shapes), names[0])
+        changes[name] = Replaced(source)
+        wanted[source] = tuple(parameter.shape)
+    _check_names(trained, wanted)
+    return changes
+
+
+def adapter_changes(base: BaseWeights, policy: Any, trained: TrainedWeights) -> Changes:
+    """After LoRA: which weights of the base have an adapter, and which were trained in full.
+
+    `policy` is peft's model on the meta device, made from the settings of the run. Raises
+    CheckpointError when its parameters are not those of the checkpoint, ConfigError when an
+    adapter sits on a kind of layer that this cannot merge.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    check_adapter(policy, trained)
+    known = base.skeleton.state_dict()
+    changes: dict[str, Replaced | Adapted] = {}
+    for path, module in policy.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER_NAME in module.scaling:
+            parameter = _adapted_parameter(path, module)
+            changes[parameter] = _adapted(path, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            saved = module.modules_to_save[ADAPTER_NAME]
+            for name, _ in saved.named_parameters():
+                source = f"{POLICY}{path}.modules_to_save.{ADAPTER_NAME}.{name}"
+                changes[f"{path.removeprefix(_PEFT)}.{name}"] = Replaced(source)
+    unknown = sorted(set(changes) - set(known))
+    assert not unknown, f"the base model has no {unknown}"
+    return changes
+
+
+def check_adapter(policy: Any, trained: TrainedWeights) -> None:
+    """Raises CheckpointError unless the checkpoint holds exactly the adapter of these settings."""
+    wanted = {
+        POLICY + name: tuple(parameter.shape)
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad
+    }
+    _check_names(trained, wanted)
+
+
+def write_adapter(
+    policy: Any, trained: TrainedWeights, folder: Path, dtype: torch.dtype, advance: Advance
+) -> None:
+    """Writes adapter_model.safetensors under the names that peft saves and loads."""
+    from peft import get_peft_model_state_dict
+
+    sources = {_name_in_adapter(name): name for name in trained.names_and_shapes}
+    # peft would look the base model up on the hub to see whether the vocabulary grew
+    wanted = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    assert set(wanted) == set(sources), sorted(set(wanted) ^ set(sources))[:3]
+    specs = {
+        name: TensorSpec(dtype, tuple(trained.names_and_shapes[source]))
+        for name, source in sources.items()
+    }
+    file = TensorFile(folder / ADAPTER_WEIGHTS_NAME, specs)
+    for name, source in sources.items():
+        file.write(name, _finite(trained.read(source).to(dtype), source))
+        advance(specs[name].num_bytes)
+    file.finish()
+
+
+def plan_model(base: BaseWeights, changes: Changes, dtype: torch.dtype) -> ModelPlan:
+    """Lays out the exported model: names and shapes of the base, floating tensors as `dtype`.
+
+    What the base keeps in a wider type than the rest (a router's bias, say) stays in that type.
+    """
+    specs = {
+        name: TensorSpec(_export_dtype(base, place.spec.dtype, dtype), place.spec.shape)
+        for name, place in base.places.items()
+    }
+    untied = {}
+    for names in base.ties:
+        if len({changes.get(name) for name in names}) == 1:
+            continue
+        for parameter in names:
+            if not any(parameter in group.parameters for group in base.groups):
+                tensor = base.file_name_of(parameter)
+                assert tensor not in specs, f"{tensor} is in the base folder"
+                shape = tuple(base.skeleton.get_parameter(parameter).shape)
+                specs[tensor] = TensorSpec(dtype, shape)
+                untied[tensor] = parameter
+    return ModelPlan(base, changes, specs, untied)
+
+
+def write_model(
+    plan: ModelPlan, trained: TrainedWeights, folder: Path, max_shard_bytes: int, advance: Advance
+) -> None:
+    """Writes the weights of the whole model; raises CheckpointError when one is not finite."""
+    model = ShardedModel(folder, plan.specs, max_shard_bytes)
+    for name, tensor in _tensors(plan, trained):
+        model.write(name, tensor)
+        advance(plan.specs[name].num_bytes)
+        del tensor  # before the generator reads the next one
+    model.finish()
+
+
+def _tensors(plan: ModelPlan, trained: TrainedWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the output once, in its final type."""
+    base = plan.base
+    for group in base.groups:
+        if not any(name in plan.changes for name in group.parameters):
+            yield from _copies(plan, group.tensors)
+            continue
+        values = base.to_tensors(group, _changed(plan, group, group.parameters, trained))
+        for name in list(values):
+            yield name, _finite(values.pop(name).to(plan.specs[name].dtype), name)
+    yield from _copies(plan, base.unread)
+    for name, parameter in plan.untied.items():
+        group = base.group_of(parameter)
+        assert group is not None, f"{parameter} is tied to nothing in the base folder"
+        value = _changed(plan, group, (parameter,), trained).pop(parameter)
+        yield name, _finite(value.to(plan.specs[name].dtype), name)
+
+
+def _copies(plan: ModelPlan, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        yield name, read_tensor(plan.base.places[name]).to(plan.specs[name].dtype)
+
+
+def _changed(
+    plan: ModelPlan, group: WeightGroup, parameters: Sequence[str], trained: TrainedWeights
+) -> Tensors:
+    """Trained values of parameters in float32; `group` holds their base values.
+
+    A parameter that is not in its group shares the base value of one that is.
+    """
+    stored: Tensors = {}
+    if not all(isinstance(plan.changes.get(name), Replaced) for name in parameters):
+        stored = plan.base.read_parameters(group)
+    values: Tensors = {}
+    for name in parameters:
+        change = plan.changes.get(name)
+        if isinstance(change, Replaced):
+            values[name] = trained.read(change.source)
+            continue
+        own = next(n for n in (name, *plan.base.tied_to(name)) if n in stored)
+        values[name] = stored.pop(own)
+        if change is not None:
+            _merge_(values[name], change, trained)
+    return values
+
+
+def _merge_(weight: torch.Tensor, change: Adapted, trained: TrainedWeights) -> None:
+    lora_a, lora_b = trained.read(change.lora_a), trained.read(change.lora_b)
+    if change.stacked:
+        merge_expert_lora_(weight, lora_a, lora_b, change.scaling, transposed=change.transposed)
+        return
+    magnitude = trained.read(change.magnitude) if change.magnitude else None
+    merge_lora_(
+        weight, lora_a, lora_b, change.scaling, transposed=change.transposed, magnitude=magnitude
+    )
+
+
+def _export_dtype(base: BaseWeights, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    if not stored.is_floating_point:
+        return stored
+    wider = stored.itemsize > max(base.main_dtype.itemsize, dtype.itemsize)
+    return stored if wider else dtype
+
+
+def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor itself; aminmax, unlike isfinite, needs no memory of the tensor's size."""
+    if tensor.numel() and tensor.is_floating_point():
+        low, high = torch.aminmax(tensor)
+        if not (low.isfinite() and high.isfinite()):
+            raise CheckpointError(
+                f"{name} is not finite as {str(tensor.dtype).removeprefix('torch.')}",
+                "finite weights",
+                "Training diverged: move this checkpoint away to export the one before it, and "
+                "train again with a lower train.learning_rate.",
+            )
+    return tensor
+
+
+def _check_names(trained: TrainedWeights, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError naming the first difference and how many there are."""
+    found = {name: tuple(shape) for name, shape in trained.names_and_shapes.items()}
+    wrong = [f"no {name}" for name in wanted if name not in found]
+    wrong += [f"{name}, which the model has not" for name in found if name not in wanted]
+    wrong += [
+        f"{name} of shape {found[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint holds {wrong[0]} ({len(wrong)} such of {len(wanted)} parameters)",
+            "the parameters that model.path and the adapter section describe",
+            "Export with the settings the run was trained with.",
+        )
+
+
+def _adapted_parameter(path: str, module: Any) -> str:
+    """Name in the base model of the weight that a peft layer adapts.
+
+    Wrappers of single parameters lie in one another (`experts`, `experts.base_layer`).
+    """
+    own = ".".join(part for part in path.removeprefix(_PEFT).split(".") if part != "base_layer")
+    return f"{own}.{getattr(module, 'parameter_name', 'weight')}"
+
+
+def _adapted(path: str, module: Any) -> Adapted:
+    from peft.tuners.lora import Embedding, Linear
+    from peft.tuners.lora.layer import ParamWrapper
+
+    kind = "lora_embedding_{}.{}" if isinstance(module, Embedding) else "lora_{}.{}.weight"
+    lora_a, lora_b = (f"{POLICY}{path}.{kind.format(side, ADAPTER_NAME)}" for side in "AB")
+    magnitude = None
+    if module.use_dora.get(ADAPTER_NAME):
+        magnitude = f"{POLICY}{path}.lora_magnitude_vector.{ADAPTER_NAME}.weight"
+    stacked = False
+    if isinstance(module, ParamWrapper):
+        stacked = module.get_param().dim() == 3
+        transposed = stacked and getattr(module.get_base_layer(), "is_transposed", False)
+    elif isinstance(module, Embedding):
+        transposed = True
+    elif isinstance(module, Linear):
+        transposed = module.fan_in_fan_out
+    else:
+        raise ConfigError(
+            f"the adapter on {path} is of kind {type(module).__name__}",
+            "adapters on linear layers, embeddings and stacked experts",
+            "Set export.merge=false, or leave it out of adapter.target_modules.",
+        )
+    return Adapted(
+        lora_a, lora_b, magnitude, module.scaling[ADAPTER_NAME], bool(transposed), stacked
+    )
+
+
+def _name_in_adapter(source: str) -> str:
+    """How peft calls a parameter in a file: without the adapter's name."""
+    name = source.removeprefix(POLICY)
+    name = name.replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
+    name = name.replace(f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector")
+    if name.endswith(f".{ADAPTER_NAME}"):  # a parameter, not a layer: lora_embedding_A.default
+        return name.removesuffix(f".{ADAPTER_NAME}")
+    return name.replace(f".{ADAPTER_NAME}.weight", ".weight")

@@ -1,0 +1,154 @@
+"""The README.md of an exported model: data, settings, metrics and versions, with Hub metadata."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dpo_dist import __version__
+from dpo_dist.config import RunConfig
+
+Kind = Literal["adapter", "merged", "full"]
+NUM_CURVE_ROWS = 6
+CURVE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+_LOADING = {
+    "adapter": """\
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
+""",
+    "merged": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+""",
+}
+_INTRODUCTION = {
+    "adapter": "A LoRA adapter for {base}, trained with direct preference optimization (DPO).",
+    "merged": "{base} after direct preference optimization (DPO) with a LoRA adapter, merged.",
+    "full": "{base} after direct preference optimization (DPO) of all its parameters.",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run left behind that its card tells."""
+
+    step: int
+    epoch: float
+    versions: Mapping[str, str]
+    report: Mapping[str, Any]  # of the prepare stage
+    metrics: Sequence[Mapping[str, Any]]  # lines of the metrics file
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of a metrics file up to a step; none when there is no such file."""
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [line for line in lines if line["step"] <= last_step]
+
+
+def base_model_name(config: RunConfig) -> str:
+    """The hub id of the base model, or its folder's name: a card tells no paths."""
+    path = Path(config.model.path).expanduser()
+    return path.resolve().name if path.exists() else config.model.path
+
+
+def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) -> str:
+    """Markdown with YAML front matter as the Hugging Face Hub reads it."""
+    base = base_model_name(config)
+    loading = _LOADING["adapter" if kind == "adapter" else "merged"]
+    sections = [
+        f"---\n{yaml.safe_dump(_front_matter(config, kind, base), sort_keys=False)}---",
+        f"# {config.run.dir.resolve().name}",
+        _INTRODUCTION[kind].format(base=base)
+        + f" Weights are {dtype}, from step {training.step:,} ({training.epoch:.2f} epochs).",
+        f"```python\n{loading}```",
+        "## Data",
+        _data_table(training.report),
+        f"Longest pair: {training.report['max_length']} tokens.",
+        "## Settings",
+        _table(("setting", "value"), _settings(config)),
+        *_results(training.metrics),
+        "## Versions",
+        ", ".join(f"{name} {v}" for name, v in {"dpo-dist": __version__, **training.versions}.items())
+        + ".",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(config: RunConfig, kind: Kind, base: str) -> dict[str, Any]:
+    tags = ["dpo", "preference-optimization", "dpo-dist", *(["lora"] if config.adapter else [])]
+    front: dict[str, Any] = {
+        "base_model": base,
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    paths = {source.path for source in config.data.train}
+    hub_ids = sorted(path for path in paths if path.count("/") == 1 and not Path(path).exists())
+    return front | ({"datasets": hub_ids} if hub_ids else {})
+
+
+def _data_table(report: Mapping[str, Any]) -> str:
+    rows = [
+        (split, name, source["format"], f"{source['rows']:,}", f"{source['pairs']:,}", _dropped(source))
+        for split, counts in report["splits"].items()
+        for name, source in counts["sources"].items()
+    ]  # fmt: skip
+    return _table(("split", "source", "format", "rows", "pairs", "dropped"), rows)
+
+
+def _dropped(source: Mapping[str, Any]) -> str:
+    found = [f"{number:,} {reason}" for reason, number in source["dropped"].items() if number]
+    return ", ".join(found) or "-"
+
+
+def _settings(config: RunConfig) -> list[tuple[str, str]]:
+    sections = {
+        "objective": config.objective.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json", exclude_none=True),
+        "adapter": config.adapter.model_dump(mode="json") if config.adapter else {},
+        "model": {"dtype": config.model.dtype},
+        "run": {"seed": config.run.seed},
+    }
+    return [
+        (f"{section}.{key}", _plain(value))
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
+
+
+def _results(metrics: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """A few points of the training curve and the last evaluation."""
+    curve = [line for line in metrics if "loss" in line]
+    if curve:
+        last = len(curve) - 1
+        picked = sorted({round(i * last / (NUM_CURVE_ROWS - 1)) for i in range(NUM_CURVE_ROWS)})
+        rows = [(f"{curve[i]['step']}", *(_plain(curve[i].get(n)) for n in CURVE)) for i in picked]
+        yield "## Training"
+        yield _table(("step", *CURVE), rows)
+    held_out = [line for line in metrics if "eval_loss" in line]
+    if held_out:
+        names = [name for name in held_out[-1] if name.startswith("eval_")]
+        yield f"## Held-out pairs at step {held_out[-1]['step']}"
+        yield _table(
+            ("metric", "value"),
+            [(name.removeprefix("eval_"), _plain(held_out[-1][name])) for name in names],
+        )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,0 +1,233 @@
+"""The stages end to end on real ranks: numbers do not depend on ranks, packing or interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import ROOT, wait_until
+from tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, metrics_of, succeed, write_rows
+
+from dpo_dist.engine.shards import open_checkpoint
+
+LAST_STEP = 10
+LORA = "adapter.rank=4"
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose pairs and reference are there, and which is trained on two ranks."""
+    path = make_run(tmp_path_factory.mktemp("pipeline"))
+    succeed("prepare", path)
+    succeed("reference", path)
+    succeed("train", path)
+    return path
+
+
+def out_of(run_yaml: Path) -> Path:
+    return run_yaml.parent / "out"
+
+
+def fresh_copy(run_yaml: Path, name: str) -> Path:
+    """A run folder with the same pairs and reference, and nothing trained."""
+    target = run_yaml.parent / name
+    for part in ("pairs", "reference"):
+        shutil.copytree(out_of(run_yaml) / part, target / part)
+    return target
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    reader = open_checkpoint(run_dir / "checkpoints" / f"step-{LAST_STEP:06d}")
+    return {name: reader.read(name) for name in reader.names_and_shapes}
+
+
+def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    a, b = metrics_of(one), metrics_of(other)
+    assert len(a) == len(b) == LAST_STEP + 2  # and two evaluations
+    for left, right in zip(a, b, strict=True):
+        assert left == pytest.approx(right, abs=tolerance, rel=tolerance)
+
+
+def test_the_run_learns_and_reports(run_yaml: Path) -> None:
+    lines = metrics_of(out_of(run_yaml))
+    train = [line for line in lines if "loss" in line]
+    assert train[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert train[-1]["rewards/margins"] > 1.0
+    assert [line["consumed_pairs"] for line in train] == [8 * s for s in range(1, LAST_STEP + 1)]
+    wanted = {
+        "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected",
+        "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+        "tokens_saved_by_sharing", "epoch", "consumed_pairs", "step",
+    }  # fmt: skip
+    assert wanted <= set(train[0])
+    held_out = [line["step"] for line in lines if "eval_rewards/margins" in line]
+    assert held_out == [5, 10]
+    status = json.loads((out_of(run_yaml) / "status.json").read_text())
+    assert status["state"] == "finished" and status["train"]["step"] == LAST_STEP
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["local.workers=1"],
+        ["local.workers=3", "train.deepspeed=zero2"],
+        ["train.micro_batch_tokens=100", "train.gradient_checkpointing=true"],
+    ],
+    ids=["1-rank", "3-ranks-zero2", "other-packing"],
+)
+def test_numbers_do_not_depend_on_ranks_packing_or_sharding(
+    run_yaml: Path, overrides: list[str]
+) -> None:
+    other = fresh_copy(run_yaml, "-".join(overrides).replace("=", "."))
+    succeed("train", run_yaml, f"run.dir={other}", *overrides)
+    assert_same_curve(out_of(run_yaml), other)
+
+
+def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "killed")
+    command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
+    training = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_until(lambda: "step 6/" in log_of(other), timeout_s=120)
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait(30)
+    assert not (other / "checkpoints" / f"step-{LAST_STEP:06d}").exists()
+    succeed("train", run_yaml, f"run.dir={other}")
+    assert metrics_of(other) == metrics_of(out_of(run_yaml))
+    unbroken, resumed = final_weights(out_of(run_yaml)), final_weights(other)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "stopped")
+    command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
+    training = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: "step 2/" in log_of(other), timeout_s=120)
+    training.send_signal(signal.SIGUSR2)
+    assert training.wait(60) == 75
+    status = json.loads((other / "status.json").read_text())
+    assert status["state"] == "stopped"
+    succeed("train", run_yaml, f"run.dir={other}", "local.workers=3")
+    assert_same_curve(out_of(run_yaml), other)
+
+
+def log_of(run_dir: Path) -> str:
+    path = run_dir / "logs" / "train-01" / "rank0000.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:
+    checkpoints = sorted((out_of(run_yaml) / "checkpoints").iterdir())
+    done = succeed("train", run_yaml)
+    assert "finished" in done.stderr
+    assert sorted((out_of(run_yaml) / "checkpoints").iterdir()) == checkpoints
+
+
+def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "lora")
+    arguments = [run_yaml, f"run.dir={other}", LORA]
+    succeed("run", *arguments)
+    assert json.loads((other / "verify.json").read_text())["passed"] is True
+    evaluation = json.loads(succeed("evaluate", *arguments, "--json").stdout)
+    last = metrics_of(other)[-1]
+    assert evaluation["num_pairs"] == NUM_EVAL
+    for name in ("rewards/accuracies", "rewards/margins"):
+        assert evaluation["after"][name] == pytest.approx(last[f"eval_{name}"], abs=2e-2)
+    assert evaluation["before"]["rewards/margins"] == 0.0
+    generated = json.loads(succeed("generate", *arguments, "--json").stdout)["answers"]
+    assert len(generated) == 3 and {"prompt", "before", "after"} == set(generated[0])
+
+
+def test_full_is_exported_and_verified(run_yaml: Path) -> None:
+    succeed("export", run_yaml)
+    succeed("verify", run_yaml)
+    assert json.loads((out_of(run_yaml) / "verify.json").read_text())["passed"] is True
+
+
+def test_reference_status_and_growing_data(run_yaml: Path) -> None:
+    report = json.loads(succeed("reference", run_yaml, "--status").stdout)
+    splits = report["layouts"]["packed"]["splits"]
+    assert splits["train"] == {"present": NUM_TRAIN, "missing": 0, "total": NUM_TRAIN}
+    assert report["layouts"]["padded"]["splits"]["eval"]["missing"] == NUM_EVAL
+    grown = run_yaml.parent / "grown.jsonl"
+    grown.write_text((run_yaml.parent / "train.jsonl").read_text())
+    write_rows(run_yaml.parent / "more.jsonl", "more", 4)
+    with grown.open("a") as stream:
+        stream.write((run_yaml.parent / "more.jsonl").read_text())
+    shared = [
+        f"run.dir={run_yaml.parent / 'grown'}", f"data.train.0.path={grown}",
+        f"reference.store_dir={out_of(run_yaml) / 'reference'}",
+    ]  # fmt: skip
+    succeed("prepare", run_yaml, *shared)
+    assert "4 of 54 pairs to score" in succeed("reference", run_yaml, *shared).stderr
+
+
+def error_of(*arguments: str | Path) -> str:
+    done = dpo_dist(*arguments)
+    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_reference_that_is_not_the_start_stops_at_the_gate(run_yaml: Path) -> None:
+    from tiny_models import tiny_model
+
+    folder = run_yaml.parent / "other_model"
+    shutil.copytree(run_yaml.parent / "model", folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tiny_model("llama", seed=1, vocab_size=vocab_size).save_pretrained(folder)
+    other = fresh_copy(run_yaml, "gate")
+    arguments = [run_yaml, f"run.dir={other}", f"reference.model={folder}"]
+    succeed("reference", *arguments)
+    message = error_of("train", *arguments)
+    assert "step-0 gate: pair " in message
+    assert "wanted the same within 1e-03. Check that reference.model is what training" in message
+    assert not (other / "checkpoints").exists()
+
+
+def test_resume_with_other_settings_is_refused(run_yaml: Path) -> None:
+    message = error_of("train", run_yaml, "objective.beta=0.1", "train.num_epochs=3")
+    assert 'objective.beta: "0.5" -> "0.1"' in message
+    assert 'train.num_epochs: "2.0" -> "3.0"' in message
+
+
+def test_a_mistyped_resume_path_is_an_error(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "mistyped")
+    message = error_of("train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
+    assert "no/such" in message
+
+
+def test_missing_reference_rows_are_named(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "no-reference")
+    shutil.rmtree(other / "reference")
+    message = error_of("train", run_yaml, f"run.dir={other}")
+    assert f"{NUM_TRAIN} of {NUM_TRAIN}" in message and "dpo-dist reference" in message
+
+
+def test_stale_pairs_are_refused(run_yaml: Path) -> None:
+    message = error_of("prepare", run_yaml, "data.max_length=32")
+    assert "max_length: 64 -> 32" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.global_batch_size=41",
+            "40 pairs; wanted at least one global batch of 41 pairs. Set train.global_batch_size "
+            "to 40 or less, or add pairs.",
+        ),
+        ("train.micro_batch_tokens=20", "wanted at most micro_batch_tokens = 20"),
+    ],
+)
+def test_impossible_batches_stop_before_a_model_is_loaded(
+    run_yaml: Path, override: str, message: str
+) -> None:
+    other = fresh_copy(run_yaml, override)
+    assert message in error_of("train", run_yaml, f"run.dir={other}", override)

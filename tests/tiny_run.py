@@ -1,0 +1,113 @@
+"""A whole tiny run: random model, tiny tokenizer, seeded preference rows, and its run.yaml."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ranks import ROOT
+from tiny_models import tiny_model
+from tiny_tokenizer import make_tokenizer
+
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "tree",
+    "river",
+    "cold",
+    "warm",
+    "fast",
+]
+NUM_TRAIN, NUM_EVAL = 40, 10
+SETTINGS: dict[str, Any] = {
+    "model": {"dtype": "float32"},
+    "objective": {"beta": 0.5},
+    "train": {
+        "global_batch_size": 8,
+        "micro_batch_tokens": 256,
+        "learning_rate": 1e-3,
+        "num_epochs": 2,
+        "gradient_checkpointing": False,
+    },
+    "checkpoint": {"every_steps": 4},
+    "eval": {"every_steps": 5},
+    "logging": {"tensorboard": False},
+    "local": {"workers": 2},
+    "data": {"max_length": 64, "num_workers": 1},
+}
+
+
+def make_run(folder: Path, family: str = "llama") -> Path:
+    """Writes model/, train.jsonl, eval.jsonl and run.yaml (run.dir `out`); returns run.yaml."""
+    from transformers import AutoTokenizer
+
+    model_dir = make_tokenizer(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(model_dir)
+    for split, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
+        write_rows(folder / f"{split}.jsonl", split, count)
+    config = SETTINGS | {
+        "run": {"dir": str(folder / "out")},
+        "model": SETTINGS["model"] | {"path": str(model_dir)},
+        "data": SETTINGS["data"]
+        | {split: [{"path": str(folder / f"{split}.jsonl")}] for split in ("train", "eval")},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def write_rows(path: Path, prefix: str, count: int, seed: int = 0) -> None:
+    """Conversational pairs of random words; prompts are distinct for every prefix."""
+    chance = random.Random(f"{prefix}{seed}")
+
+    def words(low: int, high: int) -> str:
+        return " ".join(chance.choice(WORDS) for _ in range(chance.randint(low, high)))
+
+    with path.open("w") as stream:
+        for number in range(count):
+            row = {
+                "prompt": [{"role": "user", "content": f"{prefix} {number} {words(2, 8)}"}],
+                "chosen": [{"role": "assistant", "content": words(2, 9)}],
+                "rejected": [{"role": "assistant", "content": words(2, 9)}],
+            }
+            stream.write(json.dumps(row) + "\n")
+
+
+def dpo_dist(*arguments: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own; its ranks die with it."""
+    return subprocess.run(
+        [sys.executable, "-m", "dpo_dist", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "1000", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def succeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `dpo_dist`; fails with its output when the command does."""
+    done = dpo_dist(*arguments)
+    assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock and on the layout."""
+    clock = {"time", "pairs_per_second", "tokens_per_second"}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
