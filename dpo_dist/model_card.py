@@ -63,6 +63,7 @@ def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) ->
     """Markdown with YAML front matter as the Hugging Face Hub reads it."""
     base = base_model_name(config)
     loading = _LOADING["adapter" if kind == "adapter" else "merged"]
+    versions = {"dpo-dist": __version__, **training.versions}
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(config, kind, base), sort_keys=False)}---",
         f"# {config.run.dir.resolve().name}",
@@ -76,8 +77,7 @@ def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) ->
         _table(("setting", "value"), _settings(config)),
         *_results(training.metrics),
         "## Versions",
-        ", ".join(f"{name} {v}" for name, v in {"dpo-dist": __version__, **training.versions}.items())
-        + ".",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -96,11 +96,11 @@ def _front_matter(config: RunConfig, kind: Kind, base: str) -> dict[str, Any]:
 
 
 def _data_table(report: Mapping[str, Any]) -> str:
-    rows = [
-        (split, name, source["format"], f"{source['rows']:,}", f"{source['pairs']:,}", _dropped(source))
-        for split, counts in report["splits"].items()
-        for name, source in counts["sources"].items()
-    ]  # fmt: skip
+    rows = []
+    for split, counts in report["splits"].items():
+        for name, source in counts["sources"].items():
+            numbers = (f"{source['rows']:,}", f"{source['pairs']:,}", _dropped(source))
+            rows.append((split, name, source["format"], *numbers))
     return _table(("split", "source", "format", "rows", "pairs", "dropped"), rows)
 
 

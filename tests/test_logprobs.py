@@ -38,7 +38,9 @@ def plain_logps(
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
 
 
-def inputs(dtype: torch.dtype, *, bias: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def inputs(
+    dtype: torch.dtype, *, bias: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(C, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
@@ -119,9 +121,7 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak = 0, 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {
             leaf.untyped_storage().data_ptr()
             for leaf in torch.utils._pytree.tree_leaves((args, kwargs))

@@ -68,9 +68,7 @@ def test_padding_gives_the_plain_sequences_back() -> None:
     packed = pack_pairs(pairs)
     padded = pad_pairs(packed, pad_id=1)
     sequences = [[*prompt, *ids] for prompt, *both in pairs for ids in both]
-    for row, mask, sequence in zip(
-        padded.input_ids, padded.attention_mask, sequences, strict=True
-    ):
+    for row, mask, sequence in zip(padded.input_ids, padded.attention_mask, sequences, strict=True):
         assert row[: len(sequence)].tolist() == sequence
         assert row[len(sequence) :].eq(1).all()
         assert mask.tolist() == [1] * len(sequence) + [0] * (len(row) - len(sequence))

@@ -50,6 +50,10 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     a, b = metrics_of(one), metrics_of(other)
     assert len(a) == len(b) == LAST_STEP + 2  # and two evaluations
     for left, right in zip(a, b, strict=True):
+        if abs(left.get("rewards/margins", 1.0)) < 1e-4:  # ties before the first update
+            left, right = (
+                {k: v for k, v in m.items() if k != "rewards/accuracies"} for m in (left, right)
+            )
         assert left == pytest.approx(right, abs=tolerance, rel=tolerance)
 
 

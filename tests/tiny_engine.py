@@ -11,16 +11,16 @@ from dpo_dist.config import TrainSection
 from dpo_dist.engine import ds_config, zero
 
 GLOBAL_BATCH = 6  # rows a step, divisible by 1, 2 and 3 ranks
-SUB_GROUP_ELEMENTS = 60  # several sub-groups under stage 3, as in models of 10^9 parameters
+SUB_GROUP_ELEMENTS = 20  # of a rank: several sub-groups, as in models of 10^9 parameters
 
 
 class TinyPolicy(nn.Module):
     """A tied embedding, odd shapes, a buffer; with `adapter` only two small matrices train."""
 
-    def __init__(self, adapter: bool, width: int = 7) -> None:
+    def __init__(self, adapter: bool, width: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(13, width)
-        self.middle = nn.Linear(width, width)
+        self.middle = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
         self.scale = nn.Parameter(torch.ones(width))
         self.head = nn.Linear(width, 13, bias=False)
         self.head.weight = self.embed.weight
@@ -49,13 +49,19 @@ class Scorer(nn.Module):
 
 
 def start_engine(
-    stage: int, *, adapter: bool, dtype: str = "float32", universal: bool = False, width: int = 7
+    stage: int,
+    *,
+    adapter: bool,
+    dtype: str = "float32",
+    universal: bool = False,
+    width: int = 7,
+    depth: int = 1,
 ) -> Any:
     """A fresh engine; the same weights on every call."""
     import deepspeed
 
     torch.manual_seed(0)
-    scorer = Scorer(TinyPolicy(adapter, width)).to(getattr(torch, dtype))
+    scorer = Scorer(TinyPolicy(adapter, width, depth)).to(getattr(torch, dtype))
     train = TrainSection(deepspeed=f"zero{stage}")  # pyright: ignore[reportCallIssue]
     config = ds_config.training_config(train, dtype, dist.get_world_size(), universal=universal)
     if stage == 3:

@@ -110,12 +110,11 @@ class PairTokenizer:
         return encoded["input_ids"]
 
     def _continuation_ids(self, text: str) -> Ids:
-        """Ids of a text that continues another, also with tokenizers that prepend a space."""
-        if not self._prepends_space:
-            return self._ids([text])[0]
-        anchor_ids, ids = self._ids(["\n", "\n" + text])
-        assert ids[: len(anchor_ids)] == anchor_ids, "a line break is a token of its own"
-        return ids[len(anchor_ids) :]
+        """Ids of a text that continues another, also where the tokenizer prepends a space."""
+        anchor_ids, anchored_ids, ids = self._ids(["\n", "\n" + text, text])
+        if self._prepends_space and anchored_ids[: len(anchor_ids)] == anchor_ids:
+            return anchored_ids[len(anchor_ids) :]
+        return ids
 
     def _writes_bos(self, prompt: str) -> bool:
         bos = self.tokenizer.bos_token

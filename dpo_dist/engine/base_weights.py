@@ -223,4 +223,3 @@ def _on_meta(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
 def _shown(shapes: Mapping[str, Any]) -> str:
     items = [f"{name} {shape}" for name, shape in shapes.items()]
     return ", ".join(items[:2]) + (f", ... ({len(items)} in all)" if len(items) > 2 else "")
-

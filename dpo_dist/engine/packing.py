@@ -49,11 +49,11 @@ class PackedPairs:
     def to(self, device: torch.device | str) -> PackedPairs:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            score_positions=self.score_positions.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            completions=self.completions.to(device, non_blocking=True),
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            score_positions=self.score_positions.to(device),
+            targets=self.targets.to(device),
+            completions=self.completions.to(device),
         )
 
 
@@ -116,7 +116,9 @@ class PaddedPairs:
 
     input_ids: Tensor  # (2B, L)
     attention_mask: Tensor  # (2B, L), 1 on tokens, 0 on padding
-    score_positions: Tensor  # (C,), into the flattened (2B * L) positions; order of `packed.targets`
+    score_positions: (
+        Tensor  # (C,), into the flattened (2B * L) positions; order of `packed.targets`
+    )
 
 
 def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:

@@ -75,7 +75,7 @@ def read_places(paths: Iterable[Path]) -> dict[str, Place]:
 def read_tensor(place: Place) -> torch.Tensor:
     """Reads one tensor into memory of its own."""
     raw = torch.empty(place.spec.num_bytes, dtype=torch.uint8)
-    buffer = memoryview(raw.numpy())
+    buffer = raw.numpy().data
     with place.path.open("rb", buffering=0) as stream:
         stream.seek(place.offset)
         done = 0
@@ -110,7 +110,7 @@ class TensorFile:
         assert got == spec, f"{name}: {got} instead of {spec}"
         self._missing.remove(name)
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        data = memoryview(raw.numpy())
+        data = raw.numpy().data
         with self._path.open("r+b", buffering=0) as stream:
             stream.seek(self._offsets[name])
             while len(data):
@@ -231,4 +231,3 @@ def _unusable(path: Path, found: str) -> ModelFilesError:
     return ModelFilesError(
         f"{path} {found}", "a complete safetensors file", "Download or write the file again."
     )
-

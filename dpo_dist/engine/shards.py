@@ -18,6 +18,7 @@ restricted unpickler; the data is then read with plain file reads, so it never s
 
 import contextlib
 import math
+import mmap
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,13 +87,25 @@ class ShardedCheckpoint:
         """The fp32 master weight of a parameter (stage 0: the weight itself) as float32."""
         name = self.aliases.get(name, name)
         shape = self.names_and_shapes[name]
-        weight = torch.empty(shape.numel(), dtype=torch.float32)
+        weight = _empty(shape.numel())
         start = 0
         for extent in self.extents[name]:
             extent.read_into(weight[start : start + extent.numel])
             start += extent.numel
         assert start == weight.numel(), f"{name}: {start} elements of {weight.numel()}"
         return weight.view(shape)
+
+
+def _empty(numel: int) -> torch.Tensor:
+    """A float32 vector whose memory goes back to the system with it.
+
+    The C library keeps aligned blocks that were freed and often cannot use them again, so a
+    reader of many parameters would grow.
+    """
+    if not numel:
+        return torch.empty(0)
+    block = mmap.mmap(-1, 4 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(block, dtype=torch.float32)
 
 
 @contextlib.contextmanager

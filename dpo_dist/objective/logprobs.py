@@ -138,7 +138,11 @@ def _logsumexp_(logits: Tensor) -> Tensor:
 
 
 def _grad_logits_(
-    logits: Tensor, targets: Tensor, log_normalisers: Tensor, grad_logps: Tensor, softcap: float | None
+    logits: Tensor,
+    targets: Tensor,
+    log_normalisers: Tensor,
+    grad_logps: Tensor,
+    softcap: float | None,
 ) -> Tensor:
     """Gradient of the log-probs by the scaled logits before the cap; `logits` is destroyed.
 

@@ -6,10 +6,12 @@
 4. The folder appears under its name only when it is whole.
 """
 
+import contextlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from dpo_dist.data.templates import resolve_template
 from dpo_dist.engine import export as weights
 from dpo_dist.engine.adapters import add_adapter, write_adapter_config
 from dpo_dist.engine.base_weights import build_skeleton, open_base
+from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.checkpoint import newest_committed
 from dpo_dist.engine.commit import record_files
 from dpo_dist.engine.shards import ShardedCheckpoint, open_checkpoint
@@ -37,7 +40,7 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_card import Kind, Training, base_model_name, model_card, read_metrics
+from dpo_dist.model_card import Kind, Training, model_card, read_metrics
 from dpo_dist.model_files import TOKENIZER_FILES, digest_of_weights, read_model_config
 from dpo_dist.plan import base_model_dir, training_identity
 from dpo_dist.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
@@ -46,6 +49,9 @@ from dpo_dist.stop_flag import StopFlag, Stopped
 _logger = logging.getLogger(__name__)
 STAGE = "export"
 MIB = 1 << 20
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
 
 
@@ -85,12 +91,191 @@ def run(config: RunConfig) -> Path:
             _logger.info("export: %s is current", folder)
             continue
         with atomic_dir(folder) as partial, _named_errors(folder):
-            num_bytes, details = _write_folder(job, kind, partial)
-            files = {name: asdict(record) for name, record in record_files(partial).items()}
-            details |= {"step": job.state.step, "files": files}
+            _write_folder(job, kind, partial)
+            files = record_files(partial)
+            details = {
+                "step": job.state.step,
+                "files": {name: asdict(record) for name, record in files.items()},
+            }
             write_manifest(partial, Manifest(STAGE, settings, job.inputs, details))
         _logger.info(
-            "export: %s, %.1f MiB of %s from step %d",
-            folder, num_bytes / MIB, config.export.dtype, job.state.step,
+            "export: %s, %.1f MiB as %s from step %d",
+            folder, sum(record.size for record in files.values()) / MIB, config.export.dtype,
+            job.state.step,
         )  # fmt: skip
     return paths.export_dir
+
+
+def _open_job(config: RunConfig, paths: RunDir) -> Job:
+    base_dir = base_model_dir(config)
+    checkpoint_dir = newest_committed(paths.checkpoints_dir)
+    if checkpoint_dir is None:
+        raise CheckpointError(
+            f"{paths.checkpoints_dir} holds no committed checkpoint",
+            "one to export",
+            "Run `dpo-dist train` first.",
+        )
+    state = read_train_state(checkpoint_dir)
+    base_digest = digest_of_weights(base_dir, config.model.allow_pickle_weights)
+    _check_trained_here(config, base_dir, base_digest, checkpoint_dir, state)
+    template = resolve_template(config.data.chat_template)
+    inputs = {
+        "checkpoint": digest_of_file(checkpoint_dir / MANIFEST_NAME),
+        "base_model": base_digest,
+        **({"chat_template": digest_of(template)} if template is not None else {}),
+    }
+    stop = StopFlag().install()
+    return Job(config, base_dir, checkpoint_dir, state, template, inputs, stop)
+
+
+def _check_trained_here(
+    config: RunConfig, base_dir: Path, base_digest: str, checkpoint_dir: Path, state: TrainState
+) -> None:
+    """Raises unless the checkpoint was trained from these base weights with this adapter.
+
+    Neither shows in names and shapes: another base or alpha would be merged without a word.
+    """
+    if state.digests.get("model") != base_digest:
+        raise ModelFilesError(
+            f"{checkpoint_dir} was trained from other weights than {base_dir} holds now "
+            f"(digest {str(state.digests.get('model'))[:12]}, here {base_digest[:12]})",
+            "the base model of the run",
+            "Set model.path and model.revision to it, or restore its files.",
+        )
+    trained, now = (
+        {key: value for key, value in settings.items() if key.startswith("adapter.")}
+        for settings in (state.digests, training_identity(config))
+    )
+    if found := differences(trained, now):
+        raise CheckpointError(
+            f"{checkpoint_dir} was trained with another adapter ({'; '.join(found)})",
+            "the adapter section of this run config",
+            "Put these keys back.",
+        )
+
+
+def _settings(job: Job, kind: Kind) -> dict[str, Any]:
+    settings: dict[str, Any] = {"kind": kind, "dtype": job.config.export.dtype}
+    if kind != "adapter":
+        settings["max_shard_size_mib"] = job.config.export.max_shard_size_mib
+    return settings
+
+
+def _write_folder(job: Job, kind: Kind, folder: Path) -> None:
+    """Everything of one folder but its manifest."""
+    with open_checkpoint(job.checkpoint_dir, verified=True) as trained:
+        if kind == "adapter":
+            _write_adapter(job, trained, folder)
+        else:
+            _write_model(job, trained, folder)
+    _copy_tokenizer(job.base_dir, folder, job.template)
+    paths = RunDir(job.config.run.dir)
+    training = Training(
+        job.state.step,
+        job.state.epoch,
+        job.state.versions,
+        json.loads((paths.pairs_dir / PAIRS_REPORT_NAME).read_text()),
+        read_metrics(paths.metrics_path, job.state.step),
+    )
+    card = model_card(job.config, kind, job.config.export.dtype, training)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_adapter(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
+    policy = _adapted_skeleton(job)
+    check_adapter(policy, trained)
+    num_elements = sum(math.prod(shape) for shape in trained.names_and_shapes.values())
+    with _progress(job, folder, "adapter", num_elements * job.dtype.itemsize) as advance:
+        weights.write_adapter(policy, trained, folder, job.dtype, advance)
+    write_adapter_config(policy, str(folder))
+
+
+def _write_model(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
+    export, model = job.config.export, job.config.model
+    base = open_base(job.base_dir, model.trust_remote_code)
+    if job.config.adapter is None:
+        changes = full_changes(base, trained)
+    else:
+        changes = adapter_changes(base, _adapted_skeleton(job), trained)
+    plan = weights.plan_model(base, changes, job.dtype)
+    with _progress(job, folder, "model", plan.num_bytes) as advance:
+        weights.write_model(plan, trained, folder, export.max_shard_size_mib * MIB, advance)
+    config = model_config(read_model_config(job.base_dir), export.dtype, plan.breaks_ties)
+    write_json(folder / CONFIG_NAME, config)
+    patterns = [GENERATION_CONFIG_NAME, *(["*.py"] if model.trust_remote_code else [])]
+    for pattern in patterns:
+        for path in sorted(job.base_dir.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _adapted_skeleton(job: Job) -> Any:
+    adapter, model = job.config.adapter, job.config.model
+    assert adapter is not None, "the run trains all parameters"
+    skeleton = build_skeleton(job.base_dir, model.trust_remote_code)
+    local = Path(model.path).expanduser().exists()
+    return add_adapter(skeleton, adapter, str(job.base_dir) if local else model.path)
+
+
+@contextlib.contextmanager
+def _progress(job: Job, folder: Path, what: str, num_bytes: int) -> Iterator[weights.Advance]:
+    """A bar over the bytes to write, if the disk has room for them; stops at a signal."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ArtefactError(
+            f"{folder.parent} has {free / MIB:,.0f} MiB free",
+            f"{num_bytes / MIB:,.0f} MiB for the exported {what}",
+            "Free some space, or choose export.dtype=bfloat16.",
+        )
+    with progress_bar("MiB") as bar:
+        task = bar.add_task(f"export {what}", total=num_bytes / MIB)
+
+        def advance(written: int) -> None:
+            bar.advance(task, written / MIB)
+            if job.stop:
+                raise Stopped(f"export stopped by {job.stop.signal_name}")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a word for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtefactError(
+            f"{folder} could not be written ({error.strerror or error})",
+            "a writable folder with free space",
+            "Mend that and run `dpo-dist export` again; nothing half-written is left.",
+        ) from error
+
+
+def model_config(base: dict[str, Any], dtype: str, breaks_ties: bool) -> dict[str, Any]:
+    """The base model's config.json for weights of `dtype`, untied if they are stored apart."""
+    config = {key: value for key, value in base.items() if key != "_name_or_path"}
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["dtype"] = dtype
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):  # the second is how transformers 4 spelled it
+            config[key] = dtype
+        elif key == "tie_word_embeddings" and breaks_ties:
+            config[key] = False
+        elif isinstance(value, dict) and "model_type" in value:  # the text part of a larger model
+            config[key] = model_config(value, dtype, breaks_ties)
+    if breaks_ties:
+        config["tie_word_embeddings"] = False  # the default of some families is true
+    return config
+
+
+def _copy_tokenizer(base_dir: Path, folder: Path, template: str | None) -> None:
+    """The base model's tokenizer, with the chat template that the run was trained with."""
+    for name in TOKENIZER_FILES:
+        if (base_dir / name).is_file():
+            shutil.copyfile(base_dir / name, folder / name)
+    if template is None:
+        return
+    (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    config_path = folder / TOKENIZER_CONFIG_NAME
+    settings = json.loads(config_path.read_text())
+    settings.pop("chat_template", None)
+    write_json(config_path, settings)
