@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config import AdapterSection
-from dpo_dist.engine.adapters import add_adapter, write_adapter_config
+from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
-from dpo_dist.engine.export import plan_model, write_adapter, write_model
+from dpo_dist.engine.export import plan_model, write_adapter, write_adapter_settings, write_model
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.stages.export import model_config
 from tests.tiny_models import FAMILIES, tiny_model
@@ -186,7 +186,7 @@ def test_merged_is_pefts_own_merge(case: str, tmp_path: Path) -> None:
     for name, tensor in own.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=0, atol=2e-6, msg=name)
         moved += not torch.equal(tensor, base.state_dict()[name])
-    assert moved >= 2
+    assert moved >= 1
     torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=2e-4)
     assert (wanted - logits(base)).abs().max() > 1e-2
 
@@ -232,7 +232,14 @@ def test_merging_into_bfloat16_rounds_once(tmp_path: Path) -> None:
     assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
 
 
-@pytest.mark.parametrize("case", [*ADAPTERS, *(f"tied, {case}" for case in UNTIED)])
+IN_PEFT = (
+    "rslora and dora", "fan_in_fan_out dora", "renamed head", "embeddings and norm saved",
+    "embeddings dora", "fused experts", "fused experts, other names",
+    *(f"tied, {case}" for case in UNTIED),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_PEFT)
 def test_the_adapter_loads_in_peft(case: str, tmp_path: Path) -> None:
     if case.startswith("tied, "):
         family, settings = "llama_tied", UNTIED[case.removeprefix("tied, ")]
@@ -245,10 +252,10 @@ def test_the_adapter_loads_in_peft(case: str, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     out.mkdir()
     write_adapter(skeleton, trained, out, torch.float32, lambda written: None)
-    write_adapter_config(skeleton, str(out))
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        base_dir
-    )
+    write_adapter_settings(skeleton, out, "org/base", "v1")
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", "v1")
+    assert written["inference_mode"] is True
     loaded = PeftModel.from_pretrained(load_strictly(base_dir), out).eval()
     torch.testing.assert_close(logits(loaded), logits(policy), rtol=0, atol=1e-5)
 
@@ -307,13 +314,15 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
 
 def test_an_adapter_on_a_convolution_can_not_be_merged(tmp_path: Path) -> None:
     base_dir = save_base(tmp_path / "base", "lfm2")
-    adapter = AdapterSection(rank=2, target_modules=["conv"])
-    try:
-        _, trained = adapted(tiny_model("lfm2"), adapter, base_dir)
-    except ValueError:
-        pytest.skip("peft adapts no convolution here")
-    with pytest.raises(ConfigError, match="Set export.merge=false"):
+    adapter = AdapterSection(rank=32, target_modules=["conv.conv"])
+    _, trained = adapted(tiny_model("lfm2"), adapter, base_dir)
+    with pytest.raises(ConfigError) as error:
         export_merged(base_dir, adapter, trained, tmp_path / "merged")
+    assert str(error.value) == (
+        "the adapter on base_model.model.model.layers.0.conv.conv is of kind Conv1d; wanted "
+        "adapters on linear layers, embeddings and stacked experts. "
+        "Set export.merge=false, or leave it out of adapter.target_modules."
+    )
 
 
 def test_the_config_follows_the_weights() -> None:

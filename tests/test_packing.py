@@ -31,12 +31,12 @@ def test_every_completion_token_is_scored_once_by_the_token_before_it(num_pairs:
     pairs = random_pairs(num_pairs)
     packed = pack_pairs(pairs)
     row, positions = packed.input_ids[0], packed.position_ids[0]
+    lengths = packed.completion_lengths
     assert packed.num_pairs == num_pairs
     for index, (prompt, chosen, rejected) in enumerate(pairs):
         for completion, ids in ((2 * index, chosen), (2 * index + 1, rejected)):
-            mine = packed.completions == completion
-            assert packed.targets[mine].tolist() == list(ids)
-            predictors = packed.score_positions[mine]
+            assert packed.targets.split(lengths)[completion].tolist() == list(ids)
+            predictors = packed.score_positions.split(lengths)[completion]
             assert row[predictors].tolist() == [prompt[-1], *ids[:-1]]
             expected = list(range(len(prompt) - 1, len(prompt) + len(ids) - 1))
             assert positions[predictors].tolist() == expected
@@ -47,7 +47,7 @@ def test_token_counts() -> None:
     packed = pack_pairs(pairs)
     assert packed.num_tokens == sum(len(p) + len(c) + len(r) for p, c, r in pairs)
     assert packed.num_tokens_unshared == sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    assert packed.completions.diff().min() >= 0
+    assert sum(packed.completion_lengths) == len(packed.targets) == len(packed.score_positions)
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2])
@@ -79,4 +79,4 @@ def test_padding_gives_the_plain_sequences_back() -> None:
 def test_to_moves_every_tensor() -> None:
     moved = pack_pairs(random_pairs(2)).to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 4 and all(tensor.is_meta for tensor in tensors)

@@ -24,7 +24,7 @@ CASES = {
     2: [(s, d, a) for s in range(4) for d in ("float32", "bfloat16") for a in (False, True)],
     3: [(3, "float32", False), (3, "bfloat16", True), (2, "float32", False), (1, "bfloat16", True)],
 }
-BIG = {"width": 1000, "depth": 6}  # parameters of 4 MB, 24 MB in all
+BIG = {"width": 700, "depth": 8}  # parameters of 2 MB, 16 MB in all
 
 
 def save_cases(folder: str, cases: list[tuple[int, str, bool]], size: dict[str, int]) -> None:
@@ -98,8 +98,8 @@ def test_stage3_cuts_into_several_sub_groups(saved: dict[int, Path]) -> None:
 
 
 def test_memory_stays_at_one_parameter(tmp_path: Path) -> None:
-    cases = [(3, "float32", False), (2, "float32", False)]
-    run_ranks(2, save_cases, str(tmp_path), cases, BIG)
+    case = (3, "float32", False)
+    run_ranks(2, save_cases, str(tmp_path), [case], BIG)
     program = """
 import re, sys
 from pathlib import Path
@@ -116,12 +116,11 @@ with open_checkpoint(Path(sys.argv[1])) as shards:
         del weight
     print(growth, largest, total)
 """
-    for case in cases:
-        step_dir = checkpoints_of(tmp_path, case_name(*case)) / "step-000002"
-        output = subprocess.check_output([sys.executable, "-c", program, str(step_dir)], text=True)
-        growth, largest, total = map(int, output.split())
-        assert total > 6 * largest > 20_000
-        assert growth < 1.5 * largest, f"{case}: {growth} KiB for a parameter of {largest} KiB"
+    step_dir = checkpoints_of(tmp_path, case_name(*case)) / "step-000002"
+    output = subprocess.check_output([sys.executable, "-c", program, str(step_dir)], text=True)
+    growth, largest, total = map(int, output.split())
+    assert total > 8 * largest > 15_000
+    assert growth < 1.5 * largest, f"{growth} KiB for a parameter of {largest} KiB"
 
 
 def copy_of(saved: dict[int, Path], tmp_path: Path, case: tuple[int, str, bool]) -> Path:

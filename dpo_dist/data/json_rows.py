@@ -4,6 +4,7 @@ Both kinds of file end up as byte ranges with line numbers, so that any process 
 and an error can name `file:line`.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -87,9 +88,9 @@ def index_json(path: Path, label: str, limit: int | None) -> JsonRows:
         stream.seek(offset)
         document = _is_document(stream)
     spans = _document_spans(path, label, offset) if document else _line_spans(path, offset)
-    taken = [span for _, span in zip(range(limit), spans, strict=False)] if limit else list(spans)
-    columns = np.array(taken, dtype=np.int64).reshape(-1, 3).T
-    return JsonRows(path, label, columns[0], columns[1], columns[2])
+    numbers = itertools.chain.from_iterable(itertools.islice(spans, limit))
+    starts, stops, lines = np.fromiter(numbers, dtype=np.int64).reshape(-1, 3).T
+    return JsonRows(path, label, starts, stops, lines)
 
 
 def _is_document(stream: BinaryIO) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from dpo_dist.data.formats import Pair
-from dpo_dist.data.messages import SYSTEM_ROLES, Conversation
+from dpo_dist.data.messages import SYSTEM_ROLES, Conversation, message
 from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -85,11 +85,16 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """The texts that are tokenised; `chosen` and `rejected` begin with the prompt's rendering."""
+    """The texts that are tokenised: the prompt, and the prompt with each answer."""
 
     prompt: str
     chosen: str
     rejected: str
+
+    @property
+    def begin_with_prompt(self) -> bool:
+        """Whether both longer texts begin with the prompt's; not every template does that."""
+        return self.chosen.startswith(self.prompt) and self.rejected.startswith(self.prompt)
 
 
 def resolve_template(name: str | None) -> str | None:
@@ -179,10 +184,20 @@ def render_pair(
     )
 
 
+def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template writes before an answer, with the user turn before it; "" without one."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return _render(tokenizer, [message("user", "?")], None, generation_prompt=True)
+    except TemplateRefusal:
+        return ""
+
+
 def _with_system_message(prompt: Conversation, system_message: str | None) -> Conversation:
     if not system_message or (prompt and prompt[0]["role"] in SYSTEM_ROLES):
         return prompt
-    return [{"role": "system", "content": system_message}, *prompt]
+    return [message("system", system_message), *prompt]
 
 
 def _render(

@@ -1,7 +1,7 @@
 """Pairs to token ids.
 
-For every pair three texts are tokenised: the prompt as a model gets it when it generates, and the
-prompt followed by each answer. An answer's ids are what follows the prompt's ids.
+Tokenised are the prompt, as a model gets it when it generates, and the prompt followed by each
+answer. An answer's ids are what follows the prompt's ids.
 
 | the prompt's ids are | then |
 | --- | --- |
@@ -11,6 +11,9 @@ prompt followed by each answer. An answer's ids are what follows the prompt's id
 
 The second rule keeps the prompt exactly as it is at generation time; TRL shortens the prompt
 there. In the third case, as in TRL, what the generation prompt adds is left out.
+
+A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenised
+behind the end of the prompt only, from its last `<|im_start|>` or the like, not behind all of it.
 """
 
 # pyright: basic
@@ -19,7 +22,7 @@ there. In the third case, as in TRL, what the generation prompt adds is left out
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +35,7 @@ from dpo_dist.data.reasons import (
     REWRITTEN_PROMPT,
     SPECIAL_IN_TEXT,
 )
-from dpo_dist.data.templates import RenderedPair, TemplateRefusal, render_pair
+from dpo_dist.data.templates import RenderedPair, TemplateRefusal, generation_prompt, render_pair
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +60,10 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.system_message = system_message
         self._bos_ids = _leading_special_ids(tokenizer)
-        first = tokenizer.tokenize("x")[0]
-        self._prepends_space = first.startswith("\u2581")  # the SentencePiece sign of a space
-        special = sorted({*map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        # the SentencePiece sign of a space
+        self._prepends_space = tokenizer.tokenize("x")[0].startswith("\u2581")
+        self._special = _special_tokens_pattern(tokenizer)
+        *_, self._anchor = "", *self._special.findall(generation_prompt(tokenizer))
 
     def encode(self, pairs: Sequence[Pair]) -> list[TokenPair | TemplateRefusal]:
         """One result a pair, in order; a refusal where the chat template does not take it."""
@@ -71,34 +74,42 @@ class PairTokenizer:
             except TemplateRefusal as refusal:
                 rendered.append(refusal)
         taken = [item for item in rendered if isinstance(item, RenderedPair)]
-        ids = iter(self._ids([text for r in taken for text in (r.prompt, r.chosen, r.rejected)]))
+        texts = list(dict.fromkeys(text for item in taken for text in self._texts(item)))
+        ids = dict(zip(texts, self._ids(texts), strict=True))
         return [
-            item
-            if isinstance(item, TemplateRefusal)
-            else self._split(pair, item, next(ids), next(ids), next(ids))
+            item if isinstance(item, TemplateRefusal) else self._split(pair, item, ids)
             for pair, item in zip(pairs, rendered, strict=True)
         ]
 
-    def _split(
-        self, pair: Pair, text: RenderedPair, prompt: Ids, chosen: Ids, rejected: Ids
-    ) -> TokenPair:
-        """The ids of the three parts from those of the three texts."""
+    def _texts(self, text: RenderedPair) -> tuple[str, ...]:
+        """The texts whose ids `_split` needs: prompt, its end, its end with each answer."""
+        if not text.begin_with_prompt:
+            return text.prompt, text.prompt, text.chosen, text.rejected
+        start = text.prompt.rfind(self._anchor) if self._anchor else 0
+        start = max(start, 0)
+        return text.prompt, text.prompt[start:], text.chosen[start:], text.rejected[start:]
+
+    def _split(self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]) -> TokenPair:
         notes = self._notes_on_text(pair)
-        if isinstance(pair.prompt, str) and not self._writes_bos(text.prompt):
-            # a template writes its own BOS; plain text gets what the tokenizer would add
-            prompt, chosen, rejected = (self._bos_ids + ids for ids in (prompt, chosen, rejected))
-        whole = text.chosen.startswith(text.prompt) and text.rejected.startswith(text.prompt)
-        if not whole:
+        prompt, end, chosen, rejected = (ids[part] for part in self._texts(text))
+        if not text.begin_with_prompt:
             cut = min(_num_shared(prompt, chosen), _num_shared(prompt, rejected))
             notes |= NOTE_BITS[REWRITTEN_PROMPT]
             return TokenPair(prompt[:cut], chosen[cut:], rejected[cut:], notes)
+        if prompt[len(prompt) - len(end) :] != end:  # a special token that eats spaces around it
+            chosen, rejected = self._ids([text.chosen, text.rejected])
+            end = prompt
+        start = len(text.prompt)
         answers: list[Ids] = []
-        for answer, ids in ((text.chosen, chosen), (text.rejected, rejected)):
-            if ids[: len(prompt)] == prompt:
-                answers.append(ids[len(prompt) :])
+        for answer, answer_ids in ((text.chosen, chosen), (text.rejected, rejected)):
+            if answer_ids[: len(end)] == end:
+                answers.append(answer_ids[len(end) :])
             else:
                 notes |= NOTE_BITS[MERGED_BOUNDARY]
-                answers.append(self._continuation_ids(answer[len(text.prompt) :]))
+                answers.append(self._continuation_ids(answer[start:]))
+        if isinstance(pair.prompt, str) and not self._writes_bos(text.prompt):
+            # a template writes its own BOS; plain text gets what the tokenizer would add
+            prompt = self._bos_ids + prompt
         return TokenPair(prompt, answers[0], answers[1], notes)
 
     def _ids(self, texts: list[str]) -> list[Ids]:
@@ -135,6 +146,14 @@ def _num_shared(ids: Ids, others: Ids) -> int:
         if a != b:
             return index
     return min(len(ids), len(others))
+
+
+def _special_tokens_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches every special token, also those without a role such as BOS."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:

@@ -228,7 +228,7 @@ def _per_pair(
 
 
 def _block(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: Scoring) -> Tensor:
-    """(1, H, queries, E of the values): causal attention whose last query stands on the last key."""
+    """Causal attention whose last query stands on the last key: (1, H, queries, E)."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     window = scoring.window if scoring.window and scoring.window < num_keys else None
     if scoring.softcap is not None or scoring.sinks is not None:
@@ -257,7 +257,7 @@ def _block(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: S
 def _explicit_softmax(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
 ) -> Tensor:
-    """Soft caps and sinks, which no fused kernel of torch takes; holds (H, queries, keys) floats."""
+    """Soft caps and sinks, which no fused kernel takes; holds (H, queries, keys) floats."""
     _, num_heads, num_queries, _ = query.shape
     groups = num_heads // key.shape[1]
     grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (1, K, groups * queries, E)

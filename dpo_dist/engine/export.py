@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.engine.adapters import ADAPTER_NAME
+from dpo_dist.engine.adapters import ADAPTER_NAME, write_adapter_config
 from dpo_dist.engine.base_weights import BaseWeights, Tensors, WeightGroup
 from dpo_dist.engine.changes import POLICY, Adapted, Changes, Replaced, TrainedWeights
 from dpo_dist.engine.merge import merge_expert_lora_, merge_lora_
@@ -65,6 +65,17 @@ def write_adapter(
         file.write(name, _finite(trained.read(source).to(dtype), source))
         advance(specs[name].num_bytes)
     file.finish()
+
+
+def write_adapter_settings(
+    policy: Any, folder: Path, base_model: str, revision: str | None
+) -> None:
+    """Writes adapter_config.json, which names the model the adapter belongs on."""
+    settings = policy.peft_config[ADAPTER_NAME]
+    # peft took the name of the skeleton, which has none
+    settings.base_model_name_or_path, settings.revision = base_model, revision
+    settings.inference_mode = True
+    write_adapter_config(policy, str(folder))
 
 
 def plan_model(base: BaseWeights, changes: Changes, dtype: torch.dtype) -> ModelPlan:

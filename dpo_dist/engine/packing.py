@@ -18,16 +18,14 @@ PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, 
 class PackedPairs:
     """The row `prompt | chosen | rejected` of each pair in turn, and where it is scored.
 
-    `score_positions[k]` is the place in the row whose hidden state predicts `targets[k]`, and
-    `completions[k]` the completion that token counts to: 2i for the chosen one of pair i, 2i + 1
-    for the rejected one.
+    `score_positions[k]` is the place in the row whose hidden state predicts `targets[k]`. The
+    completions follow each other: chosen of pair 0, rejected of pair 0, chosen of pair 1, ...
     """
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T)
     score_positions: Tensor  # (C,)
     targets: Tensor  # (C,)
-    completions: Tensor  # (C,), values in 0 .. 2B-1, ascending
     prompt_lengths: tuple[int, ...]  # B of each
     chosen_lengths: tuple[int, ...]
     rejected_lengths: tuple[int, ...]
@@ -35,6 +33,12 @@ class PackedPairs:
     @property
     def num_pairs(self) -> int:
         return len(self.prompt_lengths)
+
+    @property
+    def completion_lengths(self) -> tuple[int, ...]:
+        """2B counts of scored tokens: chosen, rejected of each pair in turn."""
+        both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
+        return tuple(length for pair in both for length in pair)
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +57,6 @@ class PackedPairs:
             position_ids=self.position_ids.to(device),
             score_positions=self.score_positions.to(device),
             targets=self.targets.to(device),
-            completions=self.completions.to(device),
         )
 
 
@@ -72,8 +75,8 @@ def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> 
     [8, 9, 4, 9, 8, 4]
     >>> packed.score_positions.tolist()  # token 2 predicts both 8 (chosen) and 4 (rejected)
     [2, 3, 2, 6, 6, 8]
-    >>> packed.completions.tolist()
-    [0, 0, 1, 2, 3, 3]
+    >>> packed.completion_lengths
+    (2, 1, 1, 2)
     >>> packed.num_tokens, packed.num_tokens_unshared
     (10, 14)
     """
@@ -82,32 +85,43 @@ def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> 
     position_ids: list[int] = []
     score_positions: list[int] = []
     targets: list[int] = []
-    completions: list[int] = []
     for index, (prompt, chosen, rejected) in enumerate(pairs):
         lengths = (len(prompt), len(chosen), len(rejected))
         assert min(lengths) > 0, f"pair {index} has an empty part: {lengths}"
         last_of_prompt = len(input_ids) + len(prompt) - 1
         input_ids.extend(prompt)
         position_ids.extend(range(len(prompt)))
-        for completion, ids in ((2 * index, chosen), (2 * index + 1, rejected)):
+        for ids in (chosen, rejected):
             start = len(input_ids)
             input_ids.extend(ids)
             position_ids.extend(range(len(prompt), len(prompt) + len(ids)))
             score_positions.append(last_of_prompt)
             score_positions.extend(range(start, start + len(ids) - 1))
             targets.extend(ids)
-            completions.extend([completion] * len(ids))
     packed = PackedPairs(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         score_positions=torch.tensor(score_positions),
         targets=torch.tensor(targets),
-        completions=torch.tensor(completions),
         prompt_lengths=tuple(len(prompt) for prompt, _, _ in pairs),
         chosen_lengths=tuple(len(chosen) for _, chosen, _ in pairs),
         rejected_lengths=tuple(len(rejected) for _, _, rejected in pairs),
     )
     return packed.to(device)
+
+
+def unpack_sequences(packed: PackedPairs) -> list[Tensor]:
+    """The 2B plain sequences: prompt + chosen, prompt + rejected of each pair in turn.
+
+    >>> [ids.tolist() for ids in unpack_sequences(pack_pairs([([5, 6, 7], [8, 9], [4])]))]
+    [[5, 6, 7, 8, 9], [5, 6, 7, 4]]
+    """
+    sizes = zip(packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True)
+    parts = packed.input_ids[0].split([size for lengths in sizes for size in lengths])
+    sequences: list[Tensor] = []
+    for prompt, chosen, rejected in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        sequences += [torch.cat((prompt, chosen)), torch.cat((prompt, rejected))]
+    return sequences
 
 
 @dataclass(frozen=True)
@@ -133,27 +147,16 @@ def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:
     [2, 3, 7]
     """
     device = packed.input_ids.device
-    row = packed.input_ids[0]
-    sequences: list[Tensor] = []
-    starts: list[int] = []  # of the first scored position within its sequence
-    counts: list[int] = []
-    offset = 0
-    for lengths in zip(
-        packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True
-    ):
-        prompt, chosen, rejected = row[offset : offset + sum(lengths)].split(lengths)
-        sequences += [torch.cat((prompt, chosen)), torch.cat((prompt, rejected))]
-        starts += [lengths[0] - 1] * 2
-        counts += lengths[1:]
-        offset += sum(lengths)
+    sequences = unpack_sequences(packed)
     input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
     width = input_ids.shape[1]
     num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
+    ends = [index * width + len(sequence) for index, sequence in enumerate(sequences)]
     score_positions = torch.cat(
         [
-            torch.arange(index * width + start, index * width + start + count)
-            for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+            torch.arange(end - length - 1, end - 1)
+            for end, length in zip(ends, packed.completion_lengths, strict=True)
         ]
     )
     return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device))

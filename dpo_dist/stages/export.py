@@ -21,7 +21,7 @@ import torch
 from dpo_dist.config import RunConfig
 from dpo_dist.data.templates import resolve_template
 from dpo_dist.engine import export as weights
-from dpo_dist.engine.adapters import add_adapter, write_adapter_config
+from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.checkpoint import newest_committed
@@ -187,7 +187,10 @@ def _write_adapter(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
     num_elements = sum(math.prod(shape) for shape in trained.names_and_shapes.values())
     with _progress(job, folder, "adapter", num_elements * job.dtype.itemsize) as advance:
         weights.write_adapter(policy, trained, folder, job.dtype, advance)
-    write_adapter_config(policy, str(folder))
+    model = job.config.model
+    local = Path(model.path).expanduser().exists()
+    base_name = str(job.base_dir) if local else model.path
+    weights.write_adapter_settings(policy, folder, base_name, model.revision)
 
 
 def _write_model(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
@@ -212,8 +215,7 @@ def _adapted_skeleton(job: Job) -> Any:
     adapter, model = job.config.adapter, job.config.model
     assert adapter is not None, "the run trains all parameters"
     skeleton = build_skeleton(job.base_dir, model.trust_remote_code)
-    local = Path(model.path).expanduser().exists()
-    return add_adapter(skeleton, adapter, str(job.base_dir) if local else model.path)
+    return add_adapter(skeleton, adapter, str(job.base_dir))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,64 @@
+"""The parts of a causal LM that the forward uses, also when peft has wrapped them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dpo_dist.errors import ConfigError
+
+
+def base_of(policy: nn.Module) -> Any:
+    """The transformers model itself."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def backbone_of(policy: nn.Module) -> Any:
+    """The model without its output head: token ids in, last hidden states out."""
+    base = base_of(policy)
+    decoder = base.get_decoder()
+    return base.model if decoder is base else decoder  # llama4 names its prefix wrongly
+
+
+def output_module(policy: nn.Module) -> Any:
+    """The linear layer that makes the logits: the trained copy where peft keeps one.
+
+    Raises ConfigError when an adapter sits on it, since its weight alone is then not the head.
+    """
+    head = base_of(policy).get_output_embeddings()
+    if head is None:
+        raise ConfigError(
+            f"{type(base_of(policy)).__name__} has no output embedding",
+            "a causal language model",
+            "Check model.path.",
+        )
+    if not hasattr(policy, "get_base_model"):
+        return head
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(head, ModulesToSaveWrapper):
+        if head.disable_adapters:
+            return head.original_module
+        return head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ConfigError(
+            f"the adapter targets the output head ({type(head).__name__})",
+            "adapters on other layers only, because log-probs are computed from the head's weight",
+            "Remove it from adapter.target_modules; to train it whole, name it in "
+            "adapter.modules_to_save.",
+        )
+    return head
+
+
+def logit_terms(config: Any) -> tuple[float, float | None]:
+    """(factor on the logits, soft cap) as the model's family applies them after the head."""
+    config = config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None) is not None:  # granite
+        scale /= config.logits_scaling
+    for factor in ("logit_scale", "lm_head_multiplier"):  # cohere, falcon_h1
+        if getattr(config, factor, None) is not None:
+            scale *= getattr(config, factor)
+    return scale, getattr(config, "final_logit_softcapping", None)
