@@ -10,6 +10,7 @@ import yaml
 
 from dpo_dist import __version__
 from dpo_dist.config import RunConfig
+from dpo_dist.run_dir import RunDir
 
 Kind = Literal["adapter", "merged", "full"]
 NUM_CURVE_ROWS = 6
@@ -43,6 +44,15 @@ class Training:
     versions: Mapping[str, str]
     report: Mapping[str, Any]  # of the prepare stage
     metrics: Sequence[Mapping[str, Any]]  # lines of the metrics file
+
+
+def export_folders(config: RunConfig) -> dict[Kind, Path]:
+    """The folders that an export of this run makes, each with its card."""
+    paths = RunDir(config.run.dir)
+    if config.adapter is None:
+        return {"full": paths.model_dir(merged=False)}
+    merged: dict[Kind, Path] = {"merged": paths.model_dir(merged=True)}
+    return {"adapter": paths.adapter_dir, **(merged if config.export.merge else {})}
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.live_bytes import LiveBytes
 from dpo_dist.objective.logprobs import LOGITS_BUDGET, completion_logps
 
 C, D, V = 11, 6, 23
@@ -111,40 +110,6 @@ def test_weight_swapped_between_forward_and_backward_is_read_again() -> None:
     logps.sum().backward()
     expected = torch.autograd.grad(plain_logps(hidden, parameter, targets).sum(), parameter)[0]
     torch.testing.assert_close(parameter.grad, expected)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, while it is alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in before:
-                self._watch(leaf.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        size, pointer = storage.nbytes(), storage.data_ptr()
-        if size == 0 or pointer in self.known:
-            return
-        self.known.add(pointer)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, pointer, size)
-
-    def _release(self, pointer: int, size: int) -> None:
-        self.known.discard(pointer)
-        self.live -= size
 
 
 def peak_bytes(logps_of: Any, *, frozen: bool) -> int:

@@ -64,7 +64,9 @@ class PairScorer(nn.Module):
         if layout == "plain":
             logps = self._plain_logps(packed)
         else:
-            hidden = self._packed_hidden(packed) if layout == "packed" else self._padded_hidden(packed)
+            hidden = (
+                self._packed_hidden(packed) if layout == "packed" else self._padded_hidden(packed)
+            )
             self.head.declare_parameters()
             logps = self.head(hidden, packed.targets)
         sums = [completion.sum() for completion in logps.split(packed.completion_lengths)]

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dpo_dist.config import AdapterSection, ModelSection, TrainSection
-from dpo_dist.engine import ds_config, zero
+from dpo_dist.engine import collectives, ds_config, zero
 from dpo_dist.engine.adapters import add_adapter
-from dpo_dist.engine.forward import PairScorer
+from dpo_dist.engine.backends import choose_backend
+from dpo_dist.engine.forward import Layout, PairScorer
+from dpo_dist.engine.layout import choose_layout
 from dpo_dist.engine.load import load_model, num_parameters
+from dpo_dist.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -57,5 +61,30 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def settle_layout(model, scorer, section, device) -> str:
-    return "padded"
+def settle_layout(
+    model: nn.Module, scorer: PairScorer, section: ModelSection, device: torch.device
+) -> Layout:
+    """Sets the scorer's attention backend and layout, says why, and returns the layout.
+
+    `model` is the scorer or the DeepSpeed engine around it; all ranks call together. Raises
+    ConfigError when `section` asks for what the model cannot do, and DPODistError when the model
+    scores wrong in every layout.
+    """
+    dtype = getattr(torch, section.dtype)
+    scorer.backend, backend_reason = choose_backend(scorer.policy, section.attention, device, dtype)
+    if section.layout == "padded":
+        layout, reason = "padded", "model.layout"
+    else:
+        layout, reason = choose_layout(model, device)
+    if section.layout not in ("auto", layout):
+        raise ConfigError(
+            f"model.layout is {section.layout}, but {reason}",
+            "a layout in which the model scores right",
+            "Set model.layout to auto.",
+        )
+    scorer.layout = layout
+    if collectives.is_first():
+        _logger.info(
+            "layout: %s (%s); attention: %s (%s)", layout, reason, scorer.backend, backend_reason
+        )
+    return layout

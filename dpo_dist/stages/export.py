@@ -40,7 +40,7 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_card import Kind, Training, model_card, read_metrics
+from dpo_dist.model_card import Kind, Training, export_folders, model_card, read_metrics
 from dpo_dist.model_files import TOKENIZER_FILES, digest_of_weights, read_model_config
 from dpo_dist.plan import base_model_dir, training_identity
 from dpo_dist.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
@@ -80,12 +80,7 @@ def run(config: RunConfig) -> Path:
     """
     paths = RunDir(config.run.dir)
     job = _open_job(config, paths)
-    folders: dict[Kind, Path] = {"full": paths.model_dir(merged=False)}
-    if config.adapter is not None:
-        folders = {"adapter": paths.adapter_dir}
-        if config.export.merge:
-            folders["merged"] = paths.model_dir(merged=True)
-    for kind, folder in folders.items():
+    for kind, folder in export_folders(config).items():
         settings = _settings(job, kind)
         if is_current(folder, STAGE, settings, job.inputs):
             _logger.info("export: %s is current", folder)

@@ -2,15 +2,16 @@
 
 1. Find the checkpoint that the export was made from, and its probe: the log-probs that the
    engine gave a few training pairs when it saved.
-2. For every exported folder: files, names and shapes; a strict load; the tokenizer; an answer.
-3. Score the probe pairs with the loaded model, by our forward and by the model's own.
+2. For every exported folder: its files, names and shapes; a strict load; the tokenizer; an answer.
+3. Score the probe pairs with the loaded model, by our forward and through the model's own logits.
 4. Write every check with its largest difference, then fail when one did.
 
 K probe pairs.
 """
 
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,245 @@ from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import plan_micro_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.data.templates import load_tokenizer, resolve_template
+from dpo_dist.engine.base_weights import open_base
 from dpo_dist.engine.checkpoint import read_probe
-from dpo_dist.engine.collectives import device_of
 from dpo_dist.engine.commit import FileRecord, find_changed
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.generate import answer
 from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.policy import settle_layout
-from dpo_dist.engine.reload import load_adapted, load_whole
-from dpo_dist.engine.safetensors_stream import TensorSpec, read_places
+from dpo_dist.engine.reload import load_adapted, load_whole, stored_names
 from dpo_dist.engine.scoring import score
 from dpo_dist.errors import ArtefactError, VerificationError
+from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import Manifest, digest_of_file, read_manifest, write_json
-from dpo_dist.model_files import read_model_config, weight_files
-from dpo_dist.plan import base_model_dir
+from dpo_dist.model_card import Kind, export_folders
+from dpo_dist.plan import base_model_dir, scoring_budget
 from dpo_dist.run_dir import MANIFEST_NAME, RunDir
-from dpo_dist.topology import from_environment
 
 _logger = logging.getLogger(__name__)
 LogpArray = npt.NDArray[np.float32]
+# Largest difference of a log-prob per square root of its tokens, whose rounding errors add up
+# like a random walk. docs/export.md says how it was measured.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_ANSWER_TOKENS = 16
+GPU_SHARE = 0.8  # of its free memory for weights; a model that needs more is verified on the CPU
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; numbers where two were compared."""
+
+    name: str
+    passed: bool
+    detail: str
+    max_difference: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the training engine computed for K pairs: log-probs (K, 2)."""
+
+    pairs: Pairs
+    indices: npt.NDArray[np.int64]
+    logps: LogpArray
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(K, 2) tokens of the completions."""
+        columns = (self.pairs.chosen_lengths, self.pairs.rejected_lengths)
+        return np.stack([column[self.indices] for column in columns], axis=1)
+
+
+def run(config: RunConfig) -> Path:
+    """Checks every exported folder and writes verify.json.
+
+    Raises ArtefactError when there is no export, or no longer the checkpoint it was made from, and
+    VerificationError, after writing, when a check failed.
+    """
+    paths = RunDir(config.run.dir)
+    folders = export_folders(config)
+    manifests: dict[Kind, Manifest] = {kind: read_manifest(path) for kind, path in folders.items()}
+    checkpoint_dir = _checkpoint_of(paths, next(iter(manifests.values())))
+    probe = Probe(open_pairs(paths.pairs_dir, "train"), *read_probe(checkpoint_dir))
+    checks = []
+    with progress_bar("folders") as bar:
+        task = bar.add_task("verify", total=len(manifests))
+        for kind, manifest in manifests.items():
+            for check in _check_folder(config, kind, manifest, probe):
+                _logger.log(
+                    logging.INFO if check.passed else logging.ERROR,
+                    "verify: %s: %s (%s)", check.name, "passed" if check.passed else "FAILED",
+                    check.detail,
+                )  # fmt: skip
+                checks.append(check)
+            bar.advance(task)
+    failed = [check for check in checks if not check.passed]
+    write_json(
+        paths.verify_path,
+        {
+            "passed": not failed,
+            "checkpoint": str(checkpoint_dir),
+            "num_probe_pairs": len(probe.indices),
+            "checks": [asdict(check) for check in checks],
+        },
+    )
+    if failed:
+        raise VerificationError(
+            f"{len(failed)} of {len(checks)} checks failed, first {failed[0].name}: "
+            f"{failed[0].detail}",
+            "an export that reproduces the training run",
+            f"Do not use it. {paths.verify_path} has all checks.",
+        )
+    return paths.verify_path
+
+
+def _checkpoint_of(paths: RunDir, manifest: Manifest) -> Path:
+    """The checkpoint an export was made from, by content and not by name."""
+    folder = paths.checkpoint_dir(manifest.details["step"])
+    path = folder / MANIFEST_NAME
+    if not path.is_file() or digest_of_file(path) != manifest.inputs["checkpoint"]:
+        raise ArtefactError(
+            f"{folder} is not the checkpoint that the export was made from",
+            "that checkpoint, with the log-probs to reproduce",
+            f"Delete {paths.export_dir} and run `dpo-dist export` again.",
+        )
+    return folder
+
+
+def _check_folder(
+    config: RunConfig, kind: Kind, manifest: Manifest, probe: Probe
+) -> Iterator[Check]:
+    """All checks of one folder; a load that fails ends them."""
+    folder, base_dir = export_folders(config)[kind], base_model_dir(config)
+    yield _check_files(f"{kind}: files", folder, manifest)
+    if kind != "adapter":
+        yield _check_names(f"{kind}: names and shapes", folder, base_dir)
+    device = _device_for(folder, base_dir)
+    name = f"{kind}: strict load"
+    try:
+        if kind == "adapter":
+            model, problems = load_adapted(base_dir, folder, config.model, device)
+        else:
+            unread = open_base(base_dir, config.model.trust_remote_code).unread
+            model, problems = load_whole(folder, config.model, device, unread)
+    except Exception as error:  # transformers and peft raise many kinds
+        yield Check(name, False, repr(error))
+        return
+    shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
+    yield Check(name, not problems, shown or f"every weight in its place, on {device.type}")
+    yield _check_tokenizer(f"{kind}: tokenizer", config, folder, base_dir, probe)
+    yield _check_answer(f"{kind}: answer", model, folder, config, probe)
+    yield from _check_probe(kind, model, config, probe, device)
+
+
+def _check_files(name: str, folder: Path, manifest: Manifest) -> Check:
+    files = {n: FileRecord(**record) for n, record in manifest.details["files"].items()}
+    missing = [n for n in files if not (folder / n).is_file()]
+    problems = [f"{n} is missing" for n in missing]
+    problems += find_changed(folder, files, [n for n in files if n not in missing])
+    return Check(name, not problems, "; ".join(problems) or f"{len(files)} as they were written")
+
+
+def _check_names(name: str, folder: Path, base_dir: Path) -> Check:
+    """The tensors of the base model, and beside them at most a head that training untied."""
+    exported, base = stored_names(folder), stored_names(base_dir)
+    wrong = [n for n, shape in base.items() if exported.get(n) != shape]
+    added = [n for n in exported if n not in base]
+    config = json.loads((folder / "config.json").read_text())
+    allowed = 1 if config.get("tie_word_embeddings") is False else 0
+    if wrong or len(added) > allowed:
+        first = (wrong or added)[0]
+        detail = f"{first} is {exported.get(first)} here and {base.get(first)} in the base model"
+        return Check(name, False, detail)
+    return Check(name, True, f"{len(exported)} tensors" + (f", untied {added[0]}" if added else ""))
+
+
+def _check_tokenizer(
+    name: str, config: RunConfig, folder: Path, base_dir: Path, probe: Probe
+) -> Check:
+    """The exported tokenizer encodes the probe as the run's, and has the run's chat template."""
+    template = resolve_template(config.data.chat_template)
+    remote = config.model.trust_remote_code
+    own = load_tokenizer(base_dir, template, remote)
+    exported = load_tokenizer(folder, None, remote)
+    texts = [
+        own.decode([*prompt, *chosen])
+        for prompt, chosen, _ in map(probe.pairs.token_ids, probe.indices.tolist())
+    ]
+    same = [own.encode(text) == exported.encode(text) for text in texts]
+    if not all(same):
+        return Check(name, False, f"{same.count(False)} of {len(same)} texts encode differently")
+    if own.chat_template != exported.chat_template:
+        return Check(name, False, "has another chat template than the run")
+    return Check(name, True, f"{len(texts)} texts encode alike, same chat template")
+
+
+def _check_answer(name: str, model: Any, folder: Path, config: RunConfig, probe: Probe) -> Check:
+    """Greedy generation runs. Comes before scoring, which changes the model's attention."""
+    tokenizer = load_tokenizer(folder, None, config.model.trust_remote_code)
+    prompt = probe.pairs.token_ids(int(probe.indices[0]))[0]
+    try:
+        (text,) = answer(
+            model, tokenizer, [prompt], max_new_tokens=NUM_ANSWER_TOKENS, temperature=0.0
+        )
+    except Exception as error:  # what generation makes of a broken model
+        return Check(name, False, repr(error))
+    return Check(name, True, f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {text!r}")
+
+
+def _check_probe(
+    kind: Kind, model: Any, config: RunConfig, probe: Probe, device: torch.device
+) -> Iterator[Check]:
+    """The probe in the layout that training scored in, and through the model's own logits."""
+    scorer = PairScorer(model)
+    layout = settle_layout(scorer, scorer, config.model, device)
+    (batches,) = plan_micro_batches(
+        probe.pairs.packed_lengths,
+        probe.indices,
+        world_size=1,
+        micro_batch_tokens=scoring_budget(config),
+    )
+    indices, scores = score(scorer, batches, probe.pairs.token_ids, device)
+    order = {int(index): position for position, index in enumerate(indices)}
+    scores = scores[[order[int(index)] for index in probe.indices]]
+    yield _compare(f"{kind}: probe, {layout} forward", scores, config, probe)
+    yield _compare(f"{kind}: probe, plain forward", _plain(scorer, probe, device), config, probe)
+
+
+@torch.no_grad()
+def _plain(scorer: PairScorer, probe: Probe, device: torch.device) -> LogpArray:
+    """(K, 2) log-probs, one sequence at a time."""
+    rows = []
+    for index in probe.indices.tolist():
+        packed = pack_pairs([probe.pairs.token_ids(index)], device)
+        rows.append(scorer(packed, layout="plain").float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _compare(name: str, scores: LogpArray, config: RunConfig, probe: Probe) -> Check:
+    """Differences from the engine's log-probs, per square root of the tokens."""
+    exact = config.export.dtype == config.model.dtype == "float32"
+    tolerance = TOLERANCE["float32" if exact else "bfloat16"]
+    differences = np.abs(scores - probe.logps)
+    scaled = differences / np.sqrt(probe.lengths)
+    worst = np.unravel_index(np.argmax(np.nan_to_num(scaled, nan=np.inf)), scaled.shape)
+    detail = (
+        f"log-probs of {len(probe.indices)} pairs, furthest {scores[worst]:.4f} instead of "
+        f"{probe.logps[worst]:.4f} ({probe.lengths[worst]} tokens)"
+    )
+    largest = float(scaled[worst])
+    return Check(name, bool(largest <= tolerance), detail, largest, tolerance)
+
+
+def _device_for(folder: Path, base_dir: Path) -> torch.device:
+    """The GPU when the weights fit into it, else the CPU."""
+    stored = sum(
+        path.stat().st_size for d in (folder, base_dir) for path in d.glob("*.safetensors")
+    )
+    if torch.cuda.is_available() and stored < GPU_SHARE * torch.cuda.mem_get_info()[0]:
+        return torch.device("cuda", torch.cuda.current_device())
+    if stored > psutil.virtual_memory().available:
+        _logger.warning("verify: the model is larger than this machine's free memory")
+    return torch.device("cpu")
