@@ -1,7 +1,10 @@
 """The export stage: folders, what lies in them, when they are made, left alone and refused."""
 
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.data.templates import BUILTIN_TEMPLATES
+from dpo_dist.engine import export as weights
 from dpo_dist.errors import ArtefactError, CheckpointError, DataError, ModelFilesError
 from dpo_dist.manifest import read_manifest
 from dpo_dist.stages import export
-from dpo_dist.stop_flag import Stopped
+from dpo_dist.stop_flag import SIGNALS, Stopped
 from tests.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 
 LORA = ("adapter.rank=3", "adapter.alpha=4", "export.dtype=float32")
@@ -210,11 +214,21 @@ def test_a_shard_index_that_leaves_the_folder_is_refused(
 def test_a_signal_ends_the_export_and_leaves_nothing(
     lora_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Signalled(weights.ShardedModel):
+        def write(self, name: str, tensor: torch.Tensor) -> None:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            super().write(name, tensor)
+
     config = copy_of(lora_run, tmp_path)
-    monkeypatch.setattr(export.StopFlag, "__bool__", lambda self: True)
-    with pytest.raises(Stopped):
-        export.run(config)
-    assert list((tmp_path / "out" / "export").iterdir()) == []
+    monkeypatch.setattr(weights, "ShardedModel", Signalled)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(Stopped, match="export stopped by SIGUSR2"):
+            export.run(config)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [path.name for path in (tmp_path / "out" / "export").iterdir()] == ["adapter"]
 
 
 def test_a_full_disk_is_named(
@@ -232,13 +246,21 @@ def test_a_full_disk_is_named(
     )
 
 
-def test_a_folder_that_can_not_be_written_is_named(lora_run: TrainedRun, tmp_path: Path) -> None:
+def test_a_write_that_fails_is_named(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
-    (tmp_path / "out" / "export").write_text("a file where the folder should be")
-    with pytest.raises(ArtefactError) as error:
-        export.run(config)
-    assert "could not be written (" in str(error.value)
-    assert str(error.value).endswith("`dpo-dist export` again; nothing half-written is left.")
+    folder = tmp_path / "out" / "export" / "adapter"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(ArtefactError) as error:
+            export.run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"{folder} could not be written (File too large); wanted a writable folder with free "
+        "space. Mend that and run `dpo-dist export` again; nothing half-written is left."
+    )
+    assert list(folder.parent.iterdir()) == []
 
 
 KILLED = """

@@ -128,9 +128,7 @@ def test_every_format_is_detected_and_read(
         ("alpha", "beta", ""),
     ],
 )
-def test_an_implicit_text_prompt_holds_whole_words(
-    chosen: str, rejected: str, prompt: str
-) -> None:
+def test_an_implicit_text_prompt_holds_whole_words(chosen: str, rejected: str, prompt: str) -> None:
     pair = pair_of("standard", chosen=chosen, rejected=rejected)
     assert pair.prompt == prompt
     assert (prompt + str(pair.chosen), prompt + str(pair.rejected)) == (chosen, rejected)

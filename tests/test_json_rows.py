@@ -106,7 +106,7 @@ def test_a_damaged_array_is_named_by_line(tmp_path: Path) -> None:
         "Correct or remove it."
     )
     assert error_of(tmp_path, '[{"a": 1},', "rows.json").startswith("rows.json:1 is not JSON")
-    assert "no \"data\" array in the object" in error_of(tmp_path, '{\n"rows": [1]\n}', "r.json")
+    assert 'no "data" array in the object' in error_of(tmp_path, '{\n"rows": [1]\n}', "r.json")
 
 
 def test_a_row_that_is_no_object_is_named(tmp_path: Path) -> None:

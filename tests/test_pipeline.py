@@ -15,6 +15,7 @@ from tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, metrics_of, succee
 
 from dpo_dist.engine.shards import open_checkpoint
 
+pytestmark = pytest.mark.timeout(900)
 LAST_STEP = 10
 LORA = "adapter.rank=4"
 

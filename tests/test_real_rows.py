@@ -16,9 +16,12 @@ FILES = {
     "stack_exchange_paired": "stack_exchange",
     "llmbar": "standard",
 }
-pytestmark = pytest.mark.skipif(
-    DATA is None or MODEL is None, reason="DPO_DIST_REAL_DATA or DPO_DIST_REAL_MODEL is not set"
-)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        DATA is None or MODEL is None, reason="DPO_DIST_REAL_DATA or DPO_DIST_REAL_MODEL is not set"
+    ),
+]
 
 
 def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path) -> None:

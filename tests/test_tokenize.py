@@ -75,7 +75,9 @@ def test_the_prompt_is_what_is_seen_at_generation_and_the_answers_follow(tmp_pat
 
 
 def test_one_result_a_pair_in_order_with_refusals(tmp_path: Path) -> None:
-    strict = CHATML + "{%- if '!' in messages[0]['content'] -%}{{ raise_exception('no') }}{%- endif -%}"
+    strict = (
+        CHATML + "{%- if '!' in messages[0]['content'] -%}{{ raise_exception('no') }}{%- endif -%}"
+    )
     tokenizer = tiny(tmp_path, strict)
     questions = ["a", "b!", "c", "a"]
     found = PairTokenizer(tokenizer, None).encode([chat(question=q) for q in questions])
@@ -150,7 +152,9 @@ def test_a_template_that_rewrites_the_prompt_is_cut_at_the_common_prefix(tmp_pat
 
 def test_a_special_token_that_is_only_one_alone_costs_no_token(tmp_path: Path) -> None:
     # `single_word` makes <|mark|> plain text behind a letter, and a token at the start of a text
-    template = "{{ messages[0]['content'] }}<|mark|>{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    template = (
+        "{{ messages[0]['content'] }}<|mark|>{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    )
     tokenizer = tiny(tmp_path, template)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken("<|mark|>", single_word=True)]}
@@ -193,15 +197,16 @@ def test_ids_equal_those_of_trl_where_nothing_merges(tmp_path: Path) -> None:
     from trl.data_utils import _tokenize, common_prefix_length
 
     tokenizer = tiny(tmp_path)
-    turns = [message("system", "S"), message("user", "Hello!"), message("assistant", "Hello,"),
-             message("user", QUESTION)]  # fmt: skip
-    for pair in (chat(), Pair(turns, *chat("A", "B").texts()[1:], "s", "o")):
-        if isinstance(pair.chosen, str):  # answers of the second pair as messages
-            pair = Pair(turns, message("assistant", "A"), message("assistant", "B"), "s", "o")
-        assert isinstance(pair.prompt, list)
-        prompt = _tokenize(tokenizer, pair.prompt, add_generation_prompt=True)["input_ids"]
-        ours = encoded(tokenizer, pair)
-        for answer, ids in ((pair.chosen, ours.chosen_ids), (pair.rejected, ours.rejected_ids)):
-            whole = _tokenize(tokenizer, [*pair.prompt, answer])["input_ids"]
-            shared = common_prefix_length(prompt, whole)
-            assert (ours.prompt_ids, ids) == (whole[:shared], whole[shared:])
+    turns = [
+        message("system", "S"),
+        message("user", "Hello!"),
+        message("assistant", "Hello,"),
+        message("user", QUESTION),
+    ]
+    pair = Pair(turns, message("assistant", "A"), message("assistant", "B"), "s", "o")
+    ours = encoded(tokenizer, pair)
+    prompt = _tokenize(tokenizer, turns, add_generation_prompt=True)["input_ids"]
+    for answer, ids in ((pair.chosen, ours.chosen_ids), (pair.rejected, ours.rejected_ids)):
+        whole = _tokenize(tokenizer, [*turns, answer])["input_ids"]
+        shared = common_prefix_length(prompt, whole)
+        assert (ours.prompt_ids, ids) == (whole[:shared], whole[shared:])

@@ -3,6 +3,7 @@
 The checkpoint has the layout of ZeRO stage 0, which one process writes without an engine.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def write_checkpoint(config: RunConfig, policy: Any, trained: InMemory, step: in
 
 @torch.no_grad()
 def score(config: RunConfig, policy: Any, indices: Any) -> torch.Tensor:
-    """(K, 2) log-probs of training pairs."""
+    """(K, 2) log-probs of training pairs, by a copy: scoring changes a model's attention."""
     pairs = open_pairs(RunDir(config.run.dir).pairs_dir, "train")
     packed = pack_pairs([pairs.token_ids(index) for index in indices.tolist()])
-    return PairScorer(policy)(packed)
+    return PairScorer(copy.deepcopy(policy))(packed)

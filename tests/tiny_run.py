@@ -87,7 +87,7 @@ def write_rows(path: Path, prefix: str, count: int, seed: int = 0) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def dpo_dist(*arguments: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def dpo_dist(*arguments: str | Path, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own; its ranks die with it."""
     return subprocess.run(
         [sys.executable, "-m", "dpo_dist", *map(str, arguments)],

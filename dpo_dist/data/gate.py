@@ -54,13 +54,16 @@ def choose_max_length(
         check_share(columns, "train", max_dropped=1.0)
     percentile = int(lengths[math.ceil(len(lengths) * LENGTH_PERCENTILE / 100) - 1])
     length = math.ceil(percentile / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    reason = (
-        f"{length:,} (auto: p{LENGTH_PERCENTILE} of prompt + longer answer over {len(lengths):,} "
-        f"training pairs is {percentile:,}, rounded up to a multiple of {LENGTH_MULTIPLE})"
+    arithmetic = (
+        f"p{LENGTH_PERCENTILE} of prompt + longer answer over {len(lengths):,} training pairs is "
+        f"{percentile:,}, rounded up to a multiple of {LENGTH_MULTIPLE}"
     )
     if model_limit is not None and length > model_limit:
-        return model_limit, f"{model_limit:,} (auto: the model's positions; {reason[:-1]} before))"
-    return length, reason
+        return (
+            model_limit,
+            f"{model_limit:,} (auto: all positions of the model; {arithmetic} is {length:,})",
+        )
+    return length, f"{length:,} (auto: {arithmetic})"
 
 
 def check_policies(section: DataSection) -> None:

@@ -85,7 +85,7 @@ def run(config: RunConfig) -> Path:
         if is_current(folder, STAGE, settings, job.inputs):
             _logger.info("export: %s is current", folder)
             continue
-        with atomic_dir(folder) as partial, _named_errors(folder):
+        with _named_errors(folder), atomic_dir(folder) as partial:
             _write_folder(job, kind, partial)
             files = record_files(partial)
             details = {

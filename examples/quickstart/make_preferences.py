@@ -1,8 +1,9 @@
-"""Write preference pairs whose preference can be checked: answer first, then offer to go on.
+"""Write preference pairs whose preference can be checked: answer, then offer the next step.
 
-The chosen answer states the fact and closes with one short question to the user; the rejected
-answer states the same fact, adds a detail of about the same length, and stops. No network and no
-model: a seed fixes both files. Every held-out question is about a subject that training never sees.
+Each prompt holds a note and a question about it, so the right answer is always in sight. The chosen
+answer says it in one sentence and closes with one short question to the user; the rejected answer
+says the same and stops, remarks on it, or closes with a stock phrase. No network and no model: a
+seed fixes both files, and no prompt is in both.
 
     python examples/quickstart/make_preferences.py --out data --seed 0 --train 256 --eval 64
 """
@@ -10,186 +11,246 @@ model: a seed fixes both files. Every held-out question is about a subject that 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
+import string
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-COUNTRIES = """
-France|Paris|Europe, Spain|Madrid|Europe, Italy|Rome|Europe, Germany|Berlin|Europe,
-Portugal|Lisbon|Europe, Austria|Vienna|Europe, Poland|Warsaw|Europe, Hungary|Budapest|Europe,
-Greece|Athens|Europe, Norway|Oslo|Europe, Sweden|Stockholm|Europe, Finland|Helsinki|Europe,
-Denmark|Copenhagen|Europe, Ireland|Dublin|Europe, Belgium|Brussels|Europe, Croatia|Zagreb|Europe,
-Iceland|Reykjavik|Europe, Romania|Bucharest|Europe, Bulgaria|Sofia|Europe, Serbia|Belgrade|Europe,
-Japan|Tokyo|Asia, China|Beijing|Asia, India|New Delhi|Asia, Thailand|Bangkok|Asia,
-Vietnam|Hanoi|Asia, South Korea|Seoul|Asia, Iran|Tehran|Asia, Iraq|Baghdad|Asia,
-Nepal|Kathmandu|Asia, Jordan|Amman|Asia, Mongolia|Ulaanbaatar|Asia, Lebanon|Beirut|Asia,
-Egypt|Cairo|Africa, Kenya|Nairobi|Africa, Ghana|Accra|Africa, Morocco|Rabat|Africa,
-Nigeria|Abuja|Africa, Ethiopia|Addis Ababa|Africa, Uganda|Kampala|Africa, Senegal|Dakar|Africa,
-Zambia|Lusaka|Africa, Tunisia|Tunis|Africa, Angola|Luanda|Africa, Rwanda|Kigali|Africa,
-Peru|Lima|South America, Chile|Santiago|South America, Argentina|Buenos Aires|South America,
-Colombia|Bogota|South America, Ecuador|Quito|South America, Uruguay|Montevideo|South America,
-Venezuela|Caracas|South America, Canada|Ottawa|North America, Mexico|Mexico City|North America,
-Cuba|Havana|North America, Australia|Canberra|Oceania, New Zealand|Wellington|Oceania
-"""
-
-ELEMENTS = """
-hydrogen|H|1, helium|He|2, lithium|Li|3, carbon|C|6, nitrogen|N|7, oxygen|O|8, fluorine|F|9,
-neon|Ne|10, sodium|Na|11, magnesium|Mg|12, silicon|Si|14, phosphorus|P|15, sulfur|S|16,
-chlorine|Cl|17, argon|Ar|18, potassium|K|19, calcium|Ca|20, titanium|Ti|22, chromium|Cr|24,
-manganese|Mn|25, iron|Fe|26, cobalt|Co|27, nickel|Ni|28, copper|Cu|29, zinc|Zn|30, bromine|Br|35,
-krypton|Kr|36, silver|Ag|47, tin|Sn|50, iodine|I|53, xenon|Xe|54, barium|Ba|56, tungsten|W|74,
-platinum|Pt|78, gold|Au|79, mercury|Hg|80, lead|Pb|82, radon|Rn|86, uranium|U|92
-"""
-
-TOOLS = """
-hammer|driving nails|a toolbox, saw|cutting wood|a workshop, screwdriver|turning screws|a toolbox,
-thermometer|measuring temperature|a clinic, ruler|measuring length|a pencil case,
-telescope|observing the stars|an observatory, microscope|looking at tiny things|a laboratory,
-knife|cutting food|a kitchen, kettle|boiling water|a kitchen, broom|sweeping floors|a cupboard,
-shovel|digging holes|a garden shed, rake|gathering leaves|a garden shed, bucket|carrying water|a shed,
-pillow|resting the head|a bedroom, oven|baking food|a kitchen, lamp|lighting a room|a living room,
-refrigerator|keeping food cold|a kitchen, clock|telling the time|a living room,
-calendar|keeping track of dates|an office, camera|taking photographs|a studio,
-needle|sewing clothes|a sewing kit, compass|finding directions|a backpack, key|opening locks|a pocket,
-ladder|reaching high places|a garage, towel|drying the skin|a bathroom, comb|tidying hair|a bathroom,
-toothbrush|cleaning the teeth|a bathroom, pencil|writing and drawing|a school bag,
-eraser|removing pencil marks|a pencil case, calculator|doing sums|an office, stove|cooking food|a kitchen,
-helmet|protecting the head|a bike shop, wheelbarrow|moving heavy loads|a garden,
-stethoscope|listening to the heart|a hospital, umbrella|keeping off the rain|a hallway,
-mirror|seeing yourself|a bathroom, blender|mixing food|a kitchen, candle|giving light|a church,
-stapler|joining sheets of paper|an office, flashlight|seeing in the dark|a tent,
-vacuum cleaner|cleaning carpets|a cupboard, paintbrush|spreading paint|a studio
-"""
-
-JOBS = """
-baker|bakes bread and cakes|a bakery, teacher|teaches students|a school,
-pilot|flies airplanes|an airport, nurse|cares for patients|a hospital,
-farmer|grows crops and raises animals|a farm, chef|cooks meals|a restaurant,
-librarian|helps people find books|a library, mechanic|repairs cars|a garage,
-carpenter|builds things from wood|a workshop, plumber|repairs pipes|a workshop,
-firefighter|puts out fires|a fire station, judge|decides legal cases|a court,
-dentist|treats teeth|a clinic, veterinarian|treats sick animals|a clinic,
-architect|designs buildings|an office, photographer|takes photographs|a studio,
-journalist|reports the news|a newsroom, barber|cuts hair|a barbershop,
-florist|sells flowers|a flower shop, gardener|looks after plants|a park,
-astronomer|studies stars and planets|an observatory, biologist|studies living things|a laboratory,
-geologist|studies rocks|a laboratory, historian|studies the past|a university,
-waiter|serves food and drinks|a restaurant, cashier|takes payments|a supermarket,
-lifeguard|keeps swimmers safe|a pool, actor|plays roles|a theater, tailor|makes clothes|a workshop,
-accountant|keeps financial records|an office, pharmacist|prepares medicines|a pharmacy,
-miner|digs minerals out of the ground|a mine, shepherd|looks after sheep|a farm,
-potter|makes pots from clay|a studio, surgeon|performs operations|a hospital,
-electrician|installs wiring|a workshop, butcher|cuts and sells meat|a shop,
-lawyer|gives legal advice|an office, painter|paints pictures|a studio,
-translator|translates texts|an office, programmer|writes software|an office
-"""
-
-ANIMALS = """
-frog|an amphibian|ponds, toad|an amphibian|gardens, salamander|an amphibian|damp forests,
-newt|an amphibian|ponds, eagle|a bird|mountains, penguin|a bird|cold seas, owl|a bird|woods,
-ostrich|a bird|savannas, parrot|a bird|rainforests, swan|a bird|lakes, duck|a bird|ponds,
-robin|a bird|gardens, shark|a fish|the sea, salmon|a fish|rivers, trout|a fish|rivers,
-tuna|a fish|the sea, crocodile|a reptile|rivers, lizard|a reptile|deserts, turtle|a reptile|lakes,
-cobra|a reptile|grasslands, ant|an insect|colonies, bee|an insect|hives, butterfly|an insect|meadows,
-beetle|an insect|forests, tiger|a mammal|forests, lion|a mammal|savannas, dolphin|a mammal|the sea,
-elephant|a mammal|savannas, kangaroo|a mammal|grasslands, wolf|a mammal|forests,
-bat|a mammal|caves, whale|a mammal|the sea, giraffe|a mammal|savannas, bear|a mammal|forests,
-horse|a mammal|stables, rabbit|a mammal|burrows
-"""
+Message = dict[str, str]
+Row = dict[str, list[Message]]
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One table of subjects and the sentences made from a row of it.
+    """A kind of note with what can be asked and said about it; {slots} are filled from WORDS."""
 
-    Templates may use {name}, {a_name}, {A_name}, {fact} and {detail}.
-    """
+    note: str
+    question: str
+    answer: str
+    offers: tuple[str, ...]  # questions to the user: what the chosen answer closes with
+    remarks: tuple[str, ...]  # statements of about the same length, for rejected answers
 
-    table: str
-    questions: tuple[str, str, str]
-    statement: str
-    details: tuple[str, ...]
-    offers: tuple[str, ...]
-    joined: str
 
+STOCK_PHRASES = (
+    "Let me know if you have any other questions.",
+    "Please let me know if you need anything else.",
+    "I hope this helps.",
+)
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "city": (
+        *("Paris", "Oslo", "Rome", "Madrid", "Vienna", "Lisbon", "Berlin", "Dublin", "Prague"),
+        *("Athens", "Warsaw", "London", "Zurich", "Milan"),
+    ),
+    "color": ("red", "blue", "green", "yellow", "white", "black", "purple", "orange", "brown"),
+    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "dish": ("bread", "cake", "pie", "lasagna", "pizza", "casserole", "pudding"),
+    "food": ("tea", "coffee", "rice", "sugar", "honey", "flour", "salt", "cheese", "chocolate"),
+    "hour": ("6", "7", "8", "9", "10", "11"),
+    "instrument": ("violin", "piano", "guitar", "flute", "cello", "trumpet", "harp", "clarinet"),
+    "minutes": ("15", "20", "25", "30", "35", "40", "45", "50", "55"),
+    "month": ("January", "March", "April", "May", "June", "July", "August", "October"),
+    "number": ("2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12"),
+    "person": (
+        *("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jacob"),
+        *("Laura", "Martin", "Nina", "Oscar", "Paula", "Rosa", "Samuel", "Tina", "Victor"),
+    ),
+    "place": (
+        *("library", "museum", "swimming pool", "bakery", "bank", "pharmacy", "zoo", "theater"),
+        *("gallery", "post office", "market", "aquarium", "castle", "garden"),
+    ),
+    "room": ("kitchen", "garage", "hallway", "office", "basement", "bedroom", "attic", "garden"),
+    "subject": ("math", "history", "art", "music", "biology", "chemistry", "French", "geography"),
+    "thing": (
+        *("umbrella", "scarf", "camera", "backpack", "notebook", "jacket", "bicycle", "lamp"),
+        *("suitcase", "guitar", "blanket", "bucket", "basket", "hat"),
+    ),
+}
 
 TOPICS = (
     Topic(
-        COUNTRIES,
-        (
-            "What is the capital of {name}?",
-            "Which city is the capital of {name}?",
-            "Tell me the capital of {name}.",
-        ),
-        "The capital of {name} is {fact}.",
-        ("{name} is a country in {detail}.", "The country is part of {detail}."),
-        (
-            "Would you like to know more about {name}?",
-            "Shall I tell you more about the city?",
-        ),
-        "The capital of {name}, which is a country in {detail}, is the city of {fact}.",
+        note="The {place} opens at {hour} am.",
+        question="When does the {place} open?",
+        answer="The {place} opens at {hour} am.",
+        offers=("Would you like to know when it closes?", "Shall I show you the way?"),
+        remarks=("It is usually quiet at that time.", "It is a good idea to come early."),
     ),
     Topic(
-        ELEMENTS,
-        (
-            "What is the chemical symbol for {name}?",
-            "Which symbol stands for {name} in the periodic table?",
-            "Give me the chemical symbol of {name}.",
-        ),
-        "The chemical symbol for {name} is {fact}.",
-        ("The atomic number of {name} is {detail}.",),
-        (
-            "Would you like to know more about {name}?",
-            "Shall I tell you what {name} is used for?",
-        ),
-        "The chemical symbol for {name}, which has the atomic number {detail}, is {fact}.",
+        note="A ticket to the {place} costs {number} dollars.",
+        question="How much is a ticket to the {place}?",
+        answer="A ticket to the {place} costs {number} dollars.",
+        offers=("Shall I book one for you?", "Would you like to buy one now?"),
+        remarks=("You can pay at the door.", "Many people buy one on the day."),
     ),
     Topic(
-        TOOLS,
-        (
-            "What is {a_name} used for?",
-            "Why would I need {a_name}?",
-            "Tell me what {a_name} is for.",
-        ),
-        "{A_name} is used for {fact}.",
-        ("You can often find one in {detail}.", "People often keep one in {detail}."),
-        (
-            "Would you like to know how to use one?",
-            "Shall I tell you how to choose a good one?",
-        ),
-        "{A_name} is a useful thing, often found in {detail}, that is used for {fact}.",
+        note="{person} left the {thing} in the {room}.",
+        question="Where is the {thing}?",
+        answer="The {thing} is in the {room}.",
+        offers=("Shall I bring it to you?", "Would you like me to call {person}?"),
+        remarks=("It has been there for a while.", "You will see it when you go in."),
     ),
     Topic(
-        JOBS,
-        (
-            "What does {a_name} do?",
-            "What is the job of {a_name}?",
-            "Tell me what {a_name} does at work.",
-        ),
-        "{A_name} {fact}.",
-        ("Someone in this job often works in {detail}.", "The usual place of work is {detail}."),
-        (
-            "Would you like to know how to become one?",
-            "Shall I tell you more about the job?",
-        ),
-        "{A_name} is a person, often working in {detail}, who {fact}.",
+        note="The train to {city} leaves from platform {number}.",
+        question="Which platform do I need for {city}?",
+        answer="The train to {city} leaves from platform {number}.",
+        offers=("Would you like to know when it leaves?", "Shall I book a seat for you?"),
+        remarks=("It is usually on time these days.", "There is a sign in the main hall."),
     ),
     Topic(
-        ANIMALS,
-        (
-            "What kind of animal is {a_name}?",
-            "Which group of animals does {a_name} belong to?",
-            "Tell me what kind of animal {a_name} is.",
-        ),
-        "{A_name} is {fact}.",
-        ("Such animals often live in {detail}.", "It can often be seen in {detail}."),
-        (
-            "Would you like to know what it eats?",
-            "Shall I tell you more about this animal?",
-        ),
-        "{A_name}, an animal that often lives in {detail}, is {fact}.",
+        note="{person} has moved the meeting to {day}.",
+        question="When is the meeting with {person}?",
+        answer="The meeting is on {day}.",
+        offers=("Shall I add it to your calendar?", "Would you like me to remind you?"),
+        remarks=("It should not take a long time.", "Everyone has been told about it."),
+    ),
+    Topic(
+        note="The parcel from {city} arrives on {day}.",
+        question="When does the parcel from {city} arrive?",
+        answer="The parcel from {city} arrives on {day}.",
+        offers=("Will you be at home on that day?", "Would you like me to collect it?"),
+        remarks=("It is not a very heavy parcel.", "You do not have to sign for it."),
+    ),
+    Topic(
+        note="The soup needs {number} carrots and {minutes} minutes.",
+        question="How many carrots do I need for the soup?",
+        answer="You need {number} carrots for the soup.",
+        offers=("Would you like to see the whole recipe?", "Shall I add them to your list?"),
+        remarks=("It is best to wash them well first.", "You can cut them into small pieces."),
+    ),
+    Topic(
+        note="{person} bought a {color} {thing}.",
+        question="What color is the {thing} that {person} bought?",
+        answer="The {thing} is {color}.",
+        offers=("Would you like to have one too?", "Shall I show you a picture?"),
+        remarks=("It is a very popular color.", "It looks very nice indeed."),
+    ),
+    Topic(
+        note="{person} plays the {instrument}.",
+        question="Which instrument does {person} play?",
+        answer="{person} plays the {instrument}.",
+        offers=("Would you like to learn it too?", "Do you play an instrument yourself?"),
+        remarks=("It is a beautiful instrument.", "It takes a lot of practice to play well."),
+    ),
+    Topic(
+        note="{person} is flying to {city} in {month}.",
+        question="Where is {person} flying to?",
+        answer="{person} is flying to {city}.",
+        offers=("Have you ever been there?", "Would you like to know more about {city}?"),
+        remarks=("It is a very popular city.", "There is a lot to see in {month}."),
+    ),
+    Topic(
+        note="{person} teaches {subject} on {day}.",
+        question="Who teaches {subject} on {day}?",
+        answer="{person} teaches {subject} on {day}.",
+        offers=("Would you like to join the class?", "Shall I tell you more about it?"),
+        remarks=("The class is open to everyone.", "It is a popular class."),
+    ),
+    Topic(
+        note="The {color} box holds the {food}.",
+        question="Where can I find the {food}?",
+        answer="The {food} is in the {color} box.",
+        offers=("Would you like me to get it for you?", "Shall I bring the box to you?"),
+        remarks=("You can take as much as you need.", "Please close the box afterwards."),
+    ),
+    Topic(
+        note="The {dish} bakes for {minutes} minutes.",
+        question="How long does the {dish} bake?",
+        answer="The {dish} bakes for {minutes} minutes.",
+        offers=("Shall I set a timer for you?", "Would you like to see the recipe?"),
+        remarks=("It will smell very good.", "Let it cool down for a bit."),
     ),
 )
+
+
+def follows_preference(answer: str) -> bool:
+    """Whether `answer` is one statement followed by one question, and nothing else."""
+    sentences = re.split(r"(?<=[.!?])\s+", answer.strip())
+    ends = [sentence[-1:] for sentence in sentences]
+    return len(ends) == 2 and ends[0] in (".", "!") and ends[1] == "?"
+
+
+def scenes(topic: Topic, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Every way to fill the slots of the topic's note, in random order, each once."""
+    slots = [name for _, name, _, _ in string.Formatter().parse(topic.note) if name]
+    fillings = list(itertools.product(*(WORDS[slot] for slot in slots)))
+    rng.shuffle(fillings)
+    return (dict(zip(slots, words, strict=True)) for words in fillings)
+
+
+def make_row(topic: Topic, scene: dict[str, str], rng: random.Random) -> Row:
+    """One pair as TRL's conversational row."""
+    note, question, answer, offer, remark = (
+        text.format(**scene)
+        for text in (
+            topic.note,
+            topic.question,
+            topic.answer,
+            rng.choice(topic.offers),
+            rng.choice(topic.remarks),
+        )
+    )
+    closing = rng.choice(("", f" {remark}", f" {rng.choice(STOCK_PHRASES)}"))
+    return {
+        "prompt": [{"role": "user", "content": f"{note} {question}"}],
+        "chosen": [{"role": "assistant", "content": f"{answer} {offer}"}],
+        "rejected": [{"role": "assistant", "content": f"{answer}{closing}"}],
+    }
+
+
+def make_rows(seed: int, count: int) -> list[Row]:
+    """`count` rows with different prompts, the topics taken in turn.
+
+    Raises ValueError where a topic has too few scenes for its share of the rows.
+    """
+    rng = random.Random(seed)
+    unused = [(topic, scenes(topic, rng)) for topic in TOPICS]
+    rows: list[Row] = []
+    for topic, fresh in itertools.islice(itertools.cycle(unused), count):
+        scene = next(fresh, None)
+        if scene is None:
+            raise ValueError(
+                f"{count} rows asked for, at most {len(rows)} distinct ones exist; "
+                "lower --train or --eval, or add words to WORDS"
+            )
+        rows.append(make_row(topic, scene, rng))
+    rng.shuffle(rows)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    """Write one JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def positive(text: str) -> int:
+    """Parse a count of at least 1 (ValueError otherwise)."""
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write train.jsonl and eval.jsonl.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=positive, default=256, help="training pairs")
+    parser.add_argument("--eval", type=positive, default=64, help="held-out pairs")
+    options = parser.parse_args()
+    try:
+        rows = make_rows(options.seed, options.train + options.eval)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.out / "train.jsonl", rows[: options.train])
+    write_jsonl(options.out / "eval.jsonl", rows[options.train :])
+    print(f"{options.train} training and {options.eval} held-out pairs -> {options.out}")
+
+
+if __name__ == "__main__":
+    main()
