@@ -201,12 +201,13 @@ def compare(theirs: System, ours: System, mode: str, repeats: int) -> dict[str, 
                 times[id(system)].append(timed(call[id(system)], system.batches[index]))
         for system in (theirs, ours):
             seconds[id(system)] += statistics.median(times[id(system)])
+    largest = max(range(len(ours.batches)), key=lambda index: ours.batches[index][0].num_tokens)
     measured = {}
     for name, system in (("trl", theirs), ("ours", ours)):
         measured[name] = {
             "seconds": seconds[id(system)],
             "tflop": count_flops(call[id(system)], system.batches) / 1e12,
-            "peak_mib": peak_bytes(system, call[id(system)]) / 2**20,
+            "peak_mib": peak_bytes(system, call[id(system)], system.batches[largest]) / 2**20,
         }
     ratios = {key: measured["trl"][key] / measured["ours"][key] for key in measured["ours"]}
     return {**measured, "ratio": ratios}
@@ -228,22 +229,17 @@ def count_flops(call: Callable[[Any], Any], batches: list[Any]) -> int:
     return counter.get_total_flops()
 
 
-def peak_bytes(system: System, call: Callable[[Any], Any]) -> int:
-    """Most bytes alive beside weights, on the micro-batch that needs most."""
-    peaks = []
-    for batch in system.batches:
-        system.model.zero_grad()
-        if torch.cuda.is_available():
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            call(batch)
-            peaks.append(torch.cuda.max_memory_allocated() - before)
-        else:
-            with LiveBytes() as counter:
-                call(batch)
-            peaks.append(counter.peak)
+def peak_bytes(system: System, call: Callable[[Any], Any], batch: Any) -> int:
+    """Most bytes alive at once beside the weights."""
     system.model.zero_grad()
-    return max(peaks)
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(batch)
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as counter:
+        call(batch)
+    return counter.peak
 
 
 def synchronise() -> None:

@@ -157,7 +157,7 @@ def test_what_lies_in_a_checkpoint(runs: tuple[Path, list[Any], list[Any]]) -> N
     assert indices.tolist() == [0, 7]
     assert logps.dtype == np.float32 and logps.tolist() == [[-3, -5], [-7, -9]]
     versions = read_train_state(step_dir).versions
-    assert versions["torch"] == torch.__version__.partition("+")[0] or versions["torch"]
+    assert torch.__version__.startswith(versions["torch"])
     assert {"python", "deepspeed", "transformers", "peft"} < set(versions)
 
 
@@ -296,6 +296,7 @@ def test_a_killed_rank_loses_nothing_committed(
     if newest == 2:  # the other rank waited for it and must not hang
         assert results[1 - rank].exit_code == 1, results[1 - rank].output
     run = tmp_path / "checkpoints"
+    assert (run / ".step-000003.partial").exists() == (newest == 2)
     found = checkpoint.newest_committed(run)
     assert found == run / f"step-{newest:06d}"
     assert not (run / "quarantine").exists()

@@ -34,12 +34,6 @@ def test_columns_are_those_of_the_batches(tmp_path: Path) -> None:
     assert [row["chosen_ids"] for row in written] == [row[1] for row in ROWS]
 
 
-def test_columns_do_not_keep_the_batches_alive(tmp_path: Path) -> None:
-    columns, _ = columns_of(tmp_path, ROWS)
-    for name in ("prompt_lengths", "position", "reasons", "pair_keys", "prompt_keys"):
-        assert getattr(columns, name).flags.owndata, name
-
-
 @pytest.mark.parametrize("max_length", range(1, 8))
 def test_truncation_is_that_of_lists(tmp_path: Path, max_length: int) -> None:
     columns, scratch_path = columns_of(tmp_path, ROWS, batch_rows=2)

@@ -1,6 +1,8 @@
 """The pairs folder: what is written is what is read, and damage is noticed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,9 +147,8 @@ def test_pairs_of_another_run_are_not_those_of_the_manifest(tmp_path: Path) -> N
 def test_other_columns(tmp_path: Path) -> None:
     pairs_dir = written(tmp_path)
     table = pa.table({"a": [1]})
-    with pa.OSFile(str(pairs_dir / "train" / DATA_NAME), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+    with pa.ipc.new_stream(str(pairs_dir / "train" / DATA_NAME), table.schema) as writer:
+        writer.write_table(table)
     assert error_of(pairs_dir).startswith(f"{pairs_dir}/train has the columns a; wanted")
 
 
@@ -177,9 +178,6 @@ def _is_readable(pairs: Pairs, index: int) -> bool:
 
 
 def test_reading_needs_neither_transformers_nor_datasets() -> None:
-    import subprocess
-    import sys
-
     program = (
         "import json, sys, dpo_dist.data.pairs\n"
         "print(json.dumps([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]))"

@@ -114,12 +114,13 @@ def test_max_length_auto_is_reported_with_its_arithmetic(tmp_path: Path) -> None
     )
 
 
-def test_the_models_positions_bound_max_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [{"max_position_embeddings": 60}, {"n_positions": 60}])
+def test_the_models_positions_bound_max_length(tmp_path: Path, limit: dict[str, int]) -> None:
     write_jsonl(tmp_path / "train.jsonl", [orca_row(n, "yes " * 100) for n in range(4)])
-    make_model(tmp_path, max_position_embeddings=60)
-    assert report_of(make_config(tmp_path))["max_length"] == 60
+    make_model(tmp_path, **limit)
     with pytest.raises(DataError, match="data.max_length 61 is above the model's 60 positions"):
-        prepare.run(make_config(tmp_path / ".." / tmp_path.name, max_length=61, on_empty="keep"))
+        prepare.run(make_config(tmp_path, max_length=61))
+    assert report_of(make_config(tmp_path))["max_length"] == 60
 
 
 def test_sources_are_mixed_by_weight_and_counted_apart(tmp_path: Path) -> None:
@@ -342,9 +343,13 @@ def test_real_ids_are_those_of_trls_trainer(tmp_path: Path) -> None:
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1,
     )  # fmt: skip
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, max_length=None, report_to=[]
+    )
     trainer = DPOTrainer(
         LlamaForCausalLM(tiny),
-        args=DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[]),
+        ref_model=LlamaForCausalLM(tiny),
+        args=arguments,
         train_dataset=Dataset.from_list(trl_rows),
         processing_class=tokenizer,
     )

@@ -151,19 +151,20 @@ def test_a_template_that_rewrites_the_prompt_is_cut_at_the_common_prefix(tmp_pat
 
 
 def test_a_special_token_that_is_only_one_alone_costs_no_token(tmp_path: Path) -> None:
-    # `single_word` makes <|mark|> plain text behind a letter, and a token at the start of a text
+    # `single_word` makes it plain text behind a letter, and a token at the start of a text
     template = (
-        "{{ messages[0]['content'] }}<|mark|>{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+        "{{ messages[0]['content'] }}the ans{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
     )
     tokenizer = tiny(tmp_path, template)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<|mark|>", single_word=True)]}
-    )
-    pair = encoded(tokenizer, chat(" yes", " no", question="x"))
-    assert pair.prompt_ids == plain_ids(tokenizer, "x<|mark|>")
-    assert tokenizer.convert_tokens_to_ids("<|mark|>") not in pair.prompt_ids
-    assert pair.prompt_ids + pair.chosen_ids == plain_ids(tokenizer, "x<|mark|> yes")
-    assert pair.prompt_ids + pair.rejected_ids == plain_ids(tokenizer, "x<|mark|> no")
+    special = AddedToken("the ans", single_word=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    pair = encoded(tokenizer, chat("wer", " no", question="x"))
+    assert pair.prompt_ids == plain_ids(tokenizer, "xthe ans")
+    assert tokenizer.convert_tokens_to_ids("the ans") not in pair.prompt_ids
+    assert pair.prompt_ids + pair.rejected_ids == plain_ids(tokenizer, "xthe ans no")
+    # seen behind the whole prompt: the token `answer` would merge across the boundary
+    assert pair.notes & NOTE_BITS[MERGED_BOUNDARY]
+    assert pair.chosen_ids == plain_ids(tokenizer, "wer")
 
 
 @pytest.mark.parametrize("prepend_scheme", ["always", "first"])

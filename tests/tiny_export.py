@@ -19,6 +19,7 @@ from dpo_dist.engine.commit import commit, record_files
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.packing import pack_pairs
+from dpo_dist.engine.policy import settle_layout
 from dpo_dist.engine.train_state import TrainState
 from dpo_dist.model_files import digest_of_weights
 from dpo_dist.plan import training_identity
@@ -84,6 +85,8 @@ def write_checkpoint(config: RunConfig, policy: Any, trained: InMemory, step: in
 @torch.no_grad()
 def score(config: RunConfig, policy: Any, indices: Any) -> torch.Tensor:
     """(K, 2) log-probs of training pairs, by a copy: scoring changes a model's attention."""
+    scorer = PairScorer(copy.deepcopy(policy)).eval()
+    settle_layout(scorer, scorer, config.model, torch.device("cpu"))
     pairs = open_pairs(RunDir(config.run.dir).pairs_dir, "train")
     packed = pack_pairs([pairs.token_ids(index) for index in indices.tolist()])
-    return PairScorer(copy.deepcopy(policy))(packed)
+    return scorer(packed)

@@ -68,6 +68,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
     "phi": ("phi", {}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 0.5}),
     "gpt_oss": (
         "gpt_oss",
         {

@@ -129,14 +129,13 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
 
 
 def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
-    # copies, because a view would keep the batch with all its token ids in memory
     columns: dict[str, npt.NDArray] = {
         f"{part}_lengths": list_lengths(batch[f"{part}_ids"])
         for part in ("prompt", "chosen", "rejected")
     }
     for name, ours in (("reason", "reasons"), ("notes", "notes"), ("source", "source")):
         columns[ours] = batch[name].to_numpy().astype(np.int64)
-    columns["position"] = batch["position"].to_numpy().copy()
+    columns["position"] = batch["position"].to_numpy()
     for name in ("pair", "swapped", "prompt"):
-        columns[f"{name}_keys"] = key_column(batch[f"{name}_key"]).copy()
+        columns[f"{name}_keys"] = key_column(batch[f"{name}_key"])
     return columns

@@ -162,8 +162,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: 
     if size_of_values < query.shape[-1]:  # the kernels know one head size only
         value = F.pad(value, (0, query.shape[-1] - size_of_values))
     q = query[0].transpose(0, 1).to(value.dtype)  # (T, H, E)
-    k = _repeat_prompts(key[0].transpose(0, 1).to(value.dtype), row)
-    v = _repeat_prompts(value[0].transpose(0, 1), row)
+    k = repeat_prompts(key[0].transpose(0, 1).to(value.dtype), row)
+    v = repeat_prompts(value[0].transpose(0, 1), row)
     ends = (row.query_ends, row.key_ends, row.longest_query, row.longest_key)
     if row.backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
@@ -195,7 +195,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: 
     return out[None, :, :, :size_of_values].to(query.dtype)
 
 
-def _repeat_prompts(tokens: Tensor, row: PackedRow) -> Tensor:
+def repeat_prompts(tokens: Tensor, row: PackedRow) -> Tensor:
     """(T, ...) of the row to `prompt | chosen | prompt | rejected` of each pair in turn.
 
     By split and cat rather than by index: the backward is then a sum of slices in a fixed order.
@@ -235,9 +235,10 @@ def _block(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: S
         mask = row.mask(num_queries, num_keys, window, torch.float32)
         return _explicit_softmax(query, key, value, mask, scoring)
     plain = window is None and num_queries == num_keys
-    mask = None if plain else row.mask(num_queries, num_keys, window, query.dtype)
+    sees_all = window is None and num_queries == 1
+    mask = None if plain or sees_all else row.mask(num_queries, num_keys, window, query.dtype)
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and not plain:
+    if grouped and query.is_cuda and mask is not None:
         # The CUDA kernel that takes a mask does not take grouped heads.
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))

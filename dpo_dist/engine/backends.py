@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,93 +27,70 @@ def choose_backend(
     A backend that does not honour something the model asks for (soft cap, sinks, dropout, head
     size) is passed over. Raises ConfigError when such a one is requested by name.
     """
-    blockers = {name: _BLOCKERS[name](model, device, dtype) for name in _PREFERENCE}
-    if requested != "auto":
-        blocker = blockers[requested]
-        if blocker is not None:
-            usable = [name for name in _PREFERENCE if blockers[name] is None]
-            raise ConfigError(
-                f"model.attention is {requested}, but {blocker}",
-                f"a backend that can run this model here: auto, {', '.join(usable)}",
-                "Set model.attention to one of them.",
-            )
-        return requested, "requested"
-    chosen = next(name for name in _PREFERENCE if blockers[name] is None)
-    passed_over = [blocker for blocker in blockers.values() if blocker is not None]
-    return chosen, "; ".join(dict.fromkeys(passed_over)) or "flash-attn is installed"
+    obstacles = {
+        backend: device_obstacle(backend, device, dtype) or model_obstacle(backend, model)
+        for backend in _PREFERENCE
+    }
+    usable = [backend for backend in _PREFERENCE if obstacles[backend] is None]
+    if requested == "auto":
+        passed_over = [obstacle for obstacle in obstacles.values() if obstacle is not None]
+        reason = "; ".join(dict.fromkeys(passed_over)) or "flash-attn is installed"
+        return usable[0], reason
+    if requested not in usable:
+        raise ConfigError(
+            f"model.attention is {requested}, but {obstacles[requested]}",
+            f"a backend that can run this model here: auto, {', '.join(usable)}",
+            "Set model.attention to one of them.",
+        )
+    return requested, "requested"
 
 
-def _flash_attn_blocker(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    blocker = _varlen_blocker(model, device, dtype)
-    if blocker is not None:
-        return blocker
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    config = base_of(model).config.get_text_config()
-    if _softcap(config) is not None and _dropout(config) > 0:
-        return "flash-attn takes no soft cap together with attention dropout"
-    return None
-
-
-def _torch_blocker(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    blocker = _varlen_blocker(model, device, dtype)
-    if blocker is not None:
-        return blocker
-    config = base_of(model).config.get_text_config()
-    if _softcap(config) is not None:
-        return f"torch's kernel has no soft cap, and the model's scores are capped at {_softcap(config)}"
-    if _dropout(config) > 0:
-        return f"torch's kernel has no dropout, and the model's is {_dropout(config)}"
-    return None
-
-
-def _varlen_blocker(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no variable-length kernel can run this model here."""
+def device_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on this device at all, or None."""
+    if backend == "sdpa":
+        return None
     if device.type != "cuda":
         return f"variable-length kernels need a CUDA device, and this is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"variable-length kernels need compute capability 8.0, not {_capability(device)}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        return f"variable-length kernels need compute capability 8.0, and this device has {found}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"variable-length kernels need half precision, not {dtype}"
+        return f"variable-length kernels need half precision, and the model is {dtype}"
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    return None
+
+
+def model_obstacle(backend: Backend, model: nn.Module) -> str | None:
+    """What this model asks for that `backend` does not honour, or None."""
+    if backend == "sdpa":
+        return None
     base = base_of(model)
     config = base.config.get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    dropout = _attention_dropout(config)
     head_size = _head_size(config)
-    if head_size > _LARGEST_HEAD or head_size % 8:
-        return (
-            f"variable-length kernels need heads of a multiple of 8 up to {_LARGEST_HEAD}, "
-            f"not {head_size}"
-        )
     if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in base.named_parameters()):
         return "variable-length kernels have no attention sinks, and the model does"
+    if head_size > _LARGEST_HEAD or head_size % 8:
+        return f"variable-length kernels take heads of 8, 16, ... {_LARGEST_HEAD}, not {head_size}"
+    if backend == "torch" and softcap is not None:
+        return f"torch's kernel has no soft cap, and the model caps its scores at {softcap}"
+    if backend == "torch" and dropout > 0:
+        return f"torch's kernel has no dropout, and the model drops {dropout} of its attention"
+    if softcap is not None and dropout > 0:
+        return f"flash-attn takes no soft cap ({softcap}) together with dropout ({dropout})"
     return None
 
 
-def _never(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
-
-
-_BLOCKERS: dict[str, Callable[[nn.Module, torch.device, torch.dtype], str | None]] = {
-    "flash_attn": _flash_attn_blocker,
-    "torch": _torch_blocker,
-    "sdpa": _never,
-}
-
-
-def _capability(device: torch.device) -> str:
-    return ".".join(map(str, torch.cuda.get_device_capability(device)))
-
-
-def _softcap(config: Any) -> float | None:
-    return getattr(config, "attn_logit_softcapping", None)
-
-
-def _dropout(config: Any) -> float:
-    """Dropout on attention weights; families spell it in two ways, and the second is GPT-2's."""
+def _attention_dropout(config: Any) -> float:
+    """Dropout on attention weights, which families spell in two ways."""
     names = ("attention_dropout", "attn_pdrop")
     return max(float(getattr(config, name, None) or 0.0) for name in names)
 
 
 def _head_size(config: Any) -> int:
-    multi_latent = getattr(config, "qk_head_dim", None)  # deepseek: larger than that of the values
-    named = multi_latent or getattr(config, "head_dim", None)
+    """Elements of a query head; multi-latent attention has larger ones than of the values."""
+    named = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
     return named or config.hidden_size // config.num_attention_heads

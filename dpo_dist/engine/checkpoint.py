@@ -142,6 +142,7 @@ def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainSt
     assert universal == convert, f"load_universal is {universal}, wanted {convert}"
     if convert:
         _load_shards(engine, prepare_universal(step_dir))
+        _own_step_counts(engine)
         discard_universal(step_dir)
     else:
         _load_shards(engine, step_dir)
@@ -216,6 +217,16 @@ def _load_shards(engine: Any, folder: Path) -> None:
         raise CheckpointError(
             f"DeepSpeed found no shards in {folder}", "a checkpoint", "Use another checkpoint."
         )
+
+
+def _own_step_counts(engine: Any) -> None:
+    """Gives every sub-group of ZeRO-3 a step count of its own.
+
+    DeepSpeed hands one tensor to all of them, and torch's AdamW counts it up once a sub-group.
+    """
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _load_trainable(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:

@@ -50,11 +50,24 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
             verbose=False,
             timeout=TIMEOUT,
         )
+    _unlink_shared_memory(topology)
     try:
         yield device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _unlink_shared_memory(topology: Topology) -> None:
+    """Removes the name of DeepSpeed's CPU all-reduce buffer, 66 MiB of memory a rank.
+
+    DeepSpeed never does, so every job would leave its buffers in memory until the next reboot. All
+    ranks have mapped them by now, and a mapping outlives its name, also when a rank is killed.
+    """
+    dist.barrier()
+    place = f"{topology.master_addr}_{topology.master_port}_{topology.rank}"
+    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{place}")
+    buffer.unlink(missing_ok=True)
 
 
 def broadcast(value: Value) -> Value:

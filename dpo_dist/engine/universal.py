@@ -24,7 +24,7 @@ from dpo_dist.manifest import digest_of_file, fsync_dir, write_json
 from dpo_dist.run_dir import MANIFEST_NAME
 
 ORIGIN_NAME = "origin.json"
-POLL_S = 1.0
+POLL_S = 0.5
 # Each extracting process holds the optimizer shard of one rank, each merging one a parameter.
 EXTRACTING_PROCESSES = 2
 MERGING_PROCESSES = 2
@@ -90,7 +90,7 @@ def _origin(step_dir: Path) -> dict[str, str]:
 
 
 def _convert(step_dir: Path, target: Path) -> None:
-    """Rank 0 runs DeepSpeed's converter while the others hear from it every second."""
+    """Rank 0 runs DeepSpeed's converter while the others hear from it all the time."""
     with _reported(step_dir):
         # A name of its own: the converter of a killed attempt may still be writing to another.
         partial = _first_only_dir(step_dir)

@@ -9,9 +9,8 @@
 K probe pairs.
 """
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,11 @@ from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.policy import settle_layout
 from dpo_dist.engine.reload import load_adapted, load_whole, stored_names
 from dpo_dist.engine.scoring import score
-from dpo_dist.errors import ArtefactError, VerificationError
+from dpo_dist.errors import ArtefactError, DPODistError, VerificationError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import Manifest, digest_of_file, read_manifest, write_json
 from dpo_dist.model_card import Kind, export_folders
+from dpo_dist.model_files import read_model_config
 from dpo_dist.plan import base_model_dir, scoring_budget
 from dpo_dist.run_dir import MANIFEST_NAME, RunDir
 
@@ -47,6 +47,7 @@ LogpArray = npt.NDArray[np.float32]
 # like a random walk. docs/export.md says how it was measured.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_ANSWER_TOKENS = 16
+NUM_SHOWN = 3  # problems that a check names
 GPU_SHARE = 0.8  # of its free memory for weights; a model that needs more is verified on the CPU
 
 
@@ -137,52 +138,73 @@ def _check_folder(
 ) -> Iterator[Check]:
     """All checks of one folder; a load that fails ends them."""
     folder, base_dir = export_folders(config)[kind], base_model_dir(config)
-    yield _check_files(f"{kind}: files", folder, manifest)
+    yield _check(f"{kind}: files", lambda: _files(folder, manifest))
     if kind != "adapter":
-        yield _check_names(f"{kind}: names and shapes", folder, base_dir)
+        yield _check(f"{kind}: names and shapes", lambda: _names(folder, base_dir))
     device = _device_for(folder, base_dir)
-    name = f"{kind}: strict load"
-    try:
+    loaded: list[Any] = []
+
+    def load() -> str:
         if kind == "adapter":
             model, problems = load_adapted(base_dir, folder, config.model, device)
         else:
             unread = open_base(base_dir, config.model.trust_remote_code).unread
             model, problems = load_whole(folder, config.model, device, unread)
-    except Exception as error:  # transformers and peft raise many kinds
-        yield Check(name, False, repr(error))
+        loaded.append(model)
+        _refuse(problems)
+        return f"every weight in its place, on {device.type}"
+
+    yield _check(f"{kind}: strict load", load)
+    if not loaded:
         return
-    shown = "; ".join(problems[:3]) + (f"; {len(problems)} in all" if len(problems) > 3 else "")
-    yield Check(name, not problems, shown or f"every weight in its place, on {device.type}")
-    yield _check_tokenizer(f"{kind}: tokenizer", config, folder, base_dir, probe)
-    yield _check_answer(f"{kind}: answer", model, folder, config, probe)
+    (model,) = loaded
+    yield _check(f"{kind}: tokenizer", lambda: _tokenizer(config, folder, base_dir, probe))
+    # before scoring, which changes the model's attention
+    yield _check(f"{kind}: answer", lambda: _answer(model, folder, config, probe))
     yield from _check_probe(kind, model, config, probe, device)
 
 
-def _check_files(name: str, folder: Path, manifest: Manifest) -> Check:
-    files = {n: FileRecord(**record) for n, record in manifest.details["files"].items()}
-    missing = [n for n in files if not (folder / n).is_file()]
-    problems = [f"{n} is missing" for n in missing]
-    problems += find_changed(folder, files, [n for n in files if n not in missing])
-    return Check(name, not problems, "; ".join(problems) or f"{len(files)} as they were written")
+def _check(name: str, work: Callable[[], str]) -> Check:
+    """Runs a check that tells what it saw, or raises: whatever a broken folder makes of it."""
+    try:
+        return Check(name, True, work())
+    except DPODistError as error:
+        return Check(name, False, error.found)
+    except Exception as error:
+        return Check(name, False, repr(error))
 
 
-def _check_names(name: str, folder: Path, base_dir: Path) -> Check:
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = f"; {len(problems)} in all" if len(problems) > NUM_SHOWN else ""
+        raise VerificationError("; ".join(problems[:NUM_SHOWN]) + more, "none of this", "")
+
+
+def _files(folder: Path, manifest: Manifest) -> str:
+    """The files are those that the export wrote."""
+    files = {name: FileRecord(**record) for name, record in manifest.details["files"].items()}
+    missing = [name for name in files if not (folder / name).is_file()]
+    problems = [f"{folder / name} is missing" for name in missing]
+    _refuse(problems + find_changed(folder, files, [n for n in files if n not in missing]))
+    return f"{len(files)} as they were written"
+
+
+def _names(folder: Path, base_dir: Path) -> str:
     """The tensors of the base model, and beside them at most a head that training untied."""
     exported, base = stored_names(folder), stored_names(base_dir)
-    wrong = [n for n, shape in base.items() if exported.get(n) != shape]
-    added = [n for n in exported if n not in base]
-    config = json.loads((folder / "config.json").read_text())
-    allowed = 1 if config.get("tie_word_embeddings") is False else 0
-    if wrong or len(added) > allowed:
-        first = (wrong or added)[0]
-        detail = f"{first} is {exported.get(first)} here and {base.get(first)} in the base model"
-        return Check(name, False, detail)
-    return Check(name, True, f"{len(exported)} tensors" + (f", untied {added[0]}" if added else ""))
+    base_tied, still_tied = (
+        config.get("tie_word_embeddings") is not False
+        for config in (read_model_config(base_dir), read_model_config(folder))
+    )
+    added = [name for name in exported if name not in base]
+    wrong = [name for name, shape in base.items() if exported.get(name) != shape]
+    if len(added) > int(base_tied and not still_tied):
+        wrong += added
+    _refuse([f"{n} is {exported.get(n)} here and {base.get(n)} in the base model" for n in wrong])
+    return f"{len(exported)} tensors" + (f", untied {added[0]}" if added else "")
 
 
-def _check_tokenizer(
-    name: str, config: RunConfig, folder: Path, base_dir: Path, probe: Probe
-) -> Check:
+def _tokenizer(config: RunConfig, folder: Path, base_dir: Path, probe: Probe) -> str:
     """The exported tokenizer encodes the probe as the run's, and has the run's chat template."""
     template = resolve_template(config.data.chat_template)
     remote = config.model.trust_remote_code
@@ -192,33 +214,30 @@ def _check_tokenizer(
         own.decode([*prompt, *chosen])
         for prompt, chosen, _ in map(probe.pairs.token_ids, probe.indices.tolist())
     ]
-    same = [own.encode(text) == exported.encode(text) for text in texts]
-    if not all(same):
-        return Check(name, False, f"{same.count(False)} of {len(same)} texts encode differently")
+    _refuse([f"encodes {t!r} differently" for t in texts if own.encode(t) != exported.encode(t)])
     if own.chat_template != exported.chat_template:
-        return Check(name, False, "has another chat template than the run")
-    return Check(name, True, f"{len(texts)} texts encode alike, same chat template")
+        _refuse(["has another chat template than the run"])
+    return f"{len(texts)} texts encode alike, same chat template"
 
 
-def _check_answer(name: str, model: Any, folder: Path, config: RunConfig, probe: Probe) -> Check:
-    """Greedy generation runs. Comes before scoring, which changes the model's attention."""
+def _answer(model: Any, folder: Path, config: RunConfig, probe: Probe) -> str:
+    """Greedy generation runs."""
     tokenizer = load_tokenizer(folder, None, config.model.trust_remote_code)
     prompt = probe.pairs.token_ids(int(probe.indices[0]))[0]
-    try:
-        (text,) = answer(
-            model, tokenizer, [prompt], max_new_tokens=NUM_ANSWER_TOKENS, temperature=0.0
-        )
-    except Exception as error:  # what generation makes of a broken model
-        return Check(name, False, repr(error))
-    return Check(name, True, f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {text!r}")
+    (text,) = answer(model, tokenizer, [prompt], max_new_tokens=NUM_ANSWER_TOKENS, temperature=0.0)
+    return f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {text!r}"
 
 
 def _check_probe(
     kind: Kind, model: Any, config: RunConfig, probe: Probe, device: torch.device
 ) -> Iterator[Check]:
     """The probe in the layout that training scored in, and through the model's own logits."""
-    scorer = PairScorer(model)
-    layout = settle_layout(scorer, scorer, config.model, device)
+    scorer = PairScorer(model).eval()
+    try:
+        layout = settle_layout(scorer, scorer, config.model, device)
+    except DPODistError as error:
+        yield Check(f"{kind}: probe", False, error.found)
+        return
     (batches,) = plan_micro_batches(
         probe.pairs.packed_lengths,
         probe.indices,

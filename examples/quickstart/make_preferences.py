@@ -47,7 +47,7 @@ WORDS: dict[str, tuple[str, ...]] = {
         *("Paris", "Oslo", "Rome", "Madrid", "Vienna", "Lisbon", "Berlin", "Dublin", "Prague"),
         *("Athens", "Warsaw", "London", "Zurich", "Milan"),
     ),
-    "color": ("red", "blue", "green", "yellow", "white", "black", "purple", "orange", "brown"),
+    "color": ("red", "blue", "green", "yellow", "white", "black", "purple", "brown", "gray"),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "dish": ("bread", "cake", "pie", "lasagna", "pizza", "casserole", "pudding"),
     "food": ("tea", "coffee", "rice", "sugar", "honey", "flour", "salt", "cheese", "chocolate"),
