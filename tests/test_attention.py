@@ -181,9 +181,7 @@ def test_what_a_packed_row_cannot_give_is_said(keywords: dict[str, Any], message
 def test_attention_to_other_tokens_is_refused() -> None:
     query, key, value = heads(2, 2)
     with pytest.raises(PackedAttentionError, match="attends to other than its own tokens"):
-        packed_attention(
-            nn.Module(), query, key[:, :, 1:], value[:, :, 1:], None, packed_row=row()
-        )
+        packed_attention(nn.Module(), query, key[:, :, 1:], value[:, :, 1:], None, packed_row=row())
 
 
 def test_registered_mask_is_the_window_and_never_dense() -> None:
@@ -223,7 +221,7 @@ def test_requested_backend_that_cannot_run_is_refused(requested: Any) -> None:
         ("gemma2", {}, "no soft cap, and the model caps its scores at 0.5", None),
         ("gemma2", {"attention_dropout": 0.1}, "no soft cap", r"soft cap \(0.5\) .* \(0.1\)"),
         ("llama", {"attention_dropout": 0.1}, "drops 0.1 of its attention", None),
-        ("gpt2", {}, "drops 0.1 of its attention", None),
+        ("gpt2", {"attn_dropout": 0.1}, "drops 0.1 of its attention", None),
         ("llama", {"head_dim": 512}, "256, not 512", "256, not 512"),
         ("llama", {"head_dim": 12}, "256, not 12", "256, not 12"),
         ("llama", {"qk_head_dim": 320, "head_dim": 64}, "256, not 320", "256, not 320"),
@@ -233,8 +231,14 @@ def test_backend_that_would_not_honour_the_model_is_passed_over(
     family: str, settings: dict[str, Any], torch_obstacle: str | None, flash_obstacle: str | None
 ) -> None:
     model = tiny_model(family)
-    for name, value in settings.items():
-        setattr(model.config, name, value)
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout"):
+            if hasattr(module, name):
+                value = settings.get(name, 0.0)
+                is_module = isinstance(getattr(module, name), nn.Module)
+                setattr(module, name, nn.Dropout(value) if is_module else value)
+    for name in settings.keys() - {"attention_dropout", "attn_dropout"}:
+        setattr(model.config, name, settings[name])
     for backend, expected in (("torch", torch_obstacle), ("flash_attn", flash_obstacle)):
         obstacle = model_obstacle(backend, model)
         assert (obstacle is None) == (expected is None), obstacle

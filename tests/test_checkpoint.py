@@ -39,6 +39,17 @@ CASES = [
 IDENTITY = {"objective.beta": "0.1", "pairs": "abc"}
 
 
+@contextlib.contextmanager
+def limited(kind: int, value: int) -> Iterator[None]:
+    """A limit of this process alone, as with `ulimit`: real failures on one rank only."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
 def save_at(engine: Any, checkpoints_dir: Path, step: int, keep: int = 2) -> Path:
     state = TrainState(
         step=step,
@@ -80,24 +91,37 @@ def unbroken(folder: str) -> dict[str, Any]:
     return followed
 
 
+def refuse_other_runs(folder: Path, errors: list[str]) -> None:
+    """Collects what every rank says to resumes that must not be."""
+    run = checkpoints_of(folder, case_name(*CASES[1]))
+    no_more_files = limited(resource.RLIMIT_NOFILE, 0)
+    for resume in (run / "step-000009", run, run / ("x" * 300), "auto"):
+        blind = resume == "auto" and not collectives.is_first()
+        with (
+            pytest.raises(CheckpointError) as caught,
+            no_more_files if blind else contextlib.nullcontext(),
+        ):
+            checkpoint.choose_resume(run, resume)
+        errors.append(str(caught.value))
+    engine = start_engine(3, adapter=False, dtype="bfloat16")  # the checkpoint has an adapter
+    for identity in (IDENTITY | {"objective.beta": "0.5"}, {}, IDENTITY):
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(engine, run / "step-000002", identity)
+        errors.append(str(caught.value))
+    engine.destroy()
+
+
 def resumed(folder: str) -> dict[str, Any]:
     """Starts afresh from what `unbroken` saved."""
-    followed: dict[str, Any] = {"errors": []}
+    errors: list[str] = []
+    followed: dict[str, Any] = {"errors": errors}
     with collectives.process_group(from_environment()):
-        for resume in (Path(folder) / "step-000009", Path(folder)):
-            with pytest.raises(CheckpointError) as caught:
-                checkpoint.choose_resume(Path(folder) / "checkpoints", resume)
-            followed["errors"].append(str(caught.value))
+        refuse_other_runs(Path(folder), errors)
         for case in CASES:
             stage, dtype, adapter = case
             engine = start_engine(stage, adapter=adapter, dtype=dtype)
             step_dir = checkpoint.choose_resume(checkpoints_of(folder, case_name(*case)), "auto")
             assert step_dir is not None
-            if case == CASES[0]:
-                for identity in (IDENTITY | {"objective.beta": "0.5"}, {}):
-                    with pytest.raises(CheckpointError) as caught:
-                        checkpoint.load(engine, step_dir, identity)
-                    followed["errors"].append(str(caught.value))
             state = checkpoint.load(engine, step_dir, IDENTITY)
             assert (state.step, state.consumed_pairs, state.epoch) == (2, 12, 0.5)
             followed[case_name(*case)] = what_follows(engine)
@@ -123,24 +147,42 @@ def test_resume_on_the_same_ranks_is_bit_exact(
     assert first[0][case]["losses"][0] != first[0][case]["losses"][1]
 
 
-def test_a_named_path_that_is_no_checkpoint_is_an_error_on_every_rank(
+def test_what_is_no_checkpoint_is_an_error_on_every_rank(
     runs: tuple[Path, list[Any], list[Any]],
 ) -> None:
     folder, _, (first, second) = runs
     assert first["errors"] == second["errors"]
-    assert first["errors"][0].startswith(f"{folder}/step-000009 does not exist; wanted")
-    assert first["errors"][1].startswith(f"{folder} has no COMMITTED marker; wanted")
+    run = checkpoints_of(folder, case_name(*CASES[1]))
+    missing, unmarked, too_long, blind = first["errors"][:4]
+    assert missing.startswith(f"{run}/step-000009 does not exist; wanted a checkpoint as it was")
+    assert unmarked.startswith(f"{run} has no COMMITTED marker; wanted a checkpoint as it was")
+    assert too_long == (
+        f"cannot read {run / ('x' * 300)} (File name too long); wanted a readable checkpoint. "
+        "Check the path and its permissions."
+    )
+    assert blind.startswith(f"rank 1 cannot read {run}/step-000002/")
+    assert blind.endswith(
+        " (Too many open files); wanted files that every rank can read. "
+        "Check the file system and run.dir."
+    )
+    assert (run / "step-000002").exists()
 
 
 def test_another_run_is_refused_on_every_rank(runs: tuple[Path, list[Any], list[Any]]) -> None:
     _, _, (first, second) = runs
     assert first["errors"] == second["errors"]
-    assert first["errors"][2].endswith(
+    setting, nothing, parameters = first["errors"][4:]
+    assert setting.endswith(
         "step-000002 was trained with other settings or inputs "
         '(objective.beta: "0.1" -> "0.5"); wanted those of this run config. '
         "Put them back to continue, or choose another run.dir to train anew."
     )
-    assert '(objective.beta: "0.1" -> null; pairs: "abc" -> null)' in first["errors"][3]
+    assert '(objective.beta: "0.1" -> null; pairs: "abc" -> null)' in nothing
+    assert parameters == (
+        "the checkpoint and the model disagree about policy.embed.weight (9 parameters); wanted "
+        "the trainable parameters of this model. Resume with the model and adapter settings that "
+        "wrote the checkpoint."
+    )
 
 
 def test_what_lies_in_a_checkpoint(runs: tuple[Path, list[Any], list[Any]]) -> None:
@@ -164,17 +206,6 @@ def test_what_lies_in_a_checkpoint(runs: tuple[Path, list[Any], list[Any]]) -> N
 # A disk that fails
 
 
-@contextlib.contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Files of this process may not grow beyond; a real failed write on one rank only."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
 def failing_disk(folder: str, small_disk: str | None) -> list[str]:
     """Saves while one rank's disk fails, then, if there is one, on a disk that fills up."""
     errors = []
@@ -194,7 +225,7 @@ def failing_disk(folder: str, small_disk: str | None) -> list[str]:
         save_at(engine, run, 1)
         train_step(engine, 1)
         second = not collectives.is_first()
-        with largest_file(2000) if second else contextlib.nullcontext():
+        with limited(resource.RLIMIT_FSIZE, 2000) if second else contextlib.nullcontext():
             failed_save(engine, run, 2)
         train_step(engine, 2)  # the ranks are still in step
         save_at(engine, run, 3)

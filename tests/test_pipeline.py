@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import ROOT, wait_until
 from tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, metrics_of, succeed, write_rows
 
+from dpo_dist.engine.checkpoint import read_probe
 from dpo_dist.engine.shards import open_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
@@ -137,17 +139,29 @@ def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:
 
 def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "lora")
-    arguments = [run_yaml, f"run.dir={other}", LORA]
+    arguments = [
+        run_yaml, f"run.dir={other}", LORA,
+        "logging.every_steps=2", "logging.tensorboard=true", "eval.every_steps=4",
+        "checkpoint.every_steps=3", "checkpoint.keep=3", "checkpoint.probe_pairs=3",
+        "generate.num_prompts=2", "generate.max_new_tokens=4",
+    ]  # fmt: skip
     succeed("run", *arguments)
+    lines = metrics_of(other)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8, 10]
+    kept = sorted(path.name for path in (other / "checkpoints").glob("step-*"))
+    assert kept == ["step-000006", "step-000009", "step-000010"]
+    assert len(read_probe(other / "checkpoints" / kept[-1])[0]) == 3
+    assert any((other / "tensorboard").iterdir())
+    assert not (out_of(run_yaml) / "tensorboard").exists()
     assert json.loads((other / "verify.json").read_text())["passed"] is True
     evaluation = json.loads(succeed("evaluate", *arguments, "--json").stdout)
-    last = metrics_of(other)[-1]
     assert evaluation["num_pairs"] == NUM_EVAL
     for name in ("rewards/accuracies", "rewards/margins"):
-        assert evaluation["after"][name] == pytest.approx(last[f"eval_{name}"], abs=2e-2)
+        assert evaluation["after"][name] == pytest.approx(lines[-1][f"eval_{name}"], abs=2e-2)
     assert evaluation["before"]["rewards/margins"] == 0.0
     generated = json.loads(succeed("generate", *arguments, "--json").stdout)["answers"]
-    assert len(generated) == 3 and {"prompt", "before", "after"} == set(generated[0])
+    assert len(generated) == 2 and {"prompt", "before", "after"} == set(generated[0])
 
 
 def test_full_is_exported_and_verified(run_yaml: Path) -> None:
@@ -213,6 +227,19 @@ def test_missing_reference_rows_are_named(run_yaml: Path) -> None:
     shutil.rmtree(other / "reference")
     message = error_of("train", run_yaml, f"run.dir={other}")
     assert f"{NUM_TRAIN} of {NUM_TRAIN}" in message and "dpo-dist reference" in message
+
+
+def test_a_sharded_reference_pass_gives_the_same_rows(run_yaml: Path) -> None:
+    other = fresh_copy(run_yaml, "sharded")
+    shutil.rmtree(other / "reference")
+    done = succeed("reference", run_yaml, f"run.dir={other}", "reference.sharding=zero3")
+    assert "reference: ZeRO-3 (reference.sharding)" in done.stderr
+    rows = [
+        np.concatenate([np.frombuffer(p.read_bytes(), np.uint8) for p in sorted(d.rglob("*.rows"))])
+        for d in (out_of(run_yaml) / "reference", other / "reference")
+    ]
+    assert len(rows[0]) == len(rows[1])
+    succeed("train", run_yaml, f"run.dir={other}", "train.max_steps=1")  # the gate compares them
 
 
 def test_stale_pairs_are_refused(run_yaml: Path) -> None:

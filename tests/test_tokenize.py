@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import make_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.data.formats import Pair
@@ -150,21 +150,21 @@ def test_a_template_that_rewrites_the_prompt_is_cut_at_the_common_prefix(tmp_pat
     assert pair.notes == NOTE_BITS[REWRITTEN_PROMPT]
 
 
-def test_a_special_token_that_is_only_one_alone_costs_no_token(tmp_path: Path) -> None:
-    # `single_word` makes it plain text behind a letter, and a token at the start of a text
-    template = (
-        "{{ messages[0]['content'] }}the ans{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
-    )
-    tokenizer = tiny(tmp_path, template)
-    special = AddedToken("the ans", single_word=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
-    pair = encoded(tokenizer, chat("wer", " no", question="x"))
-    assert pair.prompt_ids == plain_ids(tokenizer, "xthe ans")
-    assert tokenizer.convert_tokens_to_ids("the ans") not in pair.prompt_ids
-    assert pair.prompt_ids + pair.rejected_ids == plain_ids(tokenizer, "xthe ans no")
-    # seen behind the whole prompt: the token `answer` would merge across the boundary
-    assert pair.notes & NOTE_BITS[MERGED_BOUNDARY]
-    assert pair.chosen_ids == plain_ids(tokenizer, "wer")
+def test_a_template_that_shares_no_token_with_the_prompt_is_a_refusal(tmp_path: Path) -> None:
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (found,) = PairTokenizer(tiny(tmp_path, template), None).encode([chat()])
+    assert isinstance(found, TemplateRefusal)
+    assert str(found) == "it renders the prompt otherwise before an answer"
+
+
+def test_an_answer_is_the_same_behind_the_end_of_the_prompt_as_behind_all_of_it(
+    tmp_path: Path,
+) -> None:
+    tokenizer = PairTokenizer(tiny(tmp_path), None)
+    pair = chat("<|im_end|> \n\nThe sky", " No.", question="Hello\n<|im_start|> ")
+    behind_the_end = tokenizer.encode([pair])
+    tokenizer._anchor = ""  # no special token is known: everything is tokenised as one text
+    assert tokenizer.encode([pair]) == behind_the_end
 
 
 @pytest.mark.parametrize("prepend_scheme", ["always", "first"])

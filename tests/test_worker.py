@@ -88,6 +88,16 @@ def test_a_refusing_template_is_quoted_with_the_row(tmp_path: Path) -> None:
     assert (row["reason"], row["detail"]) == (CODES["template"], f"{path}:1: never")
 
 
+def test_a_template_that_drops_the_answer_leaves_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "Q", "chosen": "A", "rejected": "B"}\n')
+    job = job_of(tmp_path, path)
+    tokenizer = job.load_tokenizer()
+    tokenizer.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (batch,) = tokenize_chunks(job, tokenizer, make_chunks(job.sources), 1)
+    assert batch["reason"].to_pylist() == [CODES["empty"]]
+
+
 def test_processes_give_what_one_process_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

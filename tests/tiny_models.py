@@ -62,6 +62,18 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, **_TWO_EXPERTS_OF_FOUR},
     ),
+    "qwen2_moe": (  # states its windows in the mask and nowhere else
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": _FULL_AND_SLIDING,
+            **_TWO_EXPERTS_OF_FOUR,
+        },
+    ),
     "granite": (
         "granite",
         {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
@@ -90,7 +102,19 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "no_rope_layers": [1, 0],
         },
     ),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
     "mamba": ("mamba", {"state_size": 8}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "lru_width": 32,
+            "head_dim": 8,
+            "attention_window_size": WINDOW,
+            "block_types": ["recurrent", "attention"],
+            "logits_soft_cap": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "falcon_h1": (
         "falcon_h1",
         {

@@ -61,7 +61,7 @@ class PairTokenizer:
         self.system_message = system_message
         self._bos_ids = _leading_special_ids(tokenizer)
         # the SentencePiece sign of a space
-        self._prepends_space = tokenizer.tokenize("x")[0].startswith("\u2581")
+        self._prepends_space = "".join(tokenizer.tokenize("x")).startswith("\u2581")
         self._special = _special_tokens_pattern(tokenizer)
         *_, self._anchor = "", *self._special.findall(generation_prompt(tokenizer))
 
@@ -89,16 +89,17 @@ class PairTokenizer:
         start = max(start, 0)
         return text.prompt, text.prompt[start:], text.chosen[start:], text.rejected[start:]
 
-    def _split(self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]) -> TokenPair:
+    def _split(
+        self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]
+    ) -> TokenPair | TemplateRefusal:
         notes = self._notes_on_text(pair)
         prompt, end, chosen, rejected = (ids[part] for part in self._texts(text))
         if not text.begin_with_prompt:
             cut = min(_num_shared(prompt, chosen), _num_shared(prompt, rejected))
             notes |= NOTE_BITS[REWRITTEN_PROMPT]
+            if cut == 0:
+                return TemplateRefusal("it renders the prompt otherwise before an answer")
             return TokenPair(prompt[:cut], chosen[cut:], rejected[cut:], notes)
-        if prompt[len(prompt) - len(end) :] != end:  # a special token that eats spaces around it
-            chosen, rejected = self._ids([text.chosen, text.rejected])
-            end = prompt
         start = len(text.prompt)
         answers: list[Ids] = []
         for answer, answer_ids in ((text.chosen, chosen), (text.rejected, rejected)):

@@ -178,9 +178,11 @@ def _outcome(pair: Pair, encoded: TokenPair | TemplateRefusal) -> dict[str, obje
     if isinstance(encoded, TemplateRefusal):
         return _dropped(TEMPLATE, f"{pair.origin}: {encoded}")
     prompt, chosen, rejected = encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids
+    # a template may drop a text that is not empty
+    is_empty = pair.has_empty_part or not (prompt and chosen and rejected)
     return {
         "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-        "reason": CODES[EMPTY] if pair.has_empty_part else KEPT,
+        "reason": CODES[EMPTY] if is_empty else KEPT,
         "notes": encoded.notes, "detail": None,
         "pair_key": pair_key(prompt, chosen, rejected),
         "swapped_key": pair_key(prompt, rejected, chosen),

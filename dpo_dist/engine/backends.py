@@ -69,7 +69,7 @@ def model_obstacle(backend: Backend, model: nn.Module) -> str | None:
     base = base_of(model)
     config = base.config.get_text_config()
     softcap = getattr(config, "attn_logit_softcapping", None)
-    dropout = _attention_dropout(config)
+    dropout = _attention_dropout(base)
     head_size = _head_size(config)
     if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in base.named_parameters()):
         return "variable-length kernels have no attention sinks, and the model does"
@@ -84,10 +84,14 @@ def model_obstacle(backend: Backend, model: nn.Module) -> str | None:
     return None
 
 
-def _attention_dropout(config: Any) -> float:
-    """Dropout on attention weights, which families spell in two ways."""
-    names = ("attention_dropout", "attn_pdrop")
-    return max(float(getattr(config, name, None) or 0.0) for name in names)
+def _attention_dropout(model: nn.Module) -> float:
+    """Largest dropout on attention weights, as a number or a module: the config may be outdated."""
+    found = [0.0]
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout"):
+            dropout = getattr(module, name, 0.0)
+            found.append(float(dropout.p if isinstance(dropout, nn.Dropout) else dropout))
+    return max(found)
 
 
 def _head_size(config: Any) -> int:

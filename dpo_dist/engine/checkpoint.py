@@ -29,13 +29,7 @@ import torch
 from safetensors import torch as safetensors
 
 from dpo_dist.engine import collectives
-from dpo_dist.engine.commit import (
-    Files,
-    commit,
-    find_changed,
-    read_committed,
-    remove_leftovers,
-)
+from dpo_dist.engine.commit import Files, commit, find_changed, read_committed, remove_leftovers
 from dpo_dist.engine.retention import newest_plausible, prune, quarantine, supersede
 from dpo_dist.engine.rng import restore_rng, rng_states
 from dpo_dist.engine.shard_writer import ShardWriter
@@ -213,20 +207,21 @@ def _load_shards(engine: Any, folder: Path) -> None:
     loaded, _ = engine.load_checkpoint(
         str(folder.parent), tag=folder.name, custom_load_fn=_load_trainable
     )
-    if loaded is None:
-        raise CheckpointError(
-            f"DeepSpeed found no shards in {folder}", "a checkpoint", "Use another checkpoint."
-        )
+    assert loaded is not None, f"no shards in {folder}"
 
 
 def _own_step_counts(engine: Any) -> None:
-    """Gives every sub-group of ZeRO-3 a step count of its own.
+    """Gives every sub-group of ZeRO-3 a step count of its own, where its optimizer wants it.
 
-    DeepSpeed hands one tensor to all of them, and torch's AdamW counts it up once a sub-group.
+    DeepSpeed hands one CPU tensor to all of them: torch's AdamW would count it up once a
+    sub-group, and its fused form takes counts on the device of the parameters only.
     """
-    for state in engine.optimizer.optimizer.state.values():
+    optimizer = engine.optimizer.optimizer
+    fused = bool(optimizer.defaults.get("fused"))
+    for parameter, state in optimizer.state.items():
         if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+            device = parameter.device if fused else torch.device("cpu")
+            state["step"] = state["step"].detach().clone().to(device)
 
 
 def _load_trainable(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:

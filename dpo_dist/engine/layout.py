@@ -51,7 +51,7 @@ def choose_layout(
     try:
         packed = pack_pairs(pairs or synthetic_pairs(base.config.get_text_config()), device)
         plain = model(packed, "plain")
-        fault = _known_obstacle(scorer.policy) or _packed_fault(model, packed, plain, dtype)
+        fault = _known_obstacle(scorer.policy) or packed_fault(model, packed, plain, dtype)
         fault = next((one for one in collectives.gather(fault) if one), None)
         if fault is None:
             return "packed", "it agrees with plain forwards and does not leak"
@@ -100,7 +100,7 @@ def _known_obstacle(policy: nn.Module) -> str | None:
     return None
 
 
-def _packed_fault(
+def packed_fault(
     model: nn.Module, packed: PackedPairs, plain: Tensor, dtype: torch.dtype
 ) -> str | None:
     """What is wrong with the packed layout, or None."""

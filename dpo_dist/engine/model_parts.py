@@ -56,10 +56,9 @@ def logit_terms(config: Any) -> tuple[float, float | None]:
     """(factor on the logits, soft cap) as the model's family applies them after the head."""
     config = config.get_text_config()
     scale = 1.0
-    if getattr(config, "logits_scaling", None) is not None:  # a factor or, in granite, a divisor
-        factor = config.logits_scaling
-        scale *= factor if config.model_type == "hyperclovax" else 1 / factor
-    for name in ("logit_scale", "lm_head_multiplier"):  # cohere, falcon_h1
-        if getattr(config, name, None) is not None:
-            scale *= getattr(config, name)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0  # granite divides by it
+    scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return scale, next((cap for cap in caps if cap), None)

@@ -15,22 +15,28 @@ _logger = logging.getLogger(__name__)
 
 
 def newest_plausible(run: RunDir, refused: set[Path]) -> tuple[Path, Files] | None:
-    """The newest checkpoint that passes the cheap checks; moves those that do not."""
+    """The newest checkpoint that passes the cheap checks, and its files.
+
+    Those that do not pass go to quarantine and into `refused`, which holds what to skip. Raises
+    OSError when a folder cannot be read.
+    """
     for step_dir in _step_dirs(run.checkpoints_dir):
         if step_dir in refused:
             continue
         try:
             files = read_committed(step_dir)
             step = read_train_state(step_dir).step
-            if step != step_of(step_dir):
-                raise CheckpointError(f"{step_dir} holds step {step}", "the step of its name", "")
-            return step_dir, files
         except CheckpointError as error:
             quarantine(run, step_dir, error.found, refused)
+            continue
+        if step == step_of(step_dir):
+            return step_dir, files
+        quarantine(run, step_dir, f"{step_dir} holds step {step}", refused)
     return None
 
 
 def quarantine(run: RunDir, step_dir: Path, reason: str, refused: set[Path]) -> None:
+    """Puts a damaged checkpoint aside, if that can be, and has it skipped from now on."""
     refused.add(step_dir)
     try:
         moved = put_aside(step_dir, run.quarantine_dir, reason)

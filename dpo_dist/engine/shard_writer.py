@@ -35,8 +35,10 @@ class ShardWriter:
                 try:
                     content(stream)  # pyright: ignore[reportArgumentType]
                 except RuntimeError:
+                    if stream.error is None:
+                        raise
                     # torch.save complains about its unfinished file and hides what happened
-                    raise stream.error or RuntimeError from None
+                    raise stream.error from None
                 os.fsync(raw.fileno())
             fsync_dir(path.parent)
         except OSError as error:

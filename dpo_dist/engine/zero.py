@@ -14,23 +14,14 @@ from dpo_dist.config import TrainSection
 def start_training(
     module: nn.Module, ds_config: dict[str, Any], train: TrainSection, num_steps: int
 ) -> Any:
-    """A DeepSpeed engine around `module` with AdamW and the learning-rate schedule.
-
-    The schedule counts optimizer steps: ceil(num_steps * warmup_ratio) of linear warm-up, then
-    the shape of `train.lr_schedule` down to the last step.
-    """
+    """A DeepSpeed engine around `module` with AdamW and the learning-rate schedule."""
     import deepspeed
-    from transformers import get_scheduler
 
-    def schedule(optimizer: torch.optim.Optimizer) -> Any:
-        warmup = math.ceil(num_steps * train.warmup_ratio)
-        name = {"constant": "constant_with_warmup"}.get(train.lr_schedule, train.lr_schedule)
-        return get_scheduler(name, optimizer, warmup, num_steps)
-
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=_adamw([p for p in module.parameters() if p.requires_grad], ds_config, train),
-        lr_scheduler=schedule,
+        optimizer=make_optimizer(trainable, ds_config, train),
+        lr_scheduler=lambda optimizer: make_schedule(optimizer, train, num_steps),
         config=ds_config,
         dist_init_required=False,
     )
@@ -45,9 +36,20 @@ def start_inference(module: nn.Module, ds_config: dict[str, Any]) -> Any:
     return engine
 
 
-def _adamw(
+def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, num_steps: int) -> Any:
+    """Learning rates by optimizer step: ceil(num_steps * warmup_ratio) of linear warm-up, then
+    the shape of `train.lr_schedule` down to the last step."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(num_steps * train.warmup_ratio)
+    name = {"constant": "constant_with_warmup"}.get(train.lr_schedule, train.lr_schedule)
+    return get_scheduler(name, optimizer, warmup, num_steps)
+
+
+def make_optimizer(
     parameters: Iterable[nn.Parameter], ds_config: dict[str, Any], train: TrainSection
 ) -> torch.optim.Optimizer:
+    """AdamW with the run's settings; DeepSpeed's own for the CPU when its state is offloaded."""
     settings: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),

@@ -1,0 +1,362 @@
+"""Memory and work of a training run as plain arithmetic: no torch, no files, no machine.
+
+1. `state_lines`: what DeepSpeed holds from the first step to the last.
+2. `micro_batch_lines`, `update_lines` and `scoring_lines`: what a backward, an optimizer update or
+   a forward without gradients adds to it.
+3. `host_lines`: what an offloaded optimizer holds in host memory instead.
+4. `estimate` adds them up; `remedies` tries the changes that could make a misfit fit.
+
+Every amount is a `Line` that carries its own arithmetic. tests/test_estimate.py compares the lines
+with what DeepSpeed and autograd really hold; docs/planning.md says what they leave out.
+
+d bytes of an element of `dtype`, D hidden size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+GIB = 2**30
+RESERVE_BYTES = 2 * GIB  # assumed: CUDA context, NCCL's buffers, fragmentation of the allocator
+GPUS_PER_NODE = 8  # assumed where nothing says otherwise
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model, with its adapter, that memory and work depend on."""
+
+    num_parameters: int
+    num_trained: int
+    num_active: int  # elements of the matrices that a token is multiplied with
+    num_layers: int
+    hidden_size: int
+    query_width: int  # heads x head size
+    key_value_width: int
+    mlp_width: int  # of all experts of a token together
+    mlp_matrices: int  # 3 with a gate, else 2
+    experts_per_token: int  # 0 without experts
+    norms_per_layer: int
+    vocab_size: int
+    head_trained: bool
+    adapter_ranks: int  # ranks of a layer's adapters, summed
+    adapter_inputs: int  # widths of their inputs, summed
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a DeepSpeed JSON says about memory; sizes are counted in elements."""
+
+    stage: int
+    secondary_ranks: int  # hpZ: ranks that hold a second copy of the parameters between them
+    offload_optimizer: bool
+    reduce_bucket: int
+    num_buckets: int
+    prefetch_bucket: int
+    max_live: int
+    sub_group: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the memory of a rank depends on."""
+
+    shape: ModelShape
+    sharding: Sharding
+    world_size: int
+    dtype_bytes: int
+    micro_batch_tokens: int
+    checkpointing: bool
+    dropout: bool = False  # of an adapter's input
+    padded: bool = False
+    scoring_tokens: int = 0  # of a forward without gradients, as evaluation has
+    logits_per_chunk: int = 2**25
+
+
+@dataclass(frozen=True)
+class Line:
+    """An amount with its arithmetic."""
+
+    name: str
+    num_bytes: int
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one GPU, and of one host where the optimizer is offloaded."""
+
+    states: tuple[Line, ...]
+    micro_batch: tuple[Line, ...]
+    update: tuple[Line, ...]
+    scoring: tuple[Line, ...]
+    host: tuple[Line, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The states, and the largest of what a micro-batch, an update or scoring adds."""
+        return total(self.states) + max(map(total, (self.micro_batch, self.update, self.scoring)))
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of the setup, and what it would come to."""
+
+    change: str
+    peak_bytes: int
+    fits: bool
+
+
+def total(lines: Sequence[Line]) -> int:
+    """Bytes of all lines."""
+    return sum(line.num_bytes for line in lines)
+
+
+def sharding_of(ds_config: dict[str, Any]) -> Sharding:
+    """Reads a DeepSpeed config; keys that it leaves out have DeepSpeed's defaults."""
+    zero = ds_config["zero_optimization"]
+    stage = zero["stage"]
+    overlapping = zero.get("overlap_comm", False)
+    return Sharding(
+        stage=stage,
+        secondary_ranks=zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1,
+        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)) if stage else 0,
+        # ZeRO-1 and 2 fill one bucket while the other is reduced
+        num_buckets=2 if stage in (1, 2) and overlapping else 1,
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        sub_group=int(zero.get("sub_group_size", 1e9)),
+    )
+
+
+def estimate(setup: Setup) -> Memory:
+    """Memory of one GPU of a training run, and of one host with an offloaded optimizer."""
+    return Memory(
+        states=tuple(state_lines(setup)),
+        micro_batch=tuple(micro_batch_lines(setup)),
+        update=tuple(update_lines(setup)),
+        scoring=tuple(scoring_lines(setup)) if setup.scoring_tokens else (),
+        host=tuple(host_lines(setup)),
+    )
+
+
+def state_lines(setup: Setup) -> Iterator[Line]:
+    """Parameters, gradients, optimizer and buckets: there from the first step to the last."""
+    shape, sharding, d = setup.shape, setup.sharding, setup.dtype_bytes
+    yield _share("parameters", d, shape.num_parameters, "", _ranks(setup, from_stage=3))
+    if sharding.secondary_ranks > 1:
+        ranks = min(sharding.secondary_ranks, setup.world_size)
+        yield _share("second_parameters", d, shape.num_parameters, "", ranks, "ranks of a node")
+    if not sharding.offload_optimizer:
+        yield _share("gradients", d, shape.num_trained, "trained ", _ranks(setup, from_stage=2))
+        # AdamW's two moments, and a float32 copy of the parameters: DeepSpeed keeps one beside
+        # float32 parameters too, unless it does not shard at all.
+        each = 8 if sharding.stage == 0 and d == 4 else 12
+        yield _share("optimizer", each, shape.num_trained, "trained ", _ranks(setup, from_stage=1))
+    if sharding.stage:
+        count = sharding.num_buckets
+        yield Line(
+            "reduce_buckets",
+            count * d * sharding.reduce_bucket,
+            f"{count} x {d} bytes x {_count(sharding.reduce_bucket)} elements",
+        )
+
+
+def host_lines(setup: Setup) -> Iterator[Line]:
+    """An offloaded optimizer's float32 copy, moments and gradient, and one more gradient in dtype.
+
+    Of one node: all its ranks hold their share there.
+    """
+    if setup.sharding.offload_optimizer:
+        ranks = min(setup.world_size, GPUS_PER_NODE)
+        each, trained = 16 + setup.dtype_bytes, setup.shape.num_trained
+        yield Line(
+            "optimizer",
+            ranks * each * trained // setup.world_size,
+            f"{ranks} ranks of a node x {each} bytes x {_count(trained)} trained parameters"
+            f" / {setup.world_size} ranks",
+        )
+
+
+def micro_batch_lines(setup: Setup) -> Iterator[Line]:
+    """What is added between the start of a forward and the end of its backward."""
+    yield _activations(setup)
+    yield from _gathered(setup)
+    shape, d = setup.shape, setup.dtype_bytes
+    chunk = _head_chunk(setup, setup.micro_batch_tokens)
+    if shape.head_trained:
+        head = shape.vocab_size * shape.hidden_size
+        text = f"{chunk.arithmetic} + {d} bytes x {_count(head)} of the head's gradient"
+        chunk = Line("head", chunk.num_bytes + d * head, text)
+    yield chunk
+
+
+def scoring_lines(setup: Setup) -> Iterator[Line]:
+    """What a forward without gradients adds: the widest place of one layer, and the head."""
+    tokens, padded = _through_layers(setup, setup.scoring_tokens)
+    each = forward_bytes(setup.shape, setup.dtype_bytes)
+    yield Line("activations", tokens * each, f"{tokens:,} tokens{padded} x {each:,} bytes")
+    yield from _gathered(setup)
+    yield _head_chunk(setup, setup.scoring_tokens)
+
+
+def update_lines(setup: Setup) -> Iterator[Line]:
+    """What an optimizer update adds: the gradient flattened, then as float32."""
+    trained, sharding, d = setup.shape.num_trained, setup.sharding, setup.dtype_bytes
+    if sharding.offload_optimizer:
+        return
+    if sharding.stage == 0:
+        yield Line("update", 4 * trained, f"4 bytes x {_count(trained)} trained parameters at once")
+        return
+    own = -(-trained // setup.world_size)
+    at_once = min(own, sharding.sub_group) if sharding.stage == 3 else own
+    each = 4 if d == 4 else 4 + d
+    yield Line(
+        "update", each * at_once, f"{each} bytes x {_count(at_once)} of a rank's share at once"
+    )
+
+
+def remedies(
+    setup: Setup,
+    limit_bytes: int,
+    shardings: Mapping[str, Sharding],
+    with_adapter: ModelShape | None,
+    longest_pair: int = 1024,
+) -> list[Remedy]:
+    """Single changes that lower the peak, those that fit first.
+
+    `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
+    LoRA, None when it is used already. A micro-batch is not cut below `longest_pair` tokens.
+    """
+
+    def tried(change: str, changed: Setup) -> Remedy:
+        peak = estimate(changed).peak_bytes
+        return Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
+
+    def first_fit(chain: Iterator[Remedy]) -> list[Remedy]:
+        """The first of ever stronger changes that fits, else the strongest."""
+        last = None
+        for remedy in chain:
+            if (last := remedy).fits:
+                break
+        return [last] if last else []
+
+    found: list[Remedy] = []
+    if not setup.checkpointing:
+        with_it = replace(setup, checkpointing=True)
+        found.append(tried("train.gradient_checkpointing=true", with_it))
+    halved = range(1, (setup.micro_batch_tokens // longest_pair).bit_length())
+    sizes = [setup.micro_batch_tokens >> times for times in halved]
+    found += first_fit(
+        tried(
+            f"train.micro_batch_tokens={size}",
+            replace(setup, micro_batch_tokens=size, scoring_tokens=2 * size),
+        )
+        for size in sizes
+    )
+    for name, sharding in shardings.items():
+        found.append(tried(f"train.deepspeed={name}", replace(setup, sharding=sharding)))
+    ranks = [setup.world_size << times for times in range(1, 12)]
+    found += first_fit(tried(f"{n} ranks", replace(setup, world_size=n)) for n in ranks)
+    if with_adapter is not None:
+        found.append(tried("adapter.rank=16 (LoRA)", replace(setup, shape=with_adapter)))
+    now = estimate(setup).peak_bytes
+    helpful = [remedy for remedy in found if remedy.peak_bytes < now]
+    return sorted(helpful, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
+
+
+def layer_bytes(shape: ModelShape, d: int, dropout: bool = False) -> int:
+    """Bytes that autograd keeps of one token in one layer.
+
+    A norm keeps its input in float32 and its normalised value; the attention q, k and v (with
+    every prompt at most twice) and its output twice; a gated MLP gate, activation, up and product;
+    linear layers their inputs, where nothing has them yet. Experts keep their gathered input and
+    their output. An adapter keeps what lies between its two matrices and, with dropout, its own
+    input and a mask.
+    """
+    norms = shape.norms_per_layer * (4 + d) * shape.hidden_size
+    inputs = d * 2 * shape.hidden_size
+    attention = d * (3 * shape.query_width + 4 * shape.key_value_width)
+    mlp = d * (4 if shape.mlp_matrices == 3 else 2) * shape.mlp_width
+    experts = d * 2 * shape.experts_per_token * shape.hidden_size
+    adapter = d * shape.adapter_ranks + (d + 1) * dropout * shape.adapter_inputs
+    return norms + inputs + attention + mlp + experts + adapter
+
+
+def forward_bytes(shape: ModelShape, d: int) -> int:
+    """Bytes of one token at the widest place of a layer when nothing is kept for a backward.
+
+    Residual, layer input and norm, beside the inner parts of the MLP or of the attention.
+    """
+    mlp = shape.mlp_matrices * shape.mlp_width + 2 * shape.experts_per_token * shape.hidden_size
+    attention = 3 * shape.query_width + 4 * shape.key_value_width
+    return d * (3 * shape.hidden_size + max(mlp, attention))
+
+
+def _activations(setup: Setup) -> Line:
+    """Layer inputs and one layer again with gradient checkpointing, all layers without."""
+    shape, d = setup.shape, setup.dtype_bytes
+    tokens, padded = _through_layers(setup, setup.micro_batch_tokens)
+    layer = layer_bytes(shape, d, setup.dropout)
+    kept = d * shape.hidden_size if setup.checkpointing else layer
+    # The backward of an MLP holds the gradients of gate and up and of the layer's input and output
+    flowing = d * 2 * (shape.mlp_width + shape.hidden_size)
+    last = (4 + 4 * d) * shape.hidden_size  # the last norm, and completion positions of its output
+    again = layer if setup.checkpointing else 0
+    each = shape.num_layers * kept + again + flowing + last
+    parts = [f"{shape.num_layers} layers x {kept:,}"]
+    if setup.checkpointing:
+        parts.append(f"{layer:,} of a layer made again")
+    parts += [f"{flowing:,} of gradients", f"{last:,} behind the last layer"]
+    return Line(
+        "activations",
+        tokens * each,
+        f"{tokens:,} tokens{padded} x ({' + '.join(parts)}) bytes",
+    )
+
+
+def _gathered(setup: Setup) -> Iterator[Line]:
+    """Whole parameters that ZeRO-3 holds for a while; a lone rank has them anyway.
+
+    DeepSpeed fetches the module it runs beyond max_live, and copies what it fetched ahead.
+    """
+    shape, sharding, d = setup.shape, setup.sharding, setup.dtype_bytes
+    if sharding.stage == 3 and setup.world_size > 1:
+        head = shape.vocab_size * shape.hidden_size
+        module = max(head, (shape.num_parameters - head) // shape.num_layers)
+        live = min(shape.num_parameters, sharding.max_live + module)
+        fetched = min(shape.num_parameters, sharding.prefetch_bucket)
+        yield Line(
+            "gathered_parameters",
+            d * (live + fetched),
+            f"{d} bytes x ({_count(live)} live + {_count(fetched)} on their way)",
+        )
+
+
+def _head_chunk(setup: Setup, tokens: int) -> Line:
+    d = setup.dtype_bytes
+    logits = min(setup.logits_per_chunk, tokens * setup.shape.vocab_size)
+    each = 4 if d == 4 else 4 + d  # float32, and a copy in dtype for the matrix product
+    return Line("head", each * logits, f"{each} bytes x {_count(logits)} logits of a chunk")
+
+
+def _through_layers(setup: Setup, tokens: int) -> tuple[int, str]:
+    """Tokens that go through the layers; padded pairs have their prompt twice, and padding."""
+    return (2 * tokens, " (padded)") if setup.padded else (tokens, "")
+
+
+def _ranks(setup: Setup, from_stage: int) -> int:
+    return setup.world_size if setup.sharding.stage >= from_stage else 1
+
+
+def _share(name: str, each: int, count: int, kind: str, ranks: int, of: str = "ranks") -> Line:
+    text = f"{each} bytes x {_count(count)} {kind}parameters"
+    return Line(name, each * count // ranks, text if ranks == 1 else f"{text} / {ranks} {of}")
+
+
+def _count(number: int) -> str:
+    """12,345 or 678.9 M or 8.03 B."""
+    for size, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number:,}"
+    return f"{number:,}"

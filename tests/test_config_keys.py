@@ -1,0 +1,180 @@
+"""Every config key has an effect: each is flipped, here or in the test that is named here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from dpo_dist.config import AdapterSection, RunConfig, explain_keys, parse_config
+from dpo_dist.data.batches import num_steps, plan_micro_batches, step_pair_indices
+from dpo_dist.engine import ds_config, zero
+from dpo_dist.engine.adapters import add_adapter
+from dpo_dist.local import count_workers
+from dpo_dist.objective.losses import LOSSES, PairLogps
+from dpo_dist.plan import scoring_budget, store_root
+
+TESTS = Path(__file__).parent
+BASE: dict[str, Any] = {
+    "run": {"dir": "runs/x"},
+    "model": {"path": "m"},
+    "data": {"train": [{"path": "a"}]},
+    "adapter": {},
+}
+
+# Keys whose flip is a test of its own: key -> file, and words of the test that only it holds.
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "run.dir": ("test_pipeline.py", 'f"run.dir={other}"'),
+    "model.path": ("test_prepare.py", '"model"'),
+    "model.revision": ("test_export.py", "revision"),
+    "model.attention": ("test_attention.py", '"torch"'),
+    "model.layout": ("test_settings.py", "model.layout is packed"),
+    "model.trust_remote_code": ("test_settings.py", "trust_remote_code=True"),
+    "model.allow_pickle_weights": ("test_model_files.py", "allow_pickle=True"),
+    "data.train": ("test_pipeline.py", "data.train.0.path="),
+    "data.train[].path": ("test_pipeline.py", "data.train.0.path="),
+    "data.train[].name": ("test_sources.py", "test_names_are_made_distinct"),
+    "data.train[].format": ("test_sources.py", "test_a_named_format_and_a_column_map"),
+    "data.train[].columns": ("test_sources.py", "test_a_named_format_and_a_column_map"),
+    "data.train[].config": ("test_settings.py", "config="),
+    "data.train[].split": ("test_table_rows.py", "split"),
+    "data.train[].revision": ("test_settings.py", "revision="),
+    "data.train[].limit": ("test_sources.py", "test_limit_and_weight"),
+    "data.train[].weight": ("test_sources.py", "test_limit_and_weight"),
+    "data.max_length": ("test_gate.py", "test_a_given_max_length"),
+    "data.chat_template": ("test_templates.py", "chat_template"),
+    "data.system_message": ("test_templates.py", "system_message"),
+    "data.on_empty": ("test_gate.py", "on_empty="),
+    "data.on_identical": ("test_gate.py", "on_identical"),
+    "data.on_prompt_fills": ("test_gate.py", "on_prompt_fills"),
+    "data.on_duplicate": ("test_gate.py", "on_duplicate"),
+    "data.on_conflict": ("test_gate.py", "on_conflict"),
+    "data.on_overlap": ("test_gate.py", "on_overlap"),
+    "data.max_dropped": ("test_gate.py", "max_dropped="),
+    "data.num_workers": ("test_worker.py", "num_workers"),
+    "reference.model": ("test_pipeline.py", "reference.model="),
+    "reference.sharding": ("test_pipeline.py", "reference.sharding=zero3"),
+    "checkpoint.every_steps": ("test_pipeline.py", "checkpoint.every_steps=3"),
+    "checkpoint.keep": ("test_pipeline.py", "checkpoint.keep=3"),
+    "checkpoint.resume": ("test_pipeline.py", "checkpoint.resume="),
+    "checkpoint.probe_pairs": ("test_pipeline.py", "checkpoint.probe_pairs=3"),
+    "eval.every_steps": ("test_pipeline.py", "eval.every_steps=4"),
+    "export.dtype": ("test_export_stage.py", "test_type_and_shard_size"),
+    "export.max_shard_size_mib": ("test_export_stage.py", "test_type_and_shard_size"),
+    "export.merge": ("test_export_stage.py", "test_the_adapter_alone_needs_no_merge"),
+    "generate.num_prompts": ("test_pipeline.py", "generate.num_prompts=2"),
+    "generate.max_new_tokens": ("test_pipeline.py", "generate.max_new_tokens=4"),
+    "generate.temperature": ("test_settings.py", "temperature=5.0"),
+    "logging.tensorboard": ("test_pipeline.py", "logging.tensorboard=true"),
+    "logging.every_steps": ("test_pipeline.py", "logging.every_steps=2"),
+    "train.gradient_checkpointing": ("test_pipeline.py", "train.gradient_checkpointing=true"),
+}  # fmt: skip
+
+
+def adapted(config: RunConfig) -> dict[str, Any]:
+    """What the adapter settings make of a tiny model."""
+    assert isinstance(config.adapter, AdapterSection)
+    policy: Any = add_adapter(tiny_model("llama"), config.adapter, "m")
+    layer = policy.base_model.model.model.layers[0].self_attn.q_proj
+    shapes = {n: tuple(p.shape) for n, p in policy.named_parameters() if p.requires_grad}
+    scaling = getattr(layer, "scaling", None)
+    dropout = getattr(layer, "lora_dropout", {}).get("default") if scaling else None
+    return {"shapes": shapes, "scaling": scaling, "dropout": str(dropout)}
+
+
+def optimizer_of(config: RunConfig) -> dict[str, Any]:
+    """The settings of the optimizer's parameter group."""
+    sharding = ds_config.training_config(config.train, config.model.dtype, 1)
+    optimizer = zero.make_optimizer([torch.nn.Parameter(torch.ones(2))], sharding, config.train)
+    return {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+
+
+def learning_rates(config: RunConfig) -> list[float]:
+    """The schedule's learning rate over 20 steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    schedule = zero.make_schedule(optimizer, config.train, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def loss_of(config: RunConfig) -> list[float]:
+    settings = config.objective
+    vectors = [torch.tensor([v]) for v in (-5.0, -9.0, -6.0, -8.0)]
+    logps = PairLogps(*vectors, torch.tensor([4]), torch.tensor([7]))
+    return LOSSES[settings.loss](logps, settings.beta, settings.label_smoothing).tolist()
+
+
+def plan_of(config: RunConfig) -> Any:
+    train = config.train
+    pairs = step_pair_indices(0, 100, train.global_batch_size, config.run.seed)
+    lengths = torch.full((100,), 1000).numpy()
+    return plan_micro_batches(lengths, pairs, 2, train.micro_batch_tokens)
+
+
+def steps_of(config: RunConfig) -> int:
+    total = num_steps(1000, config.train.global_batch_size, config.train.num_epochs)
+    return min(total, config.train.max_steps or total)
+
+
+def sharding_of(config: RunConfig) -> Any:
+    return ds_config.training_config(config.train, config.model.dtype, 2)
+
+
+# Keys that are flipped here: key -> another value, and what has to change with it.
+FLIPPED: dict[str, tuple[Any, Callable[[RunConfig], Any]]] = {
+    "run.seed": (7, plan_of),
+    "model.dtype": ("float32", sharding_of),
+    "reference.store_dir": ("shared", store_root),
+    "reference.micro_batch_tokens": (99, scoring_budget),
+    "adapter": (None, lambda config: config.adapter is None),
+    "adapter.rank": (4, adapted),
+    "adapter.alpha": (64.0, adapted),
+    "adapter.dropout": (0.5, adapted),
+    "adapter.target_modules": (["q_proj"], adapted),
+    "adapter.use_rslora": (True, adapted),
+    "adapter.use_dora": (True, adapted),
+    "adapter.modules_to_save": (["lm_head"], adapted),
+    "objective.loss": ("ipo", loss_of),
+    "objective.beta": (0.5, loss_of),
+    "objective.label_smoothing": (0.2, loss_of),
+    "train.num_epochs": (2.0, steps_of),
+    "train.max_steps": (3, steps_of),
+    "train.global_batch_size": (32, plan_of),
+    "train.micro_batch_tokens": (2000, plan_of),
+    "train.learning_rate": (1e-3, optimizer_of),
+    "train.lr_schedule": ("linear", learning_rates),
+    "train.warmup_ratio": (0.5, learning_rates),
+    "train.weight_decay": (0.1, optimizer_of),
+    "train.adam_beta1": (0.8, optimizer_of),
+    "train.adam_beta2": (0.95, optimizer_of),
+    "train.adam_eps": (1e-6, optimizer_of),
+    "train.max_grad_norm": (0.1, sharding_of),
+    "train.deepspeed": ("zero2", sharding_of),
+    "local.workers": (5, lambda config: count_workers(config.local)),
+}
+
+
+@pytest.mark.parametrize("key", sorted(FLIPPED))
+def test_flipping_a_key_changes_something(key: str) -> None:
+    value, effect = FLIPPED[key]
+    *parents, leaf = key.split(".")
+    flipped = {k: dict(v) if isinstance(v, dict) else v for k, v in BASE.items()}
+    target = flipped
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[leaf] = value
+    assert effect(parse_config(flipped)) != effect(parse_config(BASE))
+
+
+def test_every_key_is_flipped_somewhere() -> None:
+    keys = {key for key, *_ in explain_keys() if not key.startswith("data.eval")}
+    assert keys == set(FLIPPED) | set(ELSEWHERE), keys ^ (set(FLIPPED) | set(ELSEWHERE))
+    assert not set(FLIPPED) & set(ELSEWHERE)
+    for key, (name, words) in ELSEWHERE.items():
+        assert words in (TESTS / name).read_text(), f"{key}: {name} does not hold {words!r}"
