@@ -65,11 +65,11 @@ class Setup:
     world_size: int
     dtype_bytes: int
     micro_batch_tokens: int
+    scoring_tokens: int  # of a forward without gradients, as evaluation has; 0 for none
+    logits_per_chunk: int
     checkpointing: bool
     dropout: bool = False  # of an adapter's input
     padded: bool = False
-    scoring_tokens: int = 0  # of a forward without gradients, as evaluation has
-    logits_per_chunk: int = 2**25
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,27 @@ def update_lines(setup: Setup) -> Iterator[Line]:
     yield Line(
         "update", each * at_once, f"{each} bytes x {_count(at_once)} of a rank's share at once"
     )
+
+
+def flops_per_token(shape: ModelShape, checkpointing: bool) -> tuple[int, int]:
+    """Matrix products of one token (forward, training step), without attention scores.
+
+    Two a matrix element forward; as many again for the gradient of the activations, for the
+    gradient of each trained element, and for a forward made again. See docs/planning.md.
+    """
+    forward = 2 * shape.num_active
+    trained = 2 * min(shape.num_trained, shape.num_active)
+    return forward, forward * (3 if checkpointing else 2) + trained
+
+
+def checkpoint_bytes_each(setup: Setup) -> int:
+    """Bytes a checkpoint writes for a trained parameter; frozen ones are not written.
+
+    AdamW's moments and the float32 copy; below ZeRO-3 also the parameter as it is trained.
+    """
+    if setup.sharding.stage == 3 or (setup.sharding.stage == 0 and setup.dtype_bytes == 4):
+        return 12
+    return 12 + setup.dtype_bytes
 
 
 def remedies(

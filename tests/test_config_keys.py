@@ -80,8 +80,7 @@ def adapted(config: RunConfig) -> dict[str, Any]:
     layer = policy.base_model.model.model.layers[0].self_attn.q_proj
     shapes = {n: tuple(p.shape) for n, p in policy.named_parameters() if p.requires_grad}
     scaling = getattr(layer, "scaling", None)
-    dropout = getattr(layer, "lora_dropout", {}).get("default") if scaling else None
-    return {"shapes": shapes, "scaling": scaling, "dropout": str(dropout)}
+    return {"shapes": shapes, "scaling": scaling, "layer": str(layer)}
 
 
 def optimizer_of(config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from dpo_dist.engine.attention import PackedAttentionError
 from dpo_dist.engine.forward import Layout, PairScorer, score_pairs
 from dpo_dist.engine.packing import PairIds, pack_pairs
 from dpo_dist.errors import ConfigError
-from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 
 PACKED = (
@@ -23,7 +22,7 @@ PACKED = (
     "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "qwen2_moe", "granite", "cohere", "phi",
     "hyperclovax", "gpt_oss",
 )  # fmt: skip
-PADDED = ("mamba", "falcon_h1", "lfm2", "recurrent_gemma", "bloom", "llama4")
+PADDED = ("mamba", "falcon_h1", "lfm2", "recurrent_gemma", "bloom", "stablelm", "llama4")
 
 
 def pairs() -> list[PairIds]:

@@ -21,6 +21,7 @@ REASONS = {
     "lfm2": "it has layers of type conv",
     "recurrent_gemma": "it has layers of type linear_attention",
     "bloom": "BloomForCausalLM has an attention of its own",
+    "stablelm": "StableLmAttention did not hand the packed row on",
     "llama4": "it attends in chunks of 7 tokens",
 }
 
@@ -40,7 +41,7 @@ def test_other_models_are_padded_and_the_reason_is_said(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [f for f in PADDED if f != "bloom"])
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "recurrent_gemma", "llama4"])
 def test_scoring_alone_tells_them_apart(family: str, dtype: torch.dtype) -> None:
     """A family that says nothing of its layers is found out all the same."""
     scorer = PairScorer(tiny_model(family, dtype=dtype))

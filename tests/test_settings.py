@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_tokenizer import make_tokenizer
 
-from dpo_dist.config import ModelSection
+from dpo_dist.config import ModelSection, SourceSection
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.generate import answer
 from dpo_dist.engine.load import load_model
@@ -90,22 +90,26 @@ def test_temperature_samples(tmp_path: Path) -> None:
     assert sampled != greedy
 
 
-def test_hub_settings_reach_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_settings_reach_the_hub_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub itself is out of reach of a test: what is asked of its client is looked at."""
     import datasets
 
-    from dpo_dist.config import SourceSection
-    from dpo_dist.data import table_rows
+    from dpo_dist.data.sources import open_sources
 
-    asked = {}
+    asked: list[object] = []
 
-    def load_dataset(path: str, name: str | None = None, **settings: object) -> object:
-        asked.update(settings, path=path, name=name)
-        raise ConnectionError("no hub here")
+    def load_dataset(name: str, config: str | None, **settings: object) -> datasets.Dataset:
+        asked.append((name, config, settings))
+        return datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = SourceSection(path="org/data", config="small", split="test", revision="abc")
-    with pytest.raises(Exception, match="no hub here"):
-        table_rows.open_hub(source)
-    assert asked["path"] == "org/data" and "small" in (asked["name"], asked.get("config"))
-    assert asked["split"] == "test" and asked["revision"] == "abc"
+    plain = SourceSection(path="org/data")
+    named = SourceSection(path="org/data", config="small", split="test", revision="abc")
+    for section in (plain, named):
+        open_sources([section], "train", tmp_path)
+    assert asked == [
+        ("org/data", None, {"split": "train", "revision": None}),
+        ("org/data", "small", {"split": "test", "revision": "abc"}),
+    ]

@@ -149,7 +149,7 @@ import test_worker as t
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     job = t.job_of(folder, t.write_rows(folder / "a.jsonl", 100_000))
-    for batch in t.tokenize_chunks(job, job.load_tokenizer(), t.make_chunks(job.sources), 2):
+    for batch in t.tokenize_chunks(job, None, t.make_chunks(job.sources), 2):  # they load their own
         print("batch", flush=True)
 """
 
