@@ -4,7 +4,7 @@
 2. `micro_batch_lines`, `update_lines` and `scoring_lines`: what a backward, an optimizer update or
    a forward without gradients adds to it.
 3. `host_lines`: what an offloaded optimizer holds in host memory instead.
-4. `estimate` adds them up; `remedies` tries the changes that could make a misfit fit.
+4. `estimate` adds them up. Beside it: the reference pass, disk and FLOPs.
 
 Every amount is a `Line` that carries its own arithmetic. tests/test_estimate.py compares the lines
 with what DeepSpeed and autograd really hold; docs/planning.md says what they leave out.
@@ -12,7 +12,7 @@ with what DeepSpeed and autograd really hold; docs/planning.md says what they le
 d bytes of an element of `dtype`, D hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,15 +95,6 @@ class Memory:
     def peak_bytes(self) -> int:
         """The states, and the largest of what a micro-batch, an update or scoring adds."""
         return total(self.states) + max(map(total, (self.micro_batch, self.update, self.scoring)))
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the setup, and what it would come to."""
-
-    change: str
-    peak_bytes: int
-    fits: bool
 
 
 def total(lines: Sequence[Line]) -> int:
@@ -227,63 +218,35 @@ def flops_per_token(shape: ModelShape, checkpointing: bool) -> tuple[int, int]:
     return forward, forward * (3 if checkpointing else 2) + trained
 
 
-def checkpoint_bytes_each(setup: Setup) -> int:
-    """Bytes a checkpoint writes for a trained parameter; frozen ones are not written.
+def reference_lines(setup: Setup, sharding: Sharding) -> tuple[Line, ...]:
+    """Memory of a rank in the reference pass: the parameters and a forward without gradients."""
+    scoring = replace(setup, sharding=sharding)
+    return next(state_lines(scoring)), *scoring_lines(scoring)
 
-    AdamW's moments and the float32 copy; below ZeRO-3 also the parameter as it is trained.
+
+def checkpoint_line(setup: Setup, num_kept: int) -> Line:
+    """Checkpoints on disk while one more than `num_kept` is being written.
+
+    Of a trained parameter AdamW's moments and the float32 copy, below ZeRO-3 also the parameter as
+    it is trained; of a frozen one nothing.
     """
-    if setup.sharding.stage == 3 or (setup.sharding.stage == 0 and setup.dtype_bytes == 4):
-        return 12
-    return 12 + setup.dtype_bytes
-
-
-def remedies(
-    setup: Setup,
-    limit_bytes: int,
-    shardings: Mapping[str, Sharding],
-    with_adapter: ModelShape | None,
-    longest_pair: int = 1024,
-) -> list[Remedy]:
-    """Single changes that lower the peak, those that fit first.
-
-    `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
-    LoRA, None when it is used already. A micro-batch is not cut below `longest_pair` tokens.
-    """
-
-    def tried(change: str, changed: Setup) -> Remedy:
-        peak = estimate(changed).peak_bytes
-        return Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
-
-    def first_fit(chain: Iterator[Remedy]) -> list[Remedy]:
-        """The first of ever stronger changes that fits, else the strongest."""
-        last = None
-        for remedy in chain:
-            if (last := remedy).fits:
-                break
-        return [last] if last else []
-
-    found: list[Remedy] = []
-    if not setup.checkpointing:
-        with_it = replace(setup, checkpointing=True)
-        found.append(tried("train.gradient_checkpointing=true", with_it))
-    halved = range(1, (setup.micro_batch_tokens // longest_pair).bit_length())
-    sizes = [setup.micro_batch_tokens >> times for times in halved]
-    found += first_fit(
-        tried(
-            f"train.micro_batch_tokens={size}",
-            replace(setup, micro_batch_tokens=size, scoring_tokens=2 * size),
-        )
-        for size in sizes
+    d, sharding, trained = setup.dtype_bytes, setup.sharding, setup.shape.num_trained
+    has_copy = sharding.stage == 3 or (sharding.stage == 0 and d == 4)
+    each = 12 if has_copy else 12 + d
+    return Line(
+        "checkpoints",
+        (num_kept + 1) * each * trained,
+        f"{num_kept + 1} x {each} bytes x {_count(trained)} trained parameters",
     )
-    for name, sharding in shardings.items():
-        found.append(tried(f"train.deepspeed={name}", replace(setup, sharding=sharding)))
-    ranks = [setup.world_size << times for times in range(1, 12)]
-    found += first_fit(tried(f"{n} ranks", replace(setup, world_size=n)) for n in ranks)
-    if with_adapter is not None:
-        found.append(tried("adapter.rank=16 (LoRA)", replace(setup, shape=with_adapter)))
-    now = estimate(setup).peak_bytes
-    helpful = [remedy for remedy in found if remedy.peak_bytes < now]
-    return sorted(helpful, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
+
+
+def export_lines(shape: ModelShape, d: int, adapter: bool, merge: bool) -> Iterator[Line]:
+    """The exported adapter and the whole model, in elements of d bytes."""
+    base = shape.num_parameters - (shape.num_trained if adapter else 0)
+    if adapter:
+        yield _share("export_adapter", d, shape.num_trained, "trained ", 1)
+    if merge or not adapter:
+        yield _share("export_model", d, base, "", 1)
 
 
 def layer_bytes(shape: ModelShape, d: int, dropout: bool = False) -> int:

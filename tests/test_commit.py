@@ -17,6 +17,7 @@ from dpo_dist.engine.commit import (
     verify,
 )
 from dpo_dist.errors import CheckpointError
+from dpo_dist.manifest import digest_of_file
 from dpo_dist.run_dir import COMMIT_NAME, MANIFEST_NAME
 
 SHARDS = {f"zero_pp_rank_{rank}_optim_states.pt": bytes([rank]) * 100 for rank in (0, 1)}
@@ -60,9 +61,9 @@ def swap_manifests(folder: Path) -> None:
 
 
 def swap_manifests_and_markers(folder: Path) -> None:
-    contents = {name: content[::-1] + b"" for name, content in SHARDS.items()}
-    contents["zero_pp_rank_1_optim_states.pt"] = b"\x02" * 100
-    other = committed(folder.parent / "other", contents)
+    other = committed(
+        folder.parent / "other", SHARDS | {"zero_pp_rank_1_optim_states.pt": b"\x02" * 100}
+    )
     for name in (MANIFEST_NAME, COMMIT_NAME):
         (other / name).rename(folder / name)
 
@@ -116,14 +117,8 @@ def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     change(manifest)
     (folder / COMMIT_NAME).unlink()
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    marker = committed_digest(folder)
-    (folder / COMMIT_NAME).write_text(json.dumps({"manifest": marker}))
-
-
-def committed_digest(folder: Path) -> str:
-    from dpo_dist.manifest import digest_of_file
-
-    return digest_of_file(folder / MANIFEST_NAME)
+    marker = {"manifest": digest_of_file(folder / MANIFEST_NAME)}
+    (folder / COMMIT_NAME).write_text(json.dumps(marker))
 
 
 def manifest_naming_outside(folder: Path) -> None:

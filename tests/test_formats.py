@@ -1,13 +1,15 @@
 """Row formats: detection, the pair of a row, multi-turn dialogues, and what an error says."""
 
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from dpo_dist.config import PreferenceFormat
 from dpo_dist.data.formats import Pair, check_column_map, detect_format, read_pair, rename_columns
-from dpo_dist.data.reasons import NO_SHARED_PROMPT
+from dpo_dist.data.reasons import DROP_REASONS, NO_SHARED_PROMPT, NOTES
 from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
 
@@ -325,3 +327,27 @@ def test_a_text_that_is_no_hh_dialogue() -> None:
         "rows.jsonl:7: field 'chosen' begins with 'Once upon a time Once upon a time Onc...'; "
         "wanted a dialogue that begins with 'Human:'. Correct or remove the row."
     )
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "data.md"
+
+
+def test_the_rows_of_the_docs_are_of_the_format_they_stand_under() -> None:
+    parts = re.split(r"^\*\*`(\w+)`\*\*", DOCS.read_text(), flags=re.MULTILINE)
+    shown = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert set(shown) == set(get_args(PreferenceFormat)) - {"auto"}
+    for row_format, section in shown.items():
+        examples = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+        assert examples, row_format
+        for example in examples:
+            fields = json.loads(example)
+            assert detect_format(row(**fields), "k") == row_format
+            assert not pair_of(**fields).has_empty_part
+
+
+def test_the_docs_list_every_reason_and_note() -> None:
+    text = DOCS.read_text()
+    for reason in DROP_REASONS:
+        assert f"| `{reason.name}` |" in text
+        assert reason.policy is None or f"| `{reason.policy}` |" in text
+    assert all(f"`{note}`" in text for note in NOTES)

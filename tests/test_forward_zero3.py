@@ -28,8 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, bool | None, str]] = {
     "full, tied, recomputed": ("llama_tied", None, False, "packed"),
     "full, head with bias": ("phi", None, None, "packed"),
     "full, sinks, recomputed": ("gpt_oss", None, True, "packed"),
-    "adapter, recomputed": ("llama", {}, True, "packed"),
-    "adapter, tied": ("llama_tied", {}, None, "packed"),
+    "adapter, tied, recomputed": ("llama_tied", {}, True, "packed"),
     "adapter, trained head": ("llama", {"modules_to_save": ["lm_head"]}, None, "packed"),
     "state space": ("mamba", None, None, "padded"),
     "refused within a layer": ("stablelm", None, None, "padded"),
@@ -81,6 +80,7 @@ def train_case(case: str, folder: Path) -> dict[str, Any]:
             "train_batch_size": WORLD_SIZE,
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,  # DeepSpeed's own default is 1
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 40,
         },
@@ -90,7 +90,7 @@ def train_case(case: str, folder: Path) -> dict[str, Any]:
     scorer.layout, reason = choose_layout(engine, torch.device("cpu"))
     rank = torch.distributed.get_rank()
     packed = [pack_pairs(pairs) for pairs in micro_batches(rank)]
-    before = []
+    before: list[list[float]] = []
     for index, micro_batch in enumerate(packed):
         scores = score_pairs(engine, micro_batch)
         before += scores.tolist()
@@ -134,10 +134,11 @@ def test_two_ranks_equal_one_plain_process(
 
     weights = torch.load(folder / f"{list(CASES).index(case)}.pt")
     changed = 0
-    for name, parameter in plain.named_parameters():
-        name = f"policy.{name}"
+    for plain_name, parameter in plain.named_parameters():
+        name = f"policy.{plain_name}"
         theirs, ours = parameter.detach() - start[name], weights[name] - start[name]
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6, msg=lambda t: f"{name}: {t}")
+        scale = max(theirs.abs().max().item(), LEARNING_RATE)
+        assert (ours - theirs).abs().max() <= 1e-4 * scale, name
         changed += bool(theirs.any())
     assert changed >= 4 and weights.keys() == start.keys()
     for rank, result in enumerate(results):

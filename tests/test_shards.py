@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ CASES = {
 BIG = {"width": 700, "depth": 8}  # parameters of 2 MB, 16 MB in all
 
 
-def save_cases(folder: str, cases: list[tuple[int, str, bool]], size: dict[str, int]) -> None:
+def save_cases(folder: str, cases: list[tuple[int, str, bool]], size: dict[str, Any]) -> None:
     """Trains two steps and saves, for every case; rank 0 writes what the engine holds beside."""
     with collectives.process_group(from_environment()):
         for stage, dtype, adapter in cases:

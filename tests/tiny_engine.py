@@ -24,8 +24,9 @@ class TinyPolicy(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
         self.head = nn.Linear(width, 13, bias=False)
         self.head.weight = self.embed.weight
+        self.shift: torch.Tensor
         self.register_buffer("shift", torch.arange(3.0))
-        self.adapter: nn.Module | None = None
+        self.adapter: nn.Sequential | None = None
         if adapter:
             self.requires_grad_(False)
             self.adapter = nn.Sequential(nn.Linear(width, 3, bias=False), nn.Linear(3, width))
@@ -71,11 +72,15 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=scorer,
         optimizer=torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8),
+        lr_scheduler=_decaying,
         config=config,
         dist_init_required=False,
     )
     return engine
+
+
+def _decaying(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
 
 def train_step(engine: Any, step: int) -> float:
@@ -99,7 +104,9 @@ def full_weights(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.
         if not parameter.requires_grad:
             continue
         if engine.zero_optimization_stage():
-            masters[name] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+            master = deepspeed.utils.safe_get_full_fp32_param(parameter)
+            assert master is not None, name
+            masters[name] = master.clone()
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             weights[name] = parameter.detach().clone()
     return weights, masters
