@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 from dpo_dist.estimate import RESERVE_BYTES, ModelShape, Setup, Sharding, estimate
 
-DOUBLINGS = 11  # of the ranks, at most
+DOUBLINGS = 10  # of the ranks, at most
+
+Change = tuple[str, Setup]
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the setup, and what it would come to."""
+    """A change as the run config spells it, and the memory of a GPU that it leads to."""
 
     change: str
     peak_bytes: int
@@ -20,49 +22,62 @@ class Remedy:
 def remedies(
     setup: Setup,
     limit_bytes: int,
+    *,
     shardings: Mapping[str, Sharding],
     with_adapter: ModelShape | None,
-    longest_pair: int = 1024,
+    longest_pair: int,
 ) -> list[Remedy]:
-    """Single changes that lower the peak, those that fit first.
+    """Single changes that lower the peak: those that fit first, then by the peak.
 
     `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
-    LoRA, None when it is used already. A micro-batch is not cut below `longest_pair` tokens.
+    LoRA, None when there is one already. A micro-batch stays at or above `longest_pair` tokens.
     """
-
-    def tried(change: str, changed: Setup) -> Remedy:
-        peak = estimate(changed).peak_bytes
-        return Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
-
-    def first_fit(chain: Iterator[Remedy]) -> list[Remedy]:
-        """The first of ever stronger changes that fits, else the strongest."""
-        last = None
-        for remedy in chain:
-            if (last := remedy).fits:
-                break
-        return [last] if last else []
-
-    found: list[Remedy] = []
-    if not setup.checkpointing:
-        with_it = replace(setup, checkpointing=True)
-        found.append(tried("train.gradient_checkpointing=true", with_it))
-    halved = range(1, (setup.micro_batch_tokens // longest_pair).bit_length())
-    sizes = [setup.micro_batch_tokens >> times for times in halved]
-    found += first_fit(
-        tried(
-            f"train.micro_batch_tokens={size}",
-            replace(setup, micro_batch_tokens=size, scoring_tokens=2 * size),
-        )
-        for size in sizes
-    )
-    for name, sharding in shardings.items():
-        found.append(tried(f"train.deepspeed={name}", replace(setup, sharding=sharding)))
-    ranks = [setup.world_size << times for times in range(1, 12)]
-    found += first_fit(tried(f"{n} ranks", replace(setup, world_size=n)) for n in ranks)
-    if with_adapter is not None:
-        found.append(tried("adapter.rank=16 (LoRA)", replace(setup, shape=with_adapter)))
+    chains = [
+        _checkpointed(setup),
+        _smaller_micro_batches(setup, longest_pair),
+        *(iter([(f"train.deepspeed={n}", replace(setup, sharding=s))]) for n, s in shardings.items()),
+        _more_ranks(setup),
+        _adapted(setup, with_adapter),
+    ]
+    found = [remedy for chain in chains for remedy in _first_that_fits(chain, limit_bytes)]
     now = estimate(setup).peak_bytes
-    helpful = [remedy for remedy in found if remedy.peak_bytes < now]
-    return sorted(helpful, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
+    return sorted(
+        (remedy for remedy in found if remedy.peak_bytes < now),
+        key=lambda remedy: (not remedy.fits, remedy.peak_bytes),
+    )
 
 
+def _first_that_fits(chain: Iterator[Change], limit_bytes: int) -> list[Remedy]:
+    """The first of ever stronger changes that fits, else the strongest."""
+    remedy = None
+    for change, setup in chain:
+        peak = estimate(setup).peak_bytes
+        remedy = Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
+        if remedy.fits:
+            break
+    return [remedy] if remedy else []
+
+
+def _checkpointed(setup: Setup) -> Iterator[Change]:
+    yield "train.gradient_checkpointing=true", replace(setup, checkpointing=True)
+
+
+def _smaller_micro_batches(setup: Setup, longest_pair: int) -> Iterator[Change]:
+    tokens = setup.micro_batch_tokens // 2
+    while tokens >= max(longest_pair, 1):
+        smaller = replace(setup, micro_batch_tokens=tokens)
+        if setup.scoring_tokens == 2 * setup.micro_batch_tokens:  # its default follows
+            smaller = replace(smaller, scoring_tokens=2 * tokens)
+        yield f"train.micro_batch_tokens={tokens}", smaller
+        tokens //= 2
+
+
+def _more_ranks(setup: Setup) -> Iterator[Change]:
+    for times in range(1, DOUBLINGS + 1):
+        ranks = setup.world_size << times
+        yield f"{ranks} ranks", replace(setup, world_size=ranks)
+
+
+def _adapted(setup: Setup, with_adapter: ModelShape | None) -> Iterator[Change]:
+    if with_adapter is not None:
+        yield "adapter.rank=16 (LoRA)", replace(setup, shape=with_adapter)

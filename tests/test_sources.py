@@ -175,5 +175,5 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         server.bind("rows.jsonl")  # cannot be opened, not even by root
         assert error_of(tmp_path, section("rows.jsonl")) == (
             "data.train.0.path rows.jsonl is not readable (No such device or address); wanted a "
-            "readable file. Check its permissions."
+            "readable file. Check its permissions, and the space left in run.dir."
         )

@@ -151,7 +151,7 @@ def _readable(section: SourceSection, key: str) -> Generator[None]:
         raise DataError(
             f"{key}.path {section.path} is not readable ({error.strerror or error})",
             "a readable file",
-            "Check its permissions.",
+            "Check its permissions, and the space left in run.dir.",
         ) from None
 
 
