@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
@@ -54,6 +54,8 @@ class System:
 def main() -> None:
     args = parse_args()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(args, folder)
@@ -125,7 +127,7 @@ def build_trainer(args: argparse.Namespace, folder: str) -> trl.DPOTrainer:
     return trl.DPOTrainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(args.model),
     )
 

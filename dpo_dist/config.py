@@ -8,7 +8,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -223,7 +223,7 @@ class RunConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run config and its overrides; raises ConfigError naming every problem at once."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror or error}",
@@ -241,9 +241,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             "a YAML mapping of sections",
             "Start from one in examples/.",
         )
+    settings = cast(dict[str, Any], raw)
     for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, str(path))
+        _apply_override(settings, override)
+    return parse_config(settings, str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
@@ -274,16 +275,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = _child(target, part, ".".join(parents[: depth + 1]), override)
     value = yaml.safe_load(text) if text else None
     if isinstance(target, list):
-        index = _index(target, leaf, override)
-        target[index] = value
+        entries = cast(list[Any], target)
+        entries[_index(entries, leaf, override)] = value
     else:
         target[leaf] = value
 
 
 def _child(target: Any, part: str, path: str, override: str) -> Any:
     if isinstance(target, list):
-        return target[_index(target, part, override)]
-    child = target.setdefault(part, {})
+        entries = cast(list[Any], target)
+        return entries[_index(entries, part, override)]
+    child: Any = target.setdefault(part, {})
     if child is None:  # `adapter: null` becomes a section once a key of it is set
         child = target[part] = {}
     if not isinstance(child, dict | list):
@@ -292,7 +294,7 @@ def _child(target: Any, part: str, path: str, override: str) -> Any:
             "a section",
             "Override the key itself.",
         )
-    return child
+    return cast(Any, child)
 
 
 def _index(target: list[Any], part: str, override: str) -> int:
@@ -366,9 +368,11 @@ def type_name(annotation: Any) -> str:
         return f"{origin.__name__} of {' to '.join(map(type_name, arguments))}"
     if arguments:
         return " | ".join(map(type_name, arguments))
-    return {"Path": "path", "str": "text"}.get(annotation.__name__, annotation.__name__)
+    name = str(annotation.__name__)
+    return {"Path": "path", "str": "text"}.get(name, name)
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from dpo_dist.config import LocalSection
 from dpo_dist.run_dir import rank_log_path
@@ -75,7 +76,9 @@ def run_ranks(argv: Sequence[str], num_ranks: int, log_dir: Path) -> int:
     return code if code >= 0 else 128 - code  # as a shell reports a death by signal
 
 
-def _start(argv: Sequence[str], topology: Topology, output: object) -> subprocess.Popen[bytes]:
+def _start(
+    argv: Sequence[str], topology: Topology, output: BinaryIO | None
+) -> subprocess.Popen[bytes]:
     threads = max(1, (os.cpu_count() or 1) // topology.local_world_size)
     # More OpenMP threads than cores spin against each other, many times slower.
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | topology.environment()
@@ -83,8 +86,8 @@ def _start(argv: Sequence[str], topology: Topology, output: object) -> subproces
         argv,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=output,  # pyright: ignore[reportArgumentType]
-        stderr=output,  # pyright: ignore[reportArgumentType]
+        stdout=output,
+        stderr=output,
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )

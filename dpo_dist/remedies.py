@@ -35,7 +35,10 @@ def remedies(
     chains = [
         _checkpointed(setup),
         _smaller_micro_batches(setup, longest_pair),
-        *(iter([(f"train.deepspeed={n}", replace(setup, sharding=s))]) for n, s in shardings.items()),
+        *(
+            iter([(f"train.deepspeed={n}", replace(setup, sharding=s))])
+            for n, s in shardings.items()
+        ),
         _more_ranks(setup),
         _adapted(setup, with_adapter),
     ]

@@ -90,9 +90,7 @@ def test_temperature_samples(tmp_path: Path) -> None:
     assert sampled != greedy
 
 
-def test_hub_settings_reach_the_hub_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_settings_reach_the_hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is out of reach of a test: what is asked of its client is looked at."""
     import datasets
 

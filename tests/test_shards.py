@@ -28,21 +28,26 @@ CASES = {
 BIG = {"width": 700, "depth": 8}  # parameters of 2 MB, 16 MB in all
 
 
-def save_cases(folder: str, cases: list[tuple[int, str, bool]], size: dict[str, Any]) -> None:
+def save_cases(folder: str, cases: list[tuple[int, str, bool]], big: bool) -> None:
     """Trains two steps and saves, for every case; rank 0 writes what the engine holds beside."""
     with collectives.process_group(from_environment()):
-        for stage, dtype, adapter in cases:
-            engine = start_engine(stage, adapter=adapter, dtype=dtype, **size)
-            for step in (1, 2):
-                train_step(engine, step)
-            run = checkpoints_of(folder, case_name(stage, dtype, adapter))
-            state = TrainState(2, 12, 0.5, {}, torch.distributed.get_world_size(), stage)
-            probe = np.arange(2), np.zeros((2, 2), dtype=np.float32)
-            checkpoint.save(engine, run, state, *probe, keep=2)
-            weights = full_weights(engine)
-            if collectives.is_first():
-                torch.save(weights, run.parent / "expected.pt")
-            engine.destroy()
+        for case in cases:
+            save_case(checkpoints_of(folder, case_name(*case)), *case, {})
+        if big:
+            save_case(checkpoints_of(folder, "big"), 3, "float32", False, BIG)
+
+
+def save_case(run: Path, stage: int, dtype: str, adapter: bool, size: dict[str, Any]) -> None:
+    engine = start_engine(stage, adapter=adapter, dtype=dtype, **size)
+    for step in (1, 2):
+        train_step(engine, step)
+    state = TrainState(2, 12, 0.5, {}, torch.distributed.get_world_size(), stage)
+    probe = np.arange(2), np.zeros((2, 2), dtype=np.float32)
+    checkpoint.save(engine, run, state, *probe, keep=2)
+    weights = full_weights(engine)
+    if collectives.is_first():
+        torch.save(weights, run.parent / "expected.pt")
+    engine.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for world_size, cases in CASES.items():
         folders[world_size] = tmp_path_factory.mktemp(f"{world_size}ranks")
-        run_ranks(world_size, save_cases, str(folders[world_size]), cases, {})
+        run_ranks(world_size, save_cases, str(folders[world_size]), cases, world_size == 2)
     return folders
 
 
@@ -98,9 +103,7 @@ def test_stage3_cuts_into_several_sub_groups(saved: dict[int, Path]) -> None:
     assert 13 * 7 % 3 and 7 % 3
 
 
-def test_memory_stays_at_one_parameter(tmp_path: Path) -> None:
-    case = (3, "float32", False)
-    run_ranks(2, save_cases, str(tmp_path), [case], BIG)
+def test_memory_stays_at_one_parameter(saved: dict[int, Path]) -> None:
     program = """
 import re, sys
 from pathlib import Path
@@ -117,7 +120,7 @@ with open_checkpoint(Path(sys.argv[1])) as shards:
         del weight
     print(growth, largest, total)
 """
-    step_dir = checkpoints_of(tmp_path, case_name(*case)) / "step-000002"
+    step_dir = checkpoints_of(saved[2], "big") / "step-000002"
     output = subprocess.check_output([sys.executable, "-c", program, str(step_dir)], text=True)
     growth, largest, total = map(int, output.split())
     assert total > 8 * largest > 15_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def choose_backend(
         backend: device_obstacle(backend, device, dtype) or model_obstacle(backend, model)
         for backend in _PREFERENCE
     }
-    usable = [backend for backend in _PREFERENCE if obstacles[backend] is None]
+    usable: list[Backend] = [backend for backend in _PREFERENCE if obstacles[backend] is None]
     if requested == "auto":
         passed_over = [obstacle for obstacle in obstacles.values() if obstacle is not None]
         reason = "; ".join(dict.fromkeys(passed_over)) or "flash-attn is installed"
@@ -42,7 +42,7 @@ def choose_backend(
             f"a backend that can run this model here: auto, {', '.join(usable)}",
             "Set model.attention to one of them.",
         )
-    return requested, "requested"
+    return cast(Backend, requested), "requested"
 
 
 def device_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

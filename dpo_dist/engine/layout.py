@@ -23,8 +23,8 @@ from dpo_dist.engine.model_parts import backbone_of, base_of
 from dpo_dist.engine.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.errors import DPODistError
 
-# Nats per token, about ten times what right models were measured to differ: the first between
-# layouts, the second of a rejected completion when only tokens that it must not see change.
+# Nats per token. Right tiny models of 18 families differ between layouts by up to 1e-6, 3e-3 and
+# 2e-2; a rejected completion whose unseen tokens change moves by exactly 0 in all three dtypes.
 _AGREEMENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _NO_LEAK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 

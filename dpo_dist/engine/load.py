@@ -37,13 +37,14 @@ def load_model(
     transformers_logging.disable_progress_bar()
     weight_files(model_dir, section.allow_pickle_weights)
     with _partitioned_loading(zero3):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=getattr(torch, section.dtype),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=not section.allow_pickle_weights,
             output_loading_info=True,
         )
+    model, report = loaded
     wrong = [
         f"{kind.removesuffix('_keys')} {sorted(map(str, report[kind]))[0]} (of {len(report[kind])})"
         for kind in ("missing_keys", "mismatched_keys")
@@ -59,6 +60,8 @@ def load_model(
         # A policy that drops activations is not the model the reference was scored with.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
     if zero3 is None:
         model.to(device)
     return model.eval()
@@ -69,15 +72,13 @@ def _partitioned_loading(zero3: dict[str, Any] | None) -> Iterator[None]:
     if zero3 is None:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # transformers looks at this object while it lives, through a weak reference
     marker = HfDeepSpeedConfig(zero3)
     try:
         yield
     finally:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
         unset_hf_deepspeed_config()
         del marker
 

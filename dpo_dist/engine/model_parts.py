@@ -11,7 +11,8 @@ from dpo_dist.errors import ConfigError
 
 def base_of(policy: nn.Module) -> Any:
     """The transformers model itself."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    get_base_model: Any = getattr(policy, "get_base_model", None)
+    return policy if get_base_model is None else get_base_model()
 
 
 def backbone_of(policy: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""The numbers of a model and its adapter that memory and work depend on, counted without weights."""
+"""What memory and work depend on in a model and its adapter, counted without weights."""
 
 from pathlib import Path
 from typing import Any

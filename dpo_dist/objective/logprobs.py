@@ -8,7 +8,7 @@ again. So the peak is one (R, V) buffer beside the gradients, whatever C is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ def completion_logps(
     assert hidden.shape[0] == targets.shape[0], (hidden.shape, targets.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     rows = chunk_size or max(1, LOGITS_BUDGET // weight.shape[0])
-    logps = _CompletionLogps.apply(hidden, weight, targets, bias, logit_scale, softcap, rows)
-    assert isinstance(logps, Tensor)
-    return logps
+    apply = cast(Callable[..., Tensor], _CompletionLogps.apply)  # torch leaves it untyped
+    return apply(hidden, weight, targets, bias, logit_scale, softcap, rows)
 
 
 class _CompletionLogps(torch.autograd.Function):
@@ -73,7 +72,9 @@ class _CompletionLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
         hidden, targets, log_normalisers = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias

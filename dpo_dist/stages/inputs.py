@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpo_dist.config import RunConfig
@@ -25,7 +26,9 @@ class ScoredPairs:
     pairs: Pairs
     reference: torch.Tensor
 
-    def logps(self, policy: torch.Tensor, indices: Sequence[int]) -> PairLogps:
+    def logps(
+        self, policy: torch.Tensor, indices: Sequence[int] | npt.NDArray[np.int64]
+    ) -> PairLogps:
         """Policy log-probs (B, 2) of the pairs at `indices` beside what the losses need."""
         rows = np.asarray(indices)
         columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])

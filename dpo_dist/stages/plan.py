@@ -1,6 +1,6 @@
 """What a run will need, before it runs: memory, steps, tokens, disk; no weights, no GPU.
 
-1. Count the model and its adapter; read the DeepSpeed JSON, and the prepared pairs if there are any.
+1. Count the model and its adapter; read the DeepSpeed JSON, and the prepared pairs if any.
 2. `make_plan` puts them through the arithmetic of dpo_dist.estimate, a `Row` for every number.
 3. `print_plan` prints the rows or their JSON; `print_dry_run` adds the resolved config and the
    commands. Nothing is written.
@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dpo_dist import estimate
 from dpo_dist.config import AdapterSection, RunConfig, to_yaml
@@ -27,11 +26,13 @@ from dpo_dist.data.batches import (
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.ds_config import read_sharding
 from dpo_dist.engine.model_shape import count_model
+from dpo_dist.errors import ConfigError
 from dpo_dist.estimate import GIB, RESERVE_BYTES, Line, Memory, ModelShape, Setup, Sharding, total
 from dpo_dist.local import LOOPBACK, count_gpus, count_workers
 from dpo_dist.model_files import resolve_model_dir
 from dpo_dist.objective.logprobs import LOGITS_BUDGET
 from dpo_dist.plan import STAGES, scoring_budget, stage_argv, store_root
+from dpo_dist.plan_report import Plan, Row, as_dict, as_text, in_gib
 from dpo_dist.reference_parts import ROW_DTYPE
 from dpo_dist.remedies import Remedy, remedies
 from dpo_dist.run_dir import RunDir
@@ -41,25 +42,6 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 STEPS_PACKED = 16  # optimizer steps whose micro-batches are counted
 SHORTEST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
 NO_PAIRS = "known after `dpo-dist prepare`"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A value under a key that names its unit; `why` is its arithmetic, or why it is missing."""
-
-    key: str
-    value: float | str | None
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Rows by section, whether they fit, and what would help where memory does not suffice."""
-
-    sections: dict[str, list[Row]]
-    fits: bool | None
-    disk_fits: bool
-    remedies: list[Remedy]
 
 
 @dataclass(frozen=True)
@@ -104,6 +86,8 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
     ranks, ranks_why = count_workers(config.local)
     if world_size is not None:
         ranks, ranks_why = world_size, "--world-size"
+    if ranks < 1:
+        raise ConfigError(f"--world-size {ranks}", "1 or more ranks", "Correct it.")
     limit_gib = _gpu_memory_gib() if gpu_memory_gib is None else gpu_memory_gib
     setup = make_setup(config, _count(config, config.adapter), ranks)
     work = _prepared_work(config)
@@ -149,59 +133,6 @@ def make_setup(config: RunConfig, shape: ModelShape, world_size: int) -> Setup:
     )
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """Everything for `--json`: values by section, and the arithmetic of each under its own key."""
-    names = {title: title.replace(" of a ", "_per_").replace(" ", "_") for title in plan.sections}
-    sections = {names[title].lower(): rows for title, rows in plan.sections.items()}
-    return {
-        "fits": plan.fits,
-        "disk_fits": plan.disk_fits,
-        "remedies": [
-            {"change": r.change, "peak_gib": r.peak_bytes / GIB, "fits": r.fits}
-            for r in plan.remedies
-        ],
-        **{name: {row.key: row.value for row in rows} for name, rows in sections.items()},
-        "arithmetic": {
-            f"{name}.{row.key}": row.why for name, rows in sections.items() for row in rows if row.why
-        },
-    }
-
-
-def as_text(plan: Plan) -> str:
-    """The plan for a terminal: a line a row, value and arithmetic."""
-    lines: list[str] = []
-    for title, rows in plan.sections.items():
-        lines += ["", title]
-        for row in rows:
-            label = row.key.removesuffix("_gib").removeprefix("num_").replace("_", " ")
-            lines.append(f"  {label:<23} {_shown(row):>10}  {row.why}".rstrip())
-    if plan.remedies:
-        lines += ["", "what would help, each by itself"]
-        for remedy in plan.remedies:
-            verdict = "fits" if remedy.fits else "does not fit"
-            lines.append(f"  {remedy.change:<34} {_gib(remedy.peak_bytes):>10}  {verdict}")
-    return "\n".join(lines[1:])
-
-
-def _shown(row: Row) -> str:
-    match row.value:
-        case None:
-            return "unknown"
-        case bool():
-            return "yes" if row.value else "no"
-        case int() | float() if row.key.endswith("_gib"):
-            return _gib(row.value * GIB)
-        case int():
-            return f"{row.value:,}"
-        case float():
-            return f"{row.value:,.1f}" if row.value >= 10 else f"{row.value:.3g}"
-    return str(row.value)
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
-
-
 def _size(line: Line) -> Row:
     return Row(f"{line.name}_gib", line.num_bytes / GIB, f"= {line.arithmetic}")
 
@@ -213,7 +144,7 @@ def _fits(num_bytes: int, limit_gib: float | None) -> bool | None:
 def _fit_row(num_bytes: int, limit_gib: float | None) -> Row:
     if limit_gib is None:
         return Row("fits", None, "without --gpu-memory-gib")
-    needed = f"{_gib(num_bytes)} + {_gib(RESERVE_BYTES)} reserve"
+    needed = f"{in_gib(num_bytes)} + {in_gib(RESERVE_BYTES)} reserve"
     return Row("fits", _fits(num_bytes, limit_gib), f"{needed} of {limit_gib:.1f} GiB")
 
 
@@ -238,10 +169,10 @@ def _memory_rows(memory: Memory, limit_gib: float | None) -> Iterator[Row]:
         "evaluation": total(memory.scoring),
     }
     if memory.scoring:
-        parts = " + ".join(f"{_gib(line.num_bytes)} {line.name}" for line in memory.scoring)
+        parts = " + ".join(f"{in_gib(line.num_bytes)} {line.name}" for line in memory.scoring)
         yield Row("evaluation_gib", phases["evaluation"] / GIB, f"= {parts.replace('_', ' ')}")
     most = max(phases, key=lambda name: phases[name])
-    why = f"= {_gib(total(memory.states))} all the time + {_gib(phases[most])} in {most}"
+    why = f"= {in_gib(total(memory.states))} all the time + {in_gib(phases[most])} in {most}"
     yield Row("peak_gib", memory.peak_bytes / GIB, why)
     yield _fit_row(memory.peak_bytes, limit_gib)
 
@@ -258,6 +189,142 @@ def _reference_rows(config: RunConfig, setup: Setup, limit_gib: float | None) ->
         if asked in ("auto", how):
             lines = estimate.reference_lines(setup, _sharding(sharding))
             needed = total(lines)
-            parts = " + ".join(f"{_gib(line.num_bytes)} {line.name}" for line in lines)
+            parts = " + ".join(f"{in_gib(line.num_bytes)} {line.name}" for line in lines)
             rows.append(Row(f"{how}_gib", needed / GIB, f"= {parts.replace('_', ' ')}"))
     return [*rows, _fit_row(needed, limit_gib)]
+
+
+def _batch_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[Row]:
+    pairs, tokens = config.train.global_batch_size, config.train.micro_batch_tokens
+    yield Row("global_batch_pairs", pairs, "train.global_batch_size")
+    why = f"= {pairs} pairs / {setup.world_size} ranks"
+    yield Row("pairs_per_rank", pairs / setup.world_size, why)
+    yield Row("micro_batch_tokens", tokens, "train.micro_batch_tokens")
+    if work is None:
+        yield Row("micro_batches_per_step", None, NO_PAIRS)
+        return
+    lengths = work.train.packed_lengths
+    yield Row("mean_pair_tokens", float(lengths.mean()), "prompt + chosen + rejected")
+    yield Row("longest_pair_tokens", int(lengths.max()))
+    counts: list[int] = []
+    for step in range(min(work.num_steps, STEPS_PACKED)):
+        indices = step_pair_indices(step, len(lengths), pairs, config.run.seed)
+        counts.append(len(plan_micro_batches(lengths, indices, setup.world_size, tokens)[0]))
+    why = f"= {sum(counts)} micro-batches of a rank / the first {len(counts)} steps"
+    yield Row("micro_batches_per_step", sum(counts) / len(counts), why)
+
+
+def _work_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[Row]:
+    forward, training = estimate.flops_per_token(setup.shape, setup.checkpointing)
+    why = f"= 2 x {setup.shape.num_active:,} matrix elements"
+    yield Row("forward_gflop_per_token", forward / 1e9, why)
+    again = ", and a second forward" if setup.checkpointing else ""
+    yield Row("training_gflop_per_token", training / 1e9, f"forward and backward{again}")
+    if work is None:
+        for key in ("num_pairs", "num_steps", "num_tokens", "training_pflop", "reference_pflop"):
+            yield Row(key, None, NO_PAIRS)
+        return
+    train, settings = work.train, config.train
+    yield Row("num_pairs", len(train), f"and {len(work.held_out):,} held out")
+    epochs = f"{len(train):,} pairs x {settings.num_epochs:g} epochs"
+    capped = f", at most train.max_steps {settings.max_steps}" if settings.max_steps else ""
+    why = f"= floor({epochs} / {settings.global_batch_size} pairs){capped}"
+    yield Row("num_steps", work.num_steps, why)
+    mean, in_steps = float(train.packed_lengths.mean()), work.num_steps * settings.global_batch_size
+    num_tokens = round(mean * in_steps)
+    yield Row("num_tokens", num_tokens, f"= {mean:,.1f} tokens of a pair x {in_steps:,} pairs")
+    why = f"= {training / 1e9:.3g} GFLOP x {num_tokens:,} tokens"
+    yield Row("training_pflop", num_tokens * training / 1e15, why)
+    scored = int(train.packed_lengths.sum() + work.held_out.packed_lengths.sum())
+    why = f"= {forward / 1e9:.3g} GFLOP x {scored:,} tokens of all pairs, each once"
+    yield Row("reference_pflop", scored * forward / 1e15, why)
+
+
+def _disk_rows(config: RunConfig, setup: Setup, work: Work | None) -> list[Row]:
+    """What is written, as far as it is known, beside what is free; `fits` is the last row."""
+    rows = [Row("pairs_gib", None, NO_PAIRS), Row("reference_store_gib", None, NO_PAIRS)]
+    root = RunDir(config.run.dir)
+    if work is not None:
+        size = sum(path.stat().st_size for path in root.pairs_dir.rglob("*") if path.is_file())
+        count, row_bytes = len(work.train) + len(work.held_out), ROW_DTYPE.itemsize
+        why = f"= {row_bytes} bytes x {count:,} pairs, in {store_root(config)}"
+        rows = [
+            Row("pairs_gib", size / GIB, "as prepared"),
+            Row("reference_store_gib", row_bytes * count / GIB, why),
+        ]
+    export, adapter = config.export, config.adapter is not None
+    lines = [
+        estimate.checkpoint_line(setup, config.checkpoint.keep),
+        *estimate.export_lines(setup.shape, DTYPE_BYTES[export.dtype], adapter, export.merge),
+    ]
+    rows += map(_size, lines)
+    needed = sum(row.value for row in rows if isinstance(row.value, float))
+    folders = (root.root.absolute(), *root.root.absolute().parents)
+    folder = next(folder for folder in folders if folder.is_dir())
+    free = shutil.disk_usage(folder).free / GIB
+    rows += [Row("total_gib", needed, "what is known"), Row("free_gib", free, f"in {folder}")]
+    return [*rows, Row("fits", needed <= free)]
+
+
+def _remedies(config: RunConfig, setup: Setup, work: Work | None, limit_gib: float) -> list[Remedy]:
+    return remedies(
+        setup,
+        round(limit_gib * GIB),
+        shardings={name: _sharding(name) for name in ("zero3", "zero3_offload")},
+        with_adapter=_count(config, AdapterSection.model_validate({}))
+        if config.adapter is None
+        else None,
+        longest_pair=int(work.train.packed_lengths.max()) if work else SHORTEST_MICRO_BATCH,
+    )
+
+
+def _sharding(name: str) -> Sharding:
+    return estimate.sharding_of(read_sharding(name))
+
+
+def _count(
+    config: RunConfig, adapter: AdapterSection | None, path: str | None = None
+) -> ModelShape:
+    """The shape of the base model, or of the one at `path`, with an adapter."""
+    revision = config.model.revision if path is None else None
+    model_dir = _config_dir(path or config.model.path, revision)
+    return count_model(model_dir, adapter, config.model.trust_remote_code)
+
+
+def _config_dir(path: str, revision: str | None) -> Path:
+    """A folder with the model's config.json; of a hub id that one file is downloaded, no weights.
+
+    Raises ModelFilesError when there is no such folder and the hub gives none.
+    """
+    if not Path(path).expanduser().exists():
+        from huggingface_hub import hf_hub_download
+
+        # Whatever is wrong, resolve_model_dir finds it again and says what to do.
+        with contextlib.suppress(Exception):
+            return Path(hf_hub_download(path, "config.json", revision=revision)).parent
+    return resolve_model_dir(path, revision)
+
+
+def _prepared_work(config: RunConfig) -> Work | None:
+    """The prepared pairs, None when there are none yet.
+
+    Raises DataError when they are too few for a step or too long for a micro-batch.
+    """
+    pairs_dir = RunDir(config.run.dir).pairs_dir
+    if not pairs_dir.is_dir():
+        return None
+    train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
+    settings = config.train
+    check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
+    steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
+    return Work(train, held_out, min(steps, settings.max_steps or steps))
+
+
+def _gpu_memory_gib() -> float | None:
+    """Memory of the smallest GPU of this machine, None without one."""
+    if not count_gpus() or shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    sizes = [int(mib) / 1024 for mib in listed if mib.isdigit()]
+    return min(sizes, default=None)

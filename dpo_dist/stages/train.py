@@ -105,8 +105,8 @@ def run(config: RunConfig) -> Path:
             sharding=sharding, num_steps=total, device=device, seed=config.run.seed,
         )  # fmt: skip
         layout = settle_layout(engine, scorer, config.model, device)
-        splits = [with_reference(config, split, layout) for split in (pairs, held_out)]
-        job = Job(config, paths, topology, device, engine, *splits, total)
+        train, evaluated = (with_reference(config, split, layout) for split in (pairs, held_out))
+        job = Job(config, paths, topology, device, engine, train, evaluated, total)
         identity = _identity(job)
         if resume is None:
             _check_start(job)

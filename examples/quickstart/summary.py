@@ -1,4 +1,4 @@
-"""What the quickstart did, in one table: held-out numbers and answers before and after, and where things lie."""
+"""What the quickstart did: numbers and answers before and after, and where things lie."""
 
 import json
 import sys
@@ -29,8 +29,12 @@ def main(run_dir: str) -> None:
         ("ranked right by log-probs alone", "logps/accuracies"),
     ):
         numbers.add_row(name, f"{before[metric]:.3f}", f"{after[metric]:.3f}")
-    follows = [sum(follows_preference(row[key]) for row in generated) for key in ("before", "after")]
-    numbers.add_row("answers that follow the preference", *(f"{n}/{len(generated)}" for n in follows))
+    follows = [
+        sum(follows_preference(row[key]) for row in generated) for key in ("before", "after")
+    ]
+    numbers.add_row(
+        "answers that follow the preference", *(f"{n}/{len(generated)}" for n in follows)
+    )
     console.print(numbers)
 
     answers = Table("prompt", "before", "after", show_lines=True)
