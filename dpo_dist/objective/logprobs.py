@@ -40,8 +40,8 @@ def completion_logps(
     assert hidden.shape[0] == targets.shape[0], (hidden.shape, targets.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     rows = chunk_size or max(1, LOGITS_BUDGET // weight.shape[0])
-    apply = cast(Callable[..., Tensor], _CompletionLogps.apply)  # torch leaves it untyped
-    return apply(hidden, weight, targets, bias, logit_scale, softcap, rows)
+    apply: Any = _CompletionLogps.apply  # pyright: ignore[reportUnknownMemberType]
+    return cast(Tensor, apply(hidden, weight, targets, bias, logit_scale, softcap, rows))
 
 
 class _CompletionLogps(torch.autograd.Function):
