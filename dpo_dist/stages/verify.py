@@ -44,7 +44,7 @@ from dpo_dist.run_dir import MANIFEST_NAME, RunDir
 _logger = logging.getLogger(__name__)
 LogpArray = npt.NDArray[np.float32]
 # Largest difference of a log-prob per square root of its tokens, whose rounding errors add up
-# like a random walk. docs/export.md says how it was measured.
+# like a random walk. docs/export.md has the figures behind them.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_ANSWER_TOKENS = 16
 NUM_SHOWN = 3  # problems that a check names
@@ -86,7 +86,7 @@ def run(config: RunConfig) -> Path:
     paths = RunDir(config.run.dir)
     folders = export_folders(config)
     manifests: dict[Kind, Manifest] = {kind: read_manifest(path) for kind, path in folders.items()}
-    checkpoint_dir = _checkpoint_of(paths, next(iter(manifests.values())))
+    checkpoint_dir, *_ = [_checkpoint_of(paths, manifest) for manifest in manifests.values()]
     probe = Probe(open_pairs(paths.pairs_dir, "train"), *read_probe(checkpoint_dir))
     checks = []
     with progress_bar("folders") as bar:
