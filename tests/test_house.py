@@ -13,7 +13,8 @@ PACKAGE = ROOT / "dpo_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FACTS = {
     "errors", "config", "topology", "run_dir", "manifest", "plan", "logs", "status", "stop_flag",
-    "model_files", "reference_store", "reference_parts", "metrics", "estimate", "local",
+    "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
+    "remedies", "local",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts
