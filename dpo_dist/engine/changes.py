@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from dpo_dist.engine.adapters import ADAPTER_NAME
-from dpo_dist.engine.base_weights import BaseWeights
+from dpo_dist.engine.base_weights import StoredModel
 from dpo_dist.errors import CheckpointError, ConfigError
 
 POLICY = "policy."  # the model's name inside the module that is trained
@@ -47,7 +47,7 @@ class Adapted:
 Changes = Mapping[str, Replaced | Adapted]  # by name in the module
 
 
-def full_changes(base: BaseWeights, trained: TrainedWeights) -> Changes:
+def full_changes(base: StoredModel, trained: TrainedWeights) -> Changes:
     """After full training: every parameter comes from the checkpoint.
 
     Tied parameters are in it under one of their names. Raises CheckpointError when a parameter
@@ -64,7 +64,7 @@ def full_changes(base: BaseWeights, trained: TrainedWeights) -> Changes:
     return changes
 
 
-def adapter_changes(base: BaseWeights, policy: Any, trained: TrainedWeights) -> Changes:
+def adapter_changes(base: StoredModel, policy: Any, trained: TrainedWeights) -> Changes:
     """After LoRA: which weights of the base have an adapter, and which were trained in full.
 
     `policy` is peft's model on the meta device, made from the settings of the run. Raises

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_dist.engine.adapters import ADAPTER_NAME, write_adapter_config
-from dpo_dist.engine.base_weights import BaseWeights, Tensors, WeightGroup
+from dpo_dist.engine.base_weights import StoredModel, Tensors, WeightGroup
 from dpo_dist.engine.changes import POLICY, Adapted, Changes, Replaced, TrainedWeights
 from dpo_dist.engine.merge import merge_expert_lora_, merge_lora_
 from dpo_dist.engine.safetensors_stream import ShardedModel, TensorFile, TensorSpec, read_tensor
@@ -30,7 +30,7 @@ Advance = Callable[[int], None]  # told the bytes of every tensor written
 class ModelPlan:
     """The tensors of an exported model, known before any of them is read."""
 
-    base: BaseWeights
+    base: StoredModel
     changes: Changes
     specs: Mapping[str, TensorSpec]
     untied: Mapping[str, str]  # tensor that the base does not have -> its parameter
@@ -78,7 +78,7 @@ def write_adapter_settings(
     write_adapter_config(policy, str(folder))
 
 
-def plan_model(base: BaseWeights, changes: Changes, dtype: torch.dtype) -> ModelPlan:
+def plan_model(base: StoredModel, changes: Changes, dtype: torch.dtype) -> ModelPlan:
     """Lays out the exported model: names and shapes of the base, floating tensors as `dtype`.
 
     What the base keeps in a wider type than the rest (a router's bias, say) stays in that type.
@@ -170,7 +170,7 @@ def _merge_(weight: torch.Tensor, change: Adapted, trained: TrainedWeights) -> N
     )
 
 
-def _export_dtype(base: BaseWeights, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def _export_dtype(base: StoredModel, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     if not stored.is_floating_point:
         return stored
     wider = stored.itemsize > max(base.main_dtype.itemsize, dtype.itemsize)

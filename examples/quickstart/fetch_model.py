@@ -135,7 +135,7 @@ def convert_gguf(gguf_path: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    del model.config._model_name_or_path  # the GGUF's own title, which is no path
+    vars(model.config).pop("_model_name_or_path", None)  # the GGUF's own title, which is no path
     model.save_pretrained(folder)
 
 
