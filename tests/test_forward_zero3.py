@@ -138,7 +138,8 @@ def test_two_ranks_equal_one_plain_process(
         name = f"policy.{plain_name}"
         theirs, ours = parameter.detach() - start[name], weights[name] - start[name]
         scale = max(theirs.abs().max().item(), LEARNING_RATE)
-        assert (ours - theirs).abs().max() <= 1e-4 * scale, name
+        rounding = 2e-7 * start[name].abs().max()  # of the weights that the changes are taken from
+        assert (ours - theirs).abs().max() <= 1e-4 * scale + rounding, name
         changed += bool(theirs.any())
     assert changed >= 4 and weights.keys() == start.keys()
     for rank, result in enumerate(results):
