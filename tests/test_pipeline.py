@@ -45,8 +45,8 @@ def fresh_copy(run_yaml: Path, name: str) -> Path:
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    reader = open_checkpoint(run_dir / "checkpoints" / f"step-{LAST_STEP:06d}")
-    return {name: reader.read(name) for name in reader.names_and_shapes}
+    with open_checkpoint(run_dir / "checkpoints" / f"step-{LAST_STEP:06d}") as shards:
+        return {name: shards.read(name) for name in shards.names_and_shapes}
 
 
 def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
@@ -57,6 +57,8 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             left, right = (
                 {k: v for k, v in m.items() if k != "rewards/accuracies"} for m in (left, right)
             )
+        norms = [metrics.pop("grad_norm", 0.0) for metrics in (left, right)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # of large gradients, by then
         assert left == pytest.approx(right, abs=tolerance, rel=tolerance)
 
 

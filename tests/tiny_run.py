@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     },
     "checkpoint": {"every_steps": 4},
     "eval": {"every_steps": 5},
+    "export": {"dtype": "float32"},
     "logging": {"tensorboard": False},
     "local": {"workers": 2},
     "data": {"max_length": 64, "num_workers": 1},
