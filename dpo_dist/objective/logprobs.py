@@ -40,7 +40,7 @@ def completion_logps(
     assert hidden.shape[0] == targets.shape[0], (hidden.shape, targets.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     rows = chunk_size or max(1, LOGITS_BUDGET // weight.shape[0])
-    apply: Any = _CompletionLogps.apply  # pyright: ignore[reportUnknownMemberType]
+    apply: Any = _CompletionLogps.apply  # pyright: ignore
     return cast(Tensor, apply(hidden, weight, targets, bias, logit_scale, softcap, rows))
 
 
