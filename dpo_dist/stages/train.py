@@ -27,7 +27,7 @@ from dpo_dist.data.batches import (
     plan_scoring_batches,
     step_pair_indices,
 )
-from dpo_dist.data.pairs import open_pairs
+from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine import checkpoint, collectives, ds_config, zero
 from dpo_dist.engine.forward import score_pairs
 from dpo_dist.engine.packing import pack_pairs
@@ -41,7 +41,7 @@ from dpo_dist.model_files import digest_of_weights
 from dpo_dist.objective.losses import LOSSES, PairLogps
 from dpo_dist.objective.rewards import METRIC_NAMES, metric_means, metric_sums
 from dpo_dist.plan import base_model_dir, scoring_budget, training_identity
-from dpo_dist.run_dir import RunDir
+from dpo_dist.run_dir import COMMIT_NAME, RunDir
 from dpo_dist.stages.inputs import ScoredPairs, with_reference
 from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
@@ -93,6 +93,12 @@ def run(config: RunConfig) -> Path:
     total = num_steps(len(pairs), settings.global_batch_size, settings.num_epochs)
     total = min(total, settings.max_steps or total)
     check_token_budget(pairs.packed_lengths, range(len(pairs)), settings.micro_batch_tokens)
+    if config.checkpoint.resume == "auto" and _is_finished(
+        config, pairs, paths.checkpoint_dir(total)
+    ):
+        if topology.rank == 0:
+            _logger.info("train: finished, %s", paths.checkpoint_dir(total))
+        return paths.checkpoint_dir(total)
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
@@ -118,13 +124,30 @@ def run(config: RunConfig) -> Path:
     return paths.checkpoint_dir(total)
 
 
+def _is_finished(config: RunConfig, pairs: Pairs, last_dir: Path) -> bool:
+    """Whether the last step's checkpoint stands, found out without a model.
+
+    Raises CheckpointError when it was trained with other settings or inputs.
+    """
+    if not (last_dir / COMMIT_NAME).is_file():
+        return False
+    state = checkpoint.read_train_state(last_dir)
+    reference = {"reference": state.digests["reference"]}  # needs the model's layout to look up
+    checkpoint.check_resume(last_dir, state, _input_identity(config, pairs) | reference)
+    return True
+
+
 def _identity(job: Job) -> dict[str, str]:
     """What a resume must find unchanged: settings one by one, and digests of what was read."""
-    model = job.config.model
-    return training_identity(job.config) | {
-        "pairs": job.train.pairs.digest,
-        "model": digest_of_weights(base_model_dir(job.config), model.allow_pickle_weights),
-        "reference": digest_of(job.train.reference.numpy().tobytes().hex()),
+    reference = digest_of(job.train.reference.numpy().tobytes().hex())
+    return _input_identity(job.config, job.train.pairs) | {"reference": reference}
+
+
+def _input_identity(config: RunConfig, pairs: Pairs) -> dict[str, str]:
+    model_dir = base_model_dir(config)
+    return training_identity(config) | {
+        "pairs": pairs.digest,
+        "model": digest_of_weights(model_dir, config.model.allow_pickle_weights),
     }
 
 
