@@ -128,7 +128,9 @@ def generate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json
 def plan_command(
     config_path: ConfigPath,
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(help="Ranks of the training stage.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the training stage.")
+    ] = None,
     gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one GPU, GiB.")] = None,
     as_json: Json = False,
 ) -> None:

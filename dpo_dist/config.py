@@ -80,7 +80,9 @@ class DataSection(Section):
     )
     on_empty: Policy = Field("drop", description="Pair with an empty prompt or answer.")
     on_identical: Policy = Field("drop", description="Same chosen and rejected, also truncated.")
-    on_prompt_fills: Policy = Field("drop", description="Prompt leaves no room for an answer.")
+    on_prompt_fills: Literal["drop", "raise"] = Field(
+        "drop", description="Prompt leaves no room for an answer."
+    )
     on_duplicate: Policy = Field("drop", description="Pair that was there before.")
     on_conflict: Policy = Field("drop", description="A > B and B > A for one prompt.")
     on_overlap: Policy = Field("drop", description="Held-out pair whose prompt is trained on.")

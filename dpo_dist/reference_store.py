@@ -10,7 +10,6 @@ somebody has read it. Shapes: N keys in a call; a log-prob is a sum over one com
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -158,15 +157,6 @@ class ReferenceStore:
                 "Run `dpo-dist reference`, which scores the missing pairs only.",
             )
         return self._logps[positions]
-
-    def rows_digest(self, keys: Keys) -> str:
-        """Hex SHA-256 of the set of rows of the keys: order and repeats do not matter.
-
-        Raises ReferenceStoreError as `lookup`.
-        """
-        self.lookup(keys)  # before np.unique, so that an error names positions in `keys`
-        unique = np.unique(as_key_array(keys))
-        return hashlib.sha256(_to_rows(unique, self.lookup(unique)).tobytes()).hexdigest()
 
     def _find(self, keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Position of each key, meaningful only where the second array says it is present."""

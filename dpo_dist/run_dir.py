@@ -91,10 +91,6 @@ class RunDir:
             attempt += 1
         return attempt
 
-    @property
-    def lock_path(self) -> Path:
-        return self.root / "run.lock"
-
 
 def step_of(checkpoint_dir: Path) -> int | None:
     """The optimizer step in a checkpoint folder's name, None for other folders."""
@@ -107,6 +103,12 @@ COMMIT_NAME = "COMMITTED"
 PROBE_NAME = "probe.safetensors"
 TRAIN_STATE_NAME = "train_state.json"
 PAIRS_REPORT_NAME = "report.json"
+UNIVERSAL_ORIGIN_NAME = "origin.json"
+
+
+def rng_name(rank: int) -> str:
+    """A checkpoint's file with the random generators of one rank."""
+    return f"rng_rank_{rank:05d}.pt"
 
 
 def rank_log_path(log_dir: Path, rank: int) -> Path:

@@ -57,6 +57,17 @@ def test_an_owned_number_is_refused(tmp_path: Path, key: str) -> None:
     )
 
 
+def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch"}}
+    path = write(tmp_path, {"zero_optimization": zero})
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} offloads to NVMe (offload_param); wanted offload to cpu, or none. "
+        "Set its device to cpu: checkpoints do not hold what lies on NVMe."
+    )
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_config.read_sharding("zero9")

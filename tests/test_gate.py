@@ -8,9 +8,9 @@ from token_rows import TokenRow, columns_of
 
 from dpo_dist.config import DataSection
 from dpo_dist.data.columns import KeyArray, PairColumns, truncate
-from dpo_dist.data.gate import apply_gate, check_policies, choose_max_length
+from dpo_dist.data.gate import apply_gate, choose_max_length
 from dpo_dist.data.reasons import DROP_REASONS, KEPT
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.errors import DataError
 
 GOOD: TokenRow = ([1, 2], [3], [4])
 
@@ -187,16 +187,6 @@ def test_nothing_left(tmp_path: Path) -> None:
         "the first is rows.jsonl:1: no system role); wanted at least one pair. "
         "Set data.chat_template to one that takes these roles."
     )
-
-
-def test_the_policy_that_cannot_be() -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_policies(settings(on_prompt_fills="keep"))
-    assert str(caught.value) == (
-        "data.on_prompt_fills: keep; wanted drop or raise. "
-        "A prompt that fills data.max_length leaves no answer token to score."
-    )
-    check_policies(settings(on_prompt_fills="raise"))
 
 
 def rows_of_lengths(lengths: list[int]) -> list[TokenRow]:

@@ -16,7 +16,7 @@ from tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config import RunConfig, parse_config
 from dpo_dist.data.pairs import Pairs, open_pairs
-from dpo_dist.errors import ArtefactError, ConfigError, DataError
+from dpo_dist.errors import ArtefactError, DataError
 from dpo_dist.manifest import read_manifest
 from dpo_dist.stages import prepare
 
@@ -207,12 +207,6 @@ def test_an_empty_split_is_refused(tmp_path: Path, on: str) -> None:
     write_jsonl(tmp_path / f"{on}.jsonl", [orca_row(0, "", "")])
     with pytest.raises(DataError, match=f"no {on} pair is left of 1 rows"):
         prepare.run(make_config(tmp_path))
-
-
-def test_an_impossible_policy_is_refused_before_any_work(tmp_path: Path) -> None:
-    config = make_config(tmp_path, train=[{"path": "missing.jsonl"}], on_prompt_fills="keep")
-    with pytest.raises(ConfigError, match="data.on_prompt_fills: keep"):
-        prepare.run(config)
 
 
 def test_the_preview_shows_scored_tokens_and_writes_nothing(

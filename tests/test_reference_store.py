@@ -213,20 +213,6 @@ def test_a_row_keeps_the_value_that_was_committed_first(tmp_path: Path) -> None:
         assert found.tobytes() == np.concatenate([some_logps(0, 5), noisy[5:]]).tobytes()
 
 
-def test_the_rows_digest_is_of_the_set_of_rows(tmp_path: Path) -> None:
-    store = open_store(tmp_path, CONTRACT)
-    append(store, 0, 10)
-    digest = store.rows_digest(some_keys(0, 6))
-    append(store, 10, 20)
-    assert store.rows_digest(some_keys(0, 6)[::-1] + some_keys(2, 3)) == digest
-    assert store.rows_digest(some_keys(0, 7)) != digest
-    other = open_store(tmp_path / "other", CONTRACT)
-    other.append(some_keys(0, 6), some_logps(0, 6) + np.float32(1), np.arange(6))
-    assert other.rows_digest(some_keys(0, 6)) != digest
-    with pytest.raises(ReferenceStoreError, match=r"pair index 1\)"):
-        store.rows_digest(some_keys(19, 21))
-
-
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

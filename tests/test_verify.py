@@ -183,6 +183,21 @@ def test_an_export_of_untrained_weights_fails(exported: TrainedRun, tmp_path: Pa
     }  # fmt: skip
 
 
+def test_an_update_that_bfloat16_rounds_away_has_its_own_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_trained_run(tmp_path, "llama", "adapter.rank=3", "export.dtype=bfloat16")
+    export.run(run.config)
+    monkeypatch.setattr(verify, "TOLERANCE", {"bfloat16": 1e-5})
+    with pytest.raises(VerificationError) as error:
+        verify.run(run.config)
+    assert str(error.value).endswith(
+        "wanted an export that reproduces the training run. bfloat16 may round the update away: "
+        "export with export.dtype=float32, or use the adapter unmerged. "
+        f"{run.paths.verify_path} has all checks."
+    )
+
+
 def test_without_an_export(exported: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(exported, tmp_path)
     shutil.rmtree(tmp_path / "out" / "export" / "merged")

@@ -24,7 +24,7 @@ from dpo_dist.data.reasons import (
     PROMPT_FILLS,
     Reason,
 )
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.errors import DataError
 
 BoolArray = npt.NDArray[np.bool_]
 LENGTH_MULTIPLE = 8
@@ -64,16 +64,6 @@ def choose_max_length(
             f"{model_limit:,} (auto: all positions of the model; {arithmetic} is {length:,})",
         )
     return length, f"{length:,} (auto: {arithmetic})"
-
-
-def check_policies(section: DataSection) -> None:
-    """Raises ConfigError for the one policy that cannot be: there would be nothing to score."""
-    if section.on_prompt_fills == "keep":
-        raise ConfigError(
-            "data.on_prompt_fills: keep",
-            "drop or raise",
-            "A prompt that fills data.max_length leaves no answer token to score.",
-        )
 
 
 def apply_gate(

@@ -1,7 +1,5 @@
 """LoRA as a difference of the model: nothing after this file asks whether there is one."""
 
-from typing import Any
-
 from torch import nn
 
 from dpo_dist.config import AdapterSection
@@ -13,7 +11,8 @@ ADAPTER_NAME = "default"  # peft's own name, part of the parameter names in chec
 def add_adapter(model: nn.Module, adapter: AdapterSection, base_model_path: str) -> nn.Module:
     """Freezes the model and adds a trainable adapter in the model's own dtype.
 
-    Raises ConfigError when a name in `target_modules` or `modules_to_save` matches nothing.
+    Raises ConfigError when a name in `target_modules` or `modules_to_save` matches nothing, and
+    when peft cannot adapt a module that is named.
     """
     import peft
 
@@ -44,8 +43,14 @@ def add_adapter(model: nn.Module, adapter: AdapterSection, base_model_path: str)
         base_model_name_or_path=base_model_path,
     )
     # ZeRO-3 gathers a layer's parameters together, which needs one dtype.
-    policy: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore
-    return policy
+    try:
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore
+    except ValueError as error:
+        raise ConfigError(
+            f"peft cannot adapt this model ({' '.join(str(error).split())})",
+            "modules and options that it takes",
+            "Name other adapter.target_modules, or leave out adapter.use_dora and adapter.dropout.",
+        ) from error
 
 
 def write_adapter_config(policy: nn.Module, folder: str) -> None:

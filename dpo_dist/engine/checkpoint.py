@@ -37,7 +37,7 @@ from dpo_dist.engine.train_state import TrainState, check_resume, check_stage, r
 from dpo_dist.engine.universal import discard_universal, needs_conversion, prepare_universal
 from dpo_dist.errors import CheckpointError
 from dpo_dist.manifest import fsync_dir
-from dpo_dist.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir
+from dpo_dist.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir, rng_name
 
 LogpArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]
@@ -141,7 +141,7 @@ def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainSt
     else:
         _load_shards(engine, step_dir)
     if state.world_size == world_size:
-        restore_rng(torch.load(step_dir / _rng_name(rank), weights_only=True))
+        restore_rng(torch.load(step_dir / rng_name(rank), weights_only=True))
     return state
 
 
@@ -172,7 +172,7 @@ def _write_together(
             str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
         )
     rank, _ = _place()
-    writer.write(partial / _rng_name(rank), lambda stream: torch.save(rng_states(), stream))
+    writer.write(partial / rng_name(rank), lambda stream: torch.save(rng_states(), stream))
     if collectives.is_first():
         probe = {
             "pair_index": torch.from_numpy(probe_indices),
@@ -292,7 +292,3 @@ def _place() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng_rank_{rank:05d}.pt"

@@ -66,6 +66,13 @@ def read_sharding(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has no zero_optimization.stage", "a ZeRO stage from 0 to 3", "Add it."
         )
+    for key in ("offload_optimizer", "offload_param"):
+        if raw["zero_optimization"].get(key, {}).get("device") == "nvme":
+            raise ConfigError(
+                f"{path} offloads to NVMe ({key})",
+                "offload to cpu, or none",
+                "Set its device to cpu: checkpoints do not hold what lies on NVMe.",
+            )
     return raw
 
 

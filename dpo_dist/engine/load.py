@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from dpo_dist.config import ModelSection
-from dpo_dist.errors import ArtefactError, ModelFilesError
+from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files import weight_files
-from dpo_dist.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
 
@@ -87,24 +86,3 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameter counts, also when they are partitioned."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
-
-
-def load_export(
-    paths: RunDir, base_dir: Path, section: ModelSection, device: torch.device
-) -> nn.Module:
-    """The exported model as its users load it: full, merged, or the adapter on the base.
-
-    Raises ArtefactError when nothing is exported.
-    """
-    for merged in (True, False):
-        if (folder := paths.model_dir(merged)).is_dir():
-            return load_model(folder, section, device=device)
-    if paths.adapter_dir.is_dir():
-        from peft import PeftModel
-
-        base: Any = load_model(base_dir, section, device=device)
-        adapted = PeftModel.from_pretrained(base, paths.adapter_dir, autocast_adapter_dtype=False)
-        return adapted.to(device).eval()
-    raise ArtefactError(
-        f"{paths.export_dir} holds no model", "an export", "Run `dpo-dist export` first."
-    )

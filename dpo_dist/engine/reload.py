@@ -10,7 +10,9 @@ from dpo_dist.config import ModelSection
 from dpo_dist.engine.export import ADAPTER_WEIGHTS_NAME
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.safetensors_stream import read_places, read_tensor
+from dpo_dist.errors import ArtefactError
 from dpo_dist.model_files import weight_files
+from dpo_dist.run_dir import RunDir
 
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
@@ -18,6 +20,28 @@ REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", 
 def stored_names(model_dir: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the weight files of a folder."""
     return {name: place.spec.shape for name, place in read_places(weight_files(model_dir)).items()}
+
+
+def load_export(paths: RunDir, base_dir: Path, section: ModelSection, device: torch.device) -> Any:
+    """The exported model to use: full, merged, or the adapter on the base.
+
+    Raises ArtefactError when nothing is exported or an adapter's file does not fit the base.
+    """
+    for merged in (True, False):
+        if (folder := paths.model_dir(merged)).is_dir():
+            return load_model(folder, section, device=device)
+    if not paths.adapter_dir.is_dir():
+        raise ArtefactError(
+            f"{paths.export_dir} holds no model", "an export", "Run `dpo-dist export` first."
+        )
+    model, problems = load_adapted(base_dir, paths.adapter_dir, section, device)
+    if problems:
+        raise ArtefactError(
+            f"{paths.adapter_dir} does not fit {base_dir}: {problems[0]} ({len(problems)} in all)",
+            "the adapter of this base model",
+            f"Delete {paths.export_dir} and run `dpo-dist export` again.",
+        )
+    return model
 
 
 def load_whole(

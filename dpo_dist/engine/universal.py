@@ -21,9 +21,8 @@ from dpo_dist.engine.commit import commit, record_files, remove, verify
 from dpo_dist.engine.train_state import read_train_state
 from dpo_dist.errors import CheckpointError
 from dpo_dist.manifest import digest_of_file, fsync_dir, write_json
-from dpo_dist.run_dir import MANIFEST_NAME
+from dpo_dist.run_dir import MANIFEST_NAME, UNIVERSAL_ORIGIN_NAME
 
-ORIGIN_NAME = "origin.json"
 POLL_S = 0.5
 # Each extracting process holds the optimizer shard of one rank, each merging one a parameter.
 EXTRACTING_PROCESSES = 2
@@ -79,7 +78,7 @@ def universal_dir(step_dir: Path) -> Path:
 def _is_reusable(target: Path, step_dir: Path) -> bool:
     try:
         verify(target)
-        origin = json.loads((target / ORIGIN_NAME).read_text())
+        origin = json.loads((target / UNIVERSAL_ORIGIN_NAME).read_text())
     except (CheckpointError, OSError, ValueError):
         return False
     return origin == _origin(step_dir)
@@ -136,7 +135,7 @@ def _finish(process: subprocess.Popen[bytes], partial: Path, step_dir: Path, tar
     if process.returncode:
         lines = (partial / "converter.log").read_text(errors="replace").strip().splitlines()
         raise OSError(f"the converter ended with {process.returncode}: {(lines or ['?'])[-1]}")
-    write_json(partial / ORIGIN_NAME, _origin(step_dir))
+    write_json(partial / UNIVERSAL_ORIGIN_NAME, _origin(step_dir))
     commit(partial, record_files(partial))
     if target.exists():
         remove(target)

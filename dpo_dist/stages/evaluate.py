@@ -18,8 +18,8 @@ from dpo_dist.data.batches import plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine import collectives
 from dpo_dist.engine.forward import PairScorer
-from dpo_dist.engine.load import load_export
 from dpo_dist.engine.policy import settle_layout
+from dpo_dist.engine.reload import load_export
 from dpo_dist.engine.scoring import score_on_all_ranks
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console, progress_bar
@@ -46,7 +46,7 @@ def run(config: RunConfig) -> Path:
         )
     with collectives.process_group(topology) as device:
         model = load_export(paths, base_model_dir(config), config.model, device)
-        scorer = PairScorer(model)
+        scorer = PairScorer(model).eval()
         layout = settle_layout(scorer, scorer, config.model, device)
         held_out = with_reference(config, pairs, layout)
         scores = _score_all(config, scorer, pairs, topology, device)

@@ -8,9 +8,11 @@ from rich.table import Table
 
 from dpo_dist.config import GenerateSection, RunConfig
 from dpo_dist.data.pairs import open_pairs
+from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.collectives import device_of
 from dpo_dist.engine.generate import answer
-from dpo_dist.engine.load import load_export, load_model
+from dpo_dist.engine.load import load_model
+from dpo_dist.engine.reload import load_export
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console
 from dpo_dist.manifest import write_json
@@ -21,13 +23,12 @@ from dpo_dist.topology import from_environment
 
 def run(config: RunConfig) -> Path:
     """Answers the first `generate.num_prompts` distinct held-out prompts; writes generate.json."""
-    from transformers import AutoTokenizer
-
     paths, settings = RunDir(config.run.dir), config.generate
     prompts = _prompts(paths, settings)
     device = device_of(from_environment())
     base_dir = base_model_dir(config)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    template = resolve_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base_dir, template, config.model.trust_remote_code)
     answers: list[list[str]] = []
     for load in (
         lambda: load_model(base_dir, config.model, device=device),

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from dpo_dist.config import RunConfig, SourceSection
 from dpo_dist.data.columns import PairColumns, collect, truncate
-from dpo_dist.data.gate import apply_gate, check_policies, choose_max_length
+from dpo_dist.data.gate import apply_gate, choose_max_length
 from dpo_dist.data.pairs import SPLITS
 from dpo_dist.data.preview import preview_pair
 from dpo_dist.data.reasons import DROP_REASONS, KEPT
@@ -62,7 +62,6 @@ def run(config: RunConfig) -> Path:
     Raises DataError for unusable rows or settings, and ArtefactError when a folder made from
     other settings or data stands there.
     """
-    check_policies(config.data)
     folder = RunDir(config.run.dir).pairs_dir
     model_dir = base_model_dir(config)
     template = resolve_template(config.data.chat_template)

@@ -115,9 +115,17 @@ def run(config: RunConfig) -> Path:
             f"{len(failed)} of {len(checks)} checks failed, first {failed[0].name}: "
             f"{failed[0].detail}",
             "an export that reproduces the training run",
-            f"Do not use it. {paths.verify_path} has all checks.",
+            f"{_remedy(config, failed)} {paths.verify_path} has all checks.",
         )
     return paths.verify_path
+
+
+def _remedy(config: RunConfig, failed: Sequence[Check]) -> str:
+    """A merge in bfloat16 rounds small updates away: what then to do instead."""
+    if config.export.dtype == "bfloat16" and all("probe" in check.name for check in failed):
+        adapter = ", or use the adapter unmerged" if config.adapter else ""
+        return f"bfloat16 may round the update away: export with export.dtype=float32{adapter}."
+    return "Do not use it."
 
 
 def _checkpoint_of(paths: RunDir, manifest: Manifest) -> Path:
