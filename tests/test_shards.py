@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dpo_dist.engine import checkpoint, collectives
 from dpo_dist.engine.commit import commit, record_files
@@ -38,6 +39,12 @@ def save_cases(folder: str, cases: list[tuple[int, str, bool]], big: bool) -> No
 
 
 def save_case(run: Path, stage: int, dtype: str, adapter: bool, size: dict[str, Any]) -> None:
+    # Python 3.11.2 pickles a member of an enumeration in the first way, 3.11.7 in the second.
+    ZeroStageEnum.__reduce_ex__ = (
+        (lambda self, protocol: (getattr, (type(self), self.name)))
+        if adapter
+        else (lambda self, protocol: (type(self), (self.value,)))
+    )  # pyright: ignore
     engine = start_engine(stage, adapter=adapter, dtype=dtype, **size)
     for step in (1, 2):
         train_step(engine, step)

@@ -37,7 +37,9 @@ ShapeGroups = Sequence[Mapping[str, torch.Size]]  # of parameters, by name, a gr
 FlatGroups = Sequence[Sequence["FlatTensor"]]  # [rank][group]
 
 # What lies beside the tensors and is not needed here, so that DeepSpeed is not imported for it.
+# Some releases of Python pickle a member of an enumeration as getattr(class, name).
 IGNORED_CLASSES = (
+    "builtins.getattr",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
