@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 MODEL := models/SmolLM2-135M-Instruct
-DATA := $(RUN)/data
+DATA := runs/quickstart/data
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install quickstart test test-slow check format clean

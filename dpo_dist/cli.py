@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__, plan
-from dpo_dist.config import RunConfig, explain_keys, load_config, to_yaml
-from dpo_dist.errors import EXIT_RESTART, DPODistError
+from dpo_dist.attempts import begin
+from dpo_dist.config import RunConfig, load_config
+from dpo_dist.config_keys import explain_keys, to_yaml
+from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError
 from dpo_dist.local import count_workers, run_ranks
 from dpo_dist.logs import console, hush_libraries, set_up_logging
 from dpo_dist.manifest import write_atomic
 from dpo_dist.run_dir import RunDir, rank_log_path
-from dpo_dist.status import update_status
+from dpo_dist.status import describe_status, read_status, update_stage
 from dpo_dist.stop_flag import Stopped
 from dpo_dist.topology import from_environment, launched
 
@@ -124,6 +126,32 @@ def generate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json
     _show_result(config, "generate", RunDir(config.run.dir).generate_path, as_json)
 
 
+@app.command()
+def doctor(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Versions, GPUs, disk and network of this machine, before the expensive stages."""
+    config = _run_or_launch(plan.DOCTOR, config_path, overrides or [])
+    _show_result(config, "doctor", RunDir(config.run.dir).doctor_path, as_json)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="The run folder.", metavar="RUN_DIR")],
+    as_json: Json = False,
+) -> None:
+    """Stage, step, loss, pairs/s, time left, last checkpoint and restarts of a run."""
+    path = RunDir(run_dir).status_path
+    if not path.is_file():
+        raise ArtefactError(
+            f"{path} does not exist", "the folder of a run", "Name the run.dir of a run.yaml."
+        )
+    values = read_status(path)
+    if as_json:
+        _print_json(values)
+    else:
+        for name, value in describe_status(values):
+            print(f"{name:<16} {value}")
+
+
 @app.command("plan")
 def plan_command(
     config_path: ConfigPath,
@@ -188,7 +216,8 @@ def _launch(stage: plan.Stage, config: RunConfig, config_path: Path, overrides: 
     ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
     console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
     write_atomic(paths.config_path, to_yaml(config))
-    log_dir = paths.log_dir(stage.name, paths.count_attempts(stage.name) + 1)
+    log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
+    assert log_dir is not None
     return run_ranks(plan.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
 
 
@@ -198,19 +227,22 @@ def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
     paths = RunDir(config.run.dir)
     attempt = paths.count_attempts(stage.name)
     log_dir = paths.log_dir(stage.name, attempt)
-    set_up_logging(topology.rank, rank_log_path(log_dir, 0) if attempt else None)
+    part = config.reference.part
+    # the parts of a reference pass run at the same time, each as a job of its own
+    number = 0 if part is None else int(part.split("/")[0])
+    set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
     hush_libraries()
     _leave(_guarded(stage, config, paths, topology.rank))
 
 
 def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, rank: int) -> int:
     def tell(state: str, **fields: Any) -> None:
-        if rank == 0:
-            update_status(paths.status_path, stage=stage.name, state=state, **fields)
+        if rank == 0 and config.reference.part is None:  # a part is not the stage
+            update_stage(paths.status_path, stage.name, state, **fields)
 
     logger = logging.getLogger("dpo_dist")
     try:
-        tell("running", error=None)
+        tell("running")
         artefact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
         tell("finished", artefact=str(artefact))
         return 0
@@ -220,11 +252,11 @@ def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, rank: int) -> 
         return EXIT_RESTART
     except DPODistError as error:
         _print_error(error)
-        tell("failed", error=str(error), exit_code=error.exit_code)
+        tell("failed", error=str(error), exit_code=error.exit_code, restartable=False)
         return error.exit_code
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        tell("failed", error=traceback.format_exc(limit=1), exit_code=1)
+        tell("failed", error=repr(error), exit_code=1, restartable=True)
         return 1
 
 

@@ -8,7 +8,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -105,6 +105,11 @@ class ReferenceSection(Section):
     micro_batch_tokens: PositiveInt | None = Field(
         None, description="Packed tokens of one scoring batch; twice train's by default."
     )
+    part: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="Score only this part of the pairs, such as 2/8, without the others' help.",
+    )
 
 
 class AdapterSection(Section):
@@ -194,6 +199,50 @@ class LoggingSection(Section):
     every_steps: PositiveInt = Field(1, description="Optimizer steps between metric lines.")
 
 
+class RestartSection(Section):
+    max_restarts: int = Field(
+        100, ge=0, description="Restarts of a submission that a launcher makes by itself."
+    )
+    max_without_progress: int = Field(
+        3, ge=0, description="Restarts in a row without anything new committed."
+    )
+
+
+class SlurmJobSection(Section):
+    partition: str | None = Field(None, description="sbatch --partition.")
+    account: str | None = Field(None, description="sbatch --account.")
+    nodes: PositiveInt | None = Field(None, description="sbatch --nodes.")
+    tasks_per_node: PositiveInt | None = Field(
+        None, description="sbatch --ntasks-per-node: one task a GPU."
+    )
+    gpus_per_node: int | None = Field(None, ge=0, description="sbatch --gpus-per-node.")
+    cpus_per_task: PositiveInt | None = Field(None, description="sbatch --cpus-per-task.")
+    time: str | None = Field(None, description="sbatch --time, in quotes: '12:00:00'.")
+    options: list[str] = Field([], description="More sbatch options, such as --qos=high.")
+
+
+class SlurmSection(SlurmJobSection):
+    stages: dict[
+        Literal["doctor", "prepare", "reference", "train", "export", "verify"], SlurmJobSection
+    ] = Field({}, description="Keys of this section for one stage, as {train: {nodes: 8}}.")
+
+
+class RaySection(Section):
+    workers: PositiveInt = Field(1, description="Ranks of the distributed stages, one a GPU.")
+    min_workers: PositiveInt | None = Field(
+        None, description="Go on with as few as these after a loss; null waits for all."
+    )
+    gpus_per_worker: float = Field(1.0, ge=0, description="GPUs of one rank; 0 trains on CPUs.")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one rank.")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="How Ray spreads the ranks over nodes."
+    )
+    reference_tasks: int = Field(
+        0, ge=0,
+        description="Score the reference in this many independent Ray tasks; 0: one job of ranks.",
+    )  # fmt: skip
+
+
 class RunConfig(Section):
     """Everything a run needs; `dpo-dist config` explains each key."""
 
@@ -210,6 +259,9 @@ class RunConfig(Section):
     generate: GenerateSection = GenerateSection()  # pyright: ignore[reportCallIssue]
     local: LocalSection = LocalSection()  # pyright: ignore[reportCallIssue]
     logging: LoggingSection = LoggingSection()  # pyright: ignore[reportCallIssue]
+    restart: RestartSection = RestartSection()  # pyright: ignore[reportCallIssue]
+    slurm: SlurmSection = SlurmSection()  # pyright: ignore[reportCallIssue]
+    ray: RaySection = RaySection()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "RunConfig":
@@ -218,6 +270,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"objective.label_smoothing: {smoothing} with loss {loss}; wanted 0, or loss "
                 "sigmoid or sigmoid_norm. Only these two are defined with smoothed labels."
+            )
+        fewest, workers = self.ray.min_workers, self.ray.workers
+        if fewest is not None and fewest > workers:
+            raise ValueError(
+                f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many."
             )
         return self
 
@@ -323,58 +380,18 @@ def _explain(problem: Any) -> str:
     return f"{location}: {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _section_types(annotation: Any) -> Iterator[type[Section]]:
+def section_types(annotation: Any) -> Iterator[type[Section]]:
     """The section classes inside an annotation such as `list[SourceSection]` or `X | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
-        yield from _section_types(argument)
+        yield from section_types(argument)
 
 
 def _names_at(location: Sequence[Any]) -> list[str]:
     section: type[Section] = RunConfig
     for part in location:
-        if isinstance(part, int):
-            continue
-        section = next(_section_types(section.model_fields[part].annotation), section)
+        field = section.model_fields.get(str(part))  # None: an index, or a key of a mapping
+        if field is not None:
+            section = next(section_types(field.annotation), section)
     return list(section.model_fields)
-
-
-def explain_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """Yields (dotted key, type, default, description) for every key, in file order."""
-    for name, info in section.model_fields.items():
-        child = next(_section_types(info.annotation), None)
-        optional = info.default is None
-        if child is not None:
-            if info.description:
-                yield f"{prefix}{name}", "section", "null" if optional else "", info.description
-            marker = "[]" if "list" in str(info.annotation) else ""
-            yield from explain_keys(child, f"{prefix}{name}{marker}.")
-            continue
-        default = "required" if info.is_required() else yaml.safe_dump(info.default)
-        default = default.removesuffix("\n...\n").strip()
-        yield f"{prefix}{name}", type_name(info.annotation), default, info.description or ""
-
-
-def type_name(annotation: Any) -> str:
-    """A reader's name of a key's type: `drop | raise | keep`, `int`, `list of str`."""
-    if annotation is type(None):
-        return "null"
-    arguments = get_args(annotation)
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin is Annotated:
-        return type_name(arguments[0])
-    if origin in (list, dict):
-        return f"{origin.__name__} of {' to '.join(map(type_name, arguments))}"
-    if arguments:
-        return " | ".join(map(type_name, arguments))
-    name = str(annotation.__name__)
-    return {"Path": "path", "str": "text"}.get(name, name)
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to the same value."""
-    values = config.model_dump(mode="json")
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

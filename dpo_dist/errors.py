@@ -52,3 +52,7 @@ class VerificationError(DPODistError):
     """The export does not reproduce the numbers of the training run; the process exits 1."""
 
     exit_code: ClassVar[int] = 1
+
+
+class ClusterError(DPODistError):
+    """A node, the network between nodes or the scheduler is not fit for the run."""

@@ -37,6 +37,7 @@ STAGES = (
     Stage("export", False, "newest checkpoint -> Hugging Face folders"),
     Stage("verify", False, "a fresh load reproduces the probe"),
 )
+DOCTOR = Stage("doctor", True, "versions, GPUs, disk and network of the nodes")
 EVALUATE = Stage("evaluate", True, "held-out accuracy and margin of the export")
 GENERATE = Stage("generate", False, "answers of base and export side by side")
 

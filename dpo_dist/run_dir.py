@@ -80,6 +80,22 @@ class RunDir:
     def logs_dir(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def ray_dir(self) -> Path:
+        return self.root / "ray"
+
+    @property
+    def latest_log_link(self) -> Path:
+        return self.logs_dir / "latest"
+
+    @property
+    def doctor_dir(self) -> Path:
+        return self.root / "doctor"
+
+    @property
+    def doctor_path(self) -> Path:
+        return self.root / "doctor.json"
+
     def log_dir(self, stage: str, attempt: int) -> Path:
         """Logs of one attempt at a stage, counted from 1; `rankNNNN.log` each."""
         return self.logs_dir / f"{stage}-{attempt:02d}"

@@ -21,7 +21,47 @@ def read_status(path: Path) -> dict[str, Any]:
 def update_status(path: Path, **fields: Any) -> None:
     """Merges fields into status.json with the time and the process that wrote it.
 
-    `state` is running, finished, stopped (by a signal: start it again) or failed.
+    `stages` holds what became of each stage, `progress` what was committed last: restarts are
+    counted by it.
     """
     own = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     write_json(path, read_status(path) | fields | own)
+
+
+def update_stage(path: Path, stage: str, state: str, **fields: Any) -> None:
+    """Notes the state of a stage: started, running, finished, stopped (by a signal: start it
+    again) or failed, with the error, the exit code and whether a restart may help."""
+    stages = read_status(path).get("stages", {}) | {stage: {"state": state} | fields}
+    update_status(path, stage=stage, state=state, stages=stages)
+
+
+def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) lines for a person."""
+    age = time.time() - status["time"]
+    lines = [
+        ("stage", f"{status.get('stage', '-')} {status.get('state', '')}"),
+        ("updated", f"{age:,.0f} s ago on {status['host']} (pid {status['pid']})"),
+    ]
+    train = status.get("train")
+    if train:
+        left = (train["num_steps"] - train["step"]) * train["seconds_per_step"]
+        lines += [
+            ("step", f"{train['step']} of {train['num_steps']}"),
+            ("loss", f"{train['loss']:.4f}"),
+            ("margin", f"{train['rewards/margins']:.4f}"),
+            ("accuracy", f"{train['rewards/accuracies']:.3f}"),
+            ("pairs/s", f"{train['pairs_per_second']:.2f}"),
+            ("time left", f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.1f} min"),
+        ]
+    reference = status.get("reference")
+    if reference:
+        scored = f"{reference['num_scored']:,} of {reference['num_missing']:,} missing pairs scored"
+        lines.append(("reference", scored))
+    if "last_checkpoint" in status:
+        lines.append(("last checkpoint", status["last_checkpoint"]))
+    restarts = status.get("restarts", {})
+    lines.append(("restarts", str(restarts.get("total", 0))))
+    own = status.get("stages", {}).get(status.get("stage"), {})
+    if own.get("error"):
+        lines.append(("error", str(own["error"])))
+    return lines

@@ -10,6 +10,8 @@ VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
+NODES_VARIABLE = "DPO_DIST_NODES"  # for words only: the node to leave out
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -78,3 +80,9 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Topology:
             "Check the number of tasks per node.",
         )
     return topology
+
+
+def node_names(environ: Mapping[str, str] | None = None) -> list[str]:
+    """The job's nodes in rank order as the launcher names them, empty when it does not."""
+    environ = os.environ if environ is None else environ
+    return environ.get(NODES_VARIABLE, "").split()

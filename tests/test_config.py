@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_dist.config import RunConfig, explain_keys, load_config, parse_config, to_yaml
+from dpo_dist.config import RunConfig, load_config, parse_config
+from dpo_dist.config_keys import explain_keys, to_yaml
 from dpo_dist.errors import ConfigError
 
 MINIMAL = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from dpo_dist.config import AdapterSection, RunConfig, explain_keys, parse_config
+from dpo_dist.config import AdapterSection, RunConfig, parse_config
+from dpo_dist.config_keys import explain_keys
 from dpo_dist.data.batches import num_steps, plan_micro_batches, step_pair_indices
 from dpo_dist.engine import ds_config, zero
 from dpo_dist.engine.adapters import add_adapter

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dpo_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FACTS = {
-    "errors", "config", "topology", "run_dir", "manifest", "plan", "logs", "status", "stop_flag",
+    "errors", "config", "config_keys", "attempts", "topology",
+    "run_dir", "manifest", "plan", "logs", "status", "stop_flag",
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
     "remedies", "local",
 }  # fmt: skip

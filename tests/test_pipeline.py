@@ -10,14 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from ranks import ROOT, wait_until
-from tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, metrics_of, succeed, write_rows
+from tiny_run import (
+    NUM_EVAL,
+    NUM_TRAIN,
+    dpo_dist,
+    make_run,
+    metrics_of,
+    same_training,
+    succeed,
+    write_rows,
+)
 
 from dpo_dist.config import load_config
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.engine.checkpoint import read_probe
-from dpo_dist.engine.shards import open_checkpoint
 from dpo_dist.plan import complete_store
 
 pytestmark = pytest.mark.timeout(900)
@@ -45,11 +52,6 @@ def fresh_copy(run_yaml: Path, name: str) -> Path:
     for part in ("pairs", "reference"):
         shutil.copytree(out_of(run_yaml) / part, target / part)
     return target
-
-
-def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    with open_checkpoint(run_dir / "checkpoints" / f"step-{LAST_STEP:06d}") as shards:
-        return {name: shards.read(name) for name in shards.names_and_shapes}
 
 
 def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
@@ -111,10 +113,7 @@ def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     training.wait(30)
     assert not (other / "checkpoints" / f"step-{LAST_STEP:06d}").exists()
     succeed("train", run_yaml, f"run.dir={other}")
-    assert metrics_of(other) == metrics_of(out_of(run_yaml))
-    unbroken, resumed = final_weights(out_of(run_yaml)), final_weights(other)
-    assert unbroken.keys() == resumed.keys()
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    same_training(out_of(run_yaml), other, LAST_STEP)
 
 
 def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> None:

@@ -112,3 +112,20 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     clock = {"time", "pairs_per_second", "tokens_per_second"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def weights_of(run_dir: Path, step: int) -> dict[str, Any]:
+    """The trained parameters in a checkpoint, whole."""
+    from dpo_dist.engine.shards import open_checkpoint
+
+    with open_checkpoint(run_dir / "checkpoints" / f"step-{step:06d}") as shards:
+        return {name: shards.read(name) for name in shards.names_and_shapes}
+
+
+def same_training(one: Path, other: Path, step: int) -> None:
+    """Fails unless both runs have the same metrics and bit-equal weights."""
+    assert metrics_of(one) == metrics_of(other)
+    left, right = weights_of(one, step), weights_of(other, step)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not bool((left[name] == right[name]).all())]
+    assert not different, different

@@ -4,11 +4,14 @@ import contextlib
 import datetime
 import io
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -21,7 +24,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 def device_of(topology: Topology) -> torch.device:
     """The accelerator of this rank, or the CPU when the machine has none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", topology.local_rank)
+        # a launcher may show every rank its own GPU only, which is then the first one
+        return torch.device("cuda", topology.local_rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -38,6 +42,10 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
         # DeepSpeed would otherwise guess the accelerator, and its CPU one counts ranks by this.
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["LOCAL_SIZE"] = str(topology.local_world_size)
+    interface = _interface_to(topology.master_addr)
+    if interface is not None:
+        # Gloo would take the address that the host's own name leads to, often a loopback one.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # DeepSpeed builds a small extension with ninja, which pip puts beside the interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     import deepspeed
@@ -56,6 +64,17 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches rank 0, None when none is found."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing, only picks the route
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(entry.address == own for entry in addresses):
+                return name
+    return None
 
 
 def _unlink_shared_memory(topology: Topology) -> None:
@@ -93,6 +112,20 @@ def sum_over_ranks(vector: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(vector)
     return vector
+
+
+def time_all_reduce(mib: int, device: torch.device) -> float:
+    """Seconds of one all-reduce of `mib` MiB, the faster of two: the first one connects."""
+    vector = torch.zeros(mib * 2**18, dtype=torch.float32, device=device)
+    times = []
+    for _ in range(2):
+        barrier()
+        start = time.monotonic()
+        sum_over_ranks(vector)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.monotonic() - start)
+    return min(times)
 
 
 def barrier() -> None:

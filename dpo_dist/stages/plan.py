@@ -6,51 +6,40 @@
    commands. Nothing is written.
 """
 
-import contextlib
 import json
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist import estimate
-from dpo_dist.config import AdapterSection, RunConfig, to_yaml
+from dpo_dist.config import AdapterSection, RunConfig
+from dpo_dist.config_keys import to_yaml
 from dpo_dist.data.batches import (
-    check_token_budget,
-    num_steps,
     plan_micro_batches,
     step_pair_indices,
 )
-from dpo_dist.data.pairs import Pairs, open_pairs
-from dpo_dist.engine.ds_config import read_sharding
-from dpo_dist.engine.model_shape import count_model
 from dpo_dist.errors import ConfigError
-from dpo_dist.estimate import GIB, RESERVE_BYTES, Line, Memory, ModelShape, Setup, Sharding, total
+from dpo_dist.estimate import GIB, RESERVE_BYTES, Line, Memory, Setup, total
 from dpo_dist.local import LOOPBACK, count_gpus, count_workers
-from dpo_dist.model_files import resolve_model_dir
-from dpo_dist.objective.logprobs import LOGITS_BUDGET
-from dpo_dist.plan import STAGES, scoring_budget, stage_argv, store_root
+from dpo_dist.plan import STAGES, scoring_budget, stage_argv
 from dpo_dist.plan_report import Plan, Row, as_dict, as_text, in_gib
-from dpo_dist.reference_parts import ROW_DTYPE
 from dpo_dist.remedies import Remedy, remedies
-from dpo_dist.run_dir import RunDir
+from dpo_dist.stages.sizes import (
+    Work,
+    count_shape,
+    disk_lines,
+    make_setup,
+    prepared_work,
+    read_sizes,
+)
 from dpo_dist.topology import Topology
 
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 STEPS_PACKED = 16  # optimizer steps whose micro-batches are counted
 SHORTEST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
 NO_PAIRS = "known after `dpo-dist prepare`"
-
-
-@dataclass(frozen=True)
-class Work:
-    """The prepared pairs of both splits and the optimizer steps that they make."""
-
-    train: Pairs
-    held_out: Pairs
-    num_steps: int
 
 
 def print_plan(
@@ -89,8 +78,8 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
     if ranks < 1:
         raise ConfigError(f"--world-size {ranks}", "1 or more ranks", "Correct it.")
     limit_gib = _gpu_memory_gib() if gpu_memory_gib is None else gpu_memory_gib
-    setup = make_setup(config, _count(config, config.adapter), ranks)
-    work = _prepared_work(config)
+    setup = make_setup(config, ranks)
+    work = prepared_work(config)
     memory = estimate.estimate(setup)
     reference = _reference_rows(config, setup, limit_gib)
     disk = _disk_rows(config, setup, work)
@@ -114,22 +103,6 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
         fits,
         disk[-1].value is True,
         changes,
-    )
-
-
-def make_setup(config: RunConfig, shape: ModelShape, world_size: int) -> Setup:
-    """What the memory of a rank of this run depends on."""
-    return Setup(
-        shape=shape,
-        sharding=_sharding(config.train.deepspeed),
-        world_size=world_size,
-        dtype_bytes=DTYPE_BYTES[config.model.dtype],
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        scoring_tokens=scoring_budget(config) if config.data.eval else 0,
-        logits_per_chunk=LOGITS_BUDGET,
-        checkpointing=config.train.gradient_checkpointing,
-        dropout=config.adapter is not None and config.adapter.dropout > 0,
-        padded=config.model.layout == "padded",
     )
 
 
@@ -180,14 +153,14 @@ def _memory_rows(memory: Memory, limit_gib: float | None) -> Iterator[Row]:
 def _reference_rows(config: RunConfig, setup: Setup, limit_gib: float | None) -> list[Row]:
     """Memory in the reference pass, for each way that reference.sharding leaves open."""
     if config.reference.model is not None:
-        setup = replace(setup, shape=_count(config, None, config.reference.model))
+        setup = replace(setup, shape=count_shape(config, None, config.reference.model))
     setup = replace(setup, scoring_tokens=scoring_budget(config))
     asked = config.reference.sharding
     rows: list[Row] = []
     needed = 0
     for how, sharding in (("whole", "zero0"), ("zero3", "zero3")):
         if asked in ("auto", how):
-            lines = estimate.reference_lines(setup, _sharding(sharding))
+            lines = estimate.reference_lines(setup, read_sizes(sharding))
             needed = total(lines)
             parts = " + ".join(f"{in_gib(line.num_bytes)} {line.name}" for line in lines)
             rows.append(Row(f"{how}_gib", needed / GIB, f"= {parts.replace('_', ' ')}"))
@@ -242,82 +215,28 @@ def _work_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[R
 
 def _disk_rows(config: RunConfig, setup: Setup, work: Work | None) -> list[Row]:
     """What is written, as far as it is known, beside what is free; `fits` is the last row."""
-    rows = [Row("pairs_gib", None, NO_PAIRS), Row("reference_store_gib", None, NO_PAIRS)]
-    root = RunDir(config.run.dir)
-    if work is not None:
-        size = sum(path.stat().st_size for path in root.pairs_dir.rglob("*") if path.is_file())
-        count, row_bytes = len(work.train) + len(work.held_out), ROW_DTYPE.itemsize
-        why = f"= {row_bytes} bytes x {count:,} pairs, in {store_root(config)}"
-        rows = [
-            Row("pairs_gib", size / GIB, "as prepared"),
-            Row("reference_store_gib", row_bytes * count / GIB, why),
-        ]
-    export, adapter = config.export, config.adapter is not None
-    lines = [
-        estimate.checkpoint_line(setup, config.checkpoint.keep),
-        *estimate.export_lines(setup.shape, DTYPE_BYTES[export.dtype], adapter, export.merge),
-    ]
-    rows += map(_size, lines)
-    needed = sum(row.value for row in rows if isinstance(row.value, float))
-    folders = (root.root.absolute(), *root.root.absolute().parents)
-    folder = next(folder for folder in folders if folder.is_dir())
+    rows: list[Row] = []
+    if work is None:
+        rows = [Row("pairs_gib", None, NO_PAIRS), Row("reference_store_gib", None, NO_PAIRS)]
+    lines = disk_lines(config, setup, work)
+    needed = total(lines) / GIB
+    root = config.run.dir.absolute()
+    folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free / GIB
-    rows += [Row("total_gib", needed, "what is known"), Row("free_gib", free, f"in {folder}")]
-    return [*rows, Row("fits", needed <= free)]
+    rows += [*map(_size, lines), Row("total_gib", needed, "what is known")]
+    return [*rows, Row("free_gib", free, f"in {folder}"), Row("fits", needed <= free)]
 
 
 def _remedies(config: RunConfig, setup: Setup, work: Work | None, limit_gib: float) -> list[Remedy]:
     return remedies(
         setup,
         round(limit_gib * GIB),
-        shardings={name: _sharding(name) for name in ("zero3", "zero3_offload")},
-        with_adapter=_count(config, AdapterSection.model_validate({}))
+        shardings={name: read_sizes(name) for name in ("zero3", "zero3_offload")},
+        with_adapter=count_shape(config, AdapterSection.model_validate({}))
         if config.adapter is None
         else None,
         longest_pair=int(work.train.packed_lengths.max()) if work else SHORTEST_MICRO_BATCH,
     )
-
-
-def _sharding(name: str) -> Sharding:
-    return estimate.sharding_of(read_sharding(name))
-
-
-def _count(
-    config: RunConfig, adapter: AdapterSection | None, path: str | None = None
-) -> ModelShape:
-    """The shape of the base model, or of the one at `path`, with an adapter."""
-    revision = config.model.revision if path is None else None
-    model_dir = _config_dir(path or config.model.path, revision)
-    return count_model(model_dir, adapter, config.model.trust_remote_code)
-
-
-def _config_dir(path: str, revision: str | None) -> Path:
-    """A folder with the model's config.json; of a hub id that one file is downloaded, no weights.
-
-    Raises ModelFilesError when there is no such folder and the hub gives none.
-    """
-    if not Path(path).expanduser().exists():
-        from huggingface_hub import hf_hub_download
-
-        # Whatever is wrong, resolve_model_dir finds it again and says what to do.
-        with contextlib.suppress(Exception):
-            return Path(hf_hub_download(path, "config.json", revision=revision)).parent
-    return resolve_model_dir(path, revision)
-
-
-def _prepared_work(config: RunConfig) -> Work | None:
-    """The prepared pairs, None when there are none yet.
-
-    Raises DataError when they are too few for a step or too long for a micro-batch.
-    """
-    pairs_dir = RunDir(config.run.dir).pairs_dir
-    if not pairs_dir.is_dir():
-        return None
-    train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
-    settings = config.train
-    check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
-    steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
-    return Work(train, held_out, min(steps, settings.max_steps or steps))
 
 
 def _gpu_memory_gib() -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
@@ -34,10 +35,12 @@ from dpo_dist.plan import (
 )
 from dpo_dist.reference_store import ReferenceStore, explain_miss, open_store
 from dpo_dist.run_dir import RunDir
+from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
 from dpo_dist.topology import Topology, from_environment
 
 _logger = logging.getLogger(__name__)
+IndexArray = npt.NDArray[np.int64]
 SPLITS = ("train", "eval")
 WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for activations
 
@@ -74,9 +77,10 @@ def _run_pass(
     if topology.rank == 0 and store.num_rows == 0:
         for line in explain_miss(store_root(config), contract):
             _logger.info("reference: %s", line)
-    todo = collectives.broadcast([store.coverage(pairs.keys)[1] for pairs in splits])
+    todo = [_own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
+    todo = collectives.broadcast(todo)
     num_missing = sum(map(len, todo))
-    num_pairs = sum(map(len, splits))
+    num_pairs, num_scored = sum(map(len, splits)), 0
     if topology.rank == 0:
         _logger.info("reference: %d of %d pairs to score", num_missing, num_pairs)
     with progress_bar("pairs", enabled=topology.rank == 0) as bar:
@@ -85,16 +89,31 @@ def _run_pass(
             for wave in plan_scoring_batches(
                 pairs.packed_lengths, missing, topology.world_size, scoring_budget(config)
             ):
-                num_scored = _score_wave(model, store, pairs, wave, topology, device)
-                bar.advance(task, num_scored)
+                num_scored += _score_wave(model, store, pairs, wave, topology, device)
+                bar.update(task, completed=num_scored)
+                if topology.rank == 0 and config.reference.part is None:
+                    update_status(
+                        paths.status_path,
+                        reference={"num_scored": num_scored, "num_missing": num_missing},
+                        progress=f"{store.num_rows} reference rows",
+                    )
                 if any(collectives.gather(bool(stop))):
                     raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
-    if topology.rank == 0:
+    if topology.rank == 0 and config.reference.part is None:
         _write_report(paths, splits, store, layout, num_scored=num_missing)
     if engine is not None:
         zero.take_down(engine)
     collectives.barrier()
     return store.directory
+
+
+def _own_part(missing: IndexArray, part: str | None) -> IndexArray:
+    """The share of the pairs that `reference.part` names; by index, so that a part that is started
+    again finds its own pairs whatever the others have scored by then."""
+    if part is None:
+        return missing
+    number, count = map(int, part.split("/"))
+    return missing[missing % count == number - 1]
 
 
 def _load_reference(

@@ -302,7 +302,7 @@ def _save(job: Job, step: int, identity: dict[str, str]) -> None:
 )  # fmt: skip
     if job.topology.rank == 0:
         _logger.info("checkpoint: %s", path)
-        update_status(job.paths.status_path, last_checkpoint=str(path))
+        update_status(job.paths.status_path, last_checkpoint=str(path), progress=str(path))
 
 
 def _metrics_writer(job: Job, first_step: int) -> MetricsWriter:
@@ -328,5 +328,6 @@ def _report(
         f", {metrics['pairs_per_second']:.1f} pairs/s" if kind == "train" else "",
     )  # fmt: skip
     if kind == "train":
-        progress = {"step": step, "num_steps": job.num_steps}
+        seconds = job.config.train.global_batch_size / metrics["pairs_per_second"]
+        progress = {"step": step, "num_steps": job.num_steps, "seconds_per_step": seconds}
         update_status(job.paths.status_path, train=progress | metrics)

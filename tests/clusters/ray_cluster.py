@@ -1,0 +1,124 @@
+"""A real Ray cluster on this machine: a head and two more nodes, each a tree of processes.
+
+    with ray_cluster(folder) as cluster:
+        job = cluster.submit(run_yaml)      # `ray job submit`
+        cluster.stop_node(2)                # what `ray stop` does on that machine
+
+Token authentication is on, the dashboard listens on loopback only.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ranks import ROOT, free_port, wait_until
+
+RAY = Path(sys.executable).parent / "ray"
+LAUNCHER = ROOT / "launch" / "ray_launcher.py"
+START_S = 90
+STOP_S = 20
+
+
+@dataclass
+class RayCluster:
+    """The running nodes; node 0 is the head."""
+
+    folder: Path
+    environment: dict[str, str]
+    port: int
+    dashboard_port: int
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def start_node(self) -> None:
+        place = [f"--address=127.0.0.1:{self.port}"]
+        if not self.nodes:
+            place = [
+                "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={self.dashboard_port}",
+            ]  # fmt: skip
+        command = [
+            str(RAY), "start", *place, "--node-ip-address=127.0.0.1", "--num-cpus=1",
+            "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block",
+        ]  # fmt: skip
+        with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
+            self.nodes.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+
+    def stop_node(self, number: int) -> None:
+        """Ends all processes of one node."""
+        node = self.nodes[number]
+        node.send_signal(signal.SIGTERM)  # --block then stops what it has started
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait(STOP_S)
+
+    def num_alive(self) -> int:
+        listed = self.call("list", "nodes", "--format=json", "--filter", "state=ALIVE")
+        return listed.stdout.count('"node_id"')
+
+    def call(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(RAY), *arguments], env=self.environment, capture_output=True, text=True,
+            timeout=timeout_s,
+        )  # fmt: skip
+
+    def submit(self, *arguments: str | Path, wait: bool = True) -> subprocess.Popen[str]:
+        """`ray job submit` of the launcher; its exit code is the job's."""
+        command = [
+            str(RAY), "job", "submit", "--address", self.dashboard,
+            *([] if wait else ["--no-wait"]),
+            "--", sys.executable, str(LAUNCHER), *map(str, arguments),
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
+    """Starts the nodes and waits until all are there; stops them at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))}
+    # a short name: the paths of Ray's sockets must fit 107 bytes
+    sessions = Path(f"/tmp/ray-{os.getpid()}")
+    environment = inherited | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(sessions),
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_raylet_start_wait_time_s": "60",  # two cores start three nodes
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "1000",
+        "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+    }
+    cluster = RayCluster(folder, environment, free_port(), free_port())
+    try:
+        for number in range(1, num_nodes + 1):
+            cluster.start_node()
+            wait_until(lambda wanted=number: cluster.num_alive() == wanted, START_S)
+        yield cluster
+    finally:
+        for number in reversed(range(len(cluster.nodes))):
+            cluster.stop_node(number)
+        shutil.rmtree(sessions, ignore_errors=True)

@@ -1,0 +1,257 @@
+"""The run on a real Slurm cluster of two nodes, each in a network of its own."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import ROOT, wait_until
+from tiny_run import make_run, metrics_of, same_training, succeed
+
+SCRIPT = Path(__file__).parent / "slurm.sh"
+DPO = ROOT / "slurm" / "dpo.sh"
+LAUNCHER = ROOT / "launch" / "slurm_launcher.py"
+SIZE = (
+    "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10",
+)  # fmt: skip
+LONG = ("train.num_epochs=24", "checkpoint.every_steps=50", "eval.every_steps=60")
+LAST_STEP = 120
+JOB_S = 240
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not shutil.which("slurmctld") or not shutil.which("munged"),
+        reason="wants root, slurm-wlm and munge (apt-get install slurm-wlm munge iproute2)",
+    ),
+]
+
+
+class Slurm:
+    """Slurm's own commands on the test's cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        self.environment = inherited | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": search,
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "1000",
+        }
+
+    def call(self, *command: str | Path, cwd: Path | None = None) -> str:
+        done = subprocess.run(
+            list(map(str, command)), env=self.environment, cwd=cwd, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, cwd: Path, *arguments: str, stages: str = "") -> str:
+        """Submits dpo.sh from `cwd`; the job's id."""
+        export = f"--export=ALL,DPO_STAGES={stages}" if stages else "--export=ALL"
+        return self.call("sbatch", "--parsable", export, *SIZE, DPO, *arguments, cwd=cwd)
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """Fields of `scontrol show job`."""
+        text = self.call("scontrol", "--oneliner", "show", "job", job_id)
+        return dict(field.split("=", 1) for field in text.split(" ") if "=" in field)
+
+    def wait(self, job_id: str, *states: str) -> dict[str, str]:
+        """Waits until the job is in one of the states; a job that waits to be requeued is hurried
+        on (Slurm would hold it back for two minutes)."""
+        deadline = time.monotonic() + JOB_S
+        while (job := self.job(job_id))["JobState"] not in states:
+            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                self.call("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+            assert time.monotonic() < deadline, job
+            time.sleep(0.5)
+        return job
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run([SCRIPT, "up", folder], check=True, timeout=60)
+    try:
+        yield Slurm(folder)
+    finally:
+        subprocess.run([SCRIPT, "down", folder], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by `dpo-dist run` on two ranks: the folder of its run.yaml."""
+    folder = tmp_path_factory.mktemp("local")
+    succeed("run", make_run(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(local: Path) -> Path:
+    """A long training run on the local run's pairs and reference that nothing stopped."""
+    return scored_copy(local, local / "unbroken", train=True)
+
+
+def scored_copy(local: Path, out: Path, train: bool = False) -> Path:
+    """A run folder with pairs and reference done."""
+    for name in ("pairs", "reference"):
+        shutil.copytree(local / "out" / name, out / name)
+    if train:
+        succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
+    return out
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_of(run_dir: Path) -> int:
+    return status_of(run_dir).get("train", {}).get("step", 0)
+
+
+def rank_pids(job_id: str, rank: int) -> list[int]:
+    """Processes of one rank's stage."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            environ = (entry / "environ").read_bytes().split(b"\0")
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        mine = {f"SLURM_JOB_ID={job_id}".encode(), f"RANK={rank}".encode()} <= set(environ)
+        if mine and b"dpo_dist" in arguments:
+            found.append(int(entry.name))
+    return found
+
+
+def test_all_stages_in_one_allocation_give_the_local_numbers(
+    slurm: Slurm, local: Path, tmp_path: Path
+) -> None:
+    """Names with spaces, and a folder that holds files which a node list would match."""
+    folder = tmp_path / "a run; with $(spaces)"
+    shutil.copytree(local, folder, ignore=shutil.ignore_patterns("out", "unbroken"))
+    for name in ("nodea", "nodeb", "node[a-b]"):
+        (folder / name).write_text("not a node")
+    job_id = slurm.submit(folder, "run.yaml", f"run.dir={folder / 'my out'}")
+    slurm.wait(job_id, "COMPLETED")
+    out = folder / "my out"
+    ours, theirs = metrics_of(out), metrics_of(local / "out")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our == pytest.approx(their, rel=1e-5, abs=1e-5)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    doctor = json.loads((out / "doctor.json").read_text())
+    assert [rank["node"] for rank in doctor["ranks"]] == ["nodea", "nodeb"]
+    logs = {path.relative_to(out / "logs").as_posix() for path in (out / "logs").glob("*/*.log")}
+    assert {"train-01/rank0000.log", "train-01/rank0001.log"} <= logs
+    assert (out / "logs" / "latest").resolve().name == "verify-01"
+    log = (folder / f"dpo-{job_id}.log").read_text()
+    assert "step 10/10 train: loss" in log and "Traceback" not in log
+
+    # A finished job that is put back into the queue does nothing and ends well.
+    slurm.call("scontrol", "requeue", job_id)
+    job = slurm.wait(job_id, "COMPLETED")
+    assert job["Restarts"] == "1"
+    assert {path.name for path in (out / "logs").glob("*-02")} == set()
+
+
+def usr2(slurm: Slurm, job_id: str) -> None:
+    # as --signal=B:USR2 does before a preemption: to the batch shell and nobody else
+    slurm.call("scancel", "--batch", "--signal=USR2", job_id)
+
+
+def cancel_step(slurm: Slurm, job_id: str) -> None:
+    slurm.call("scancel", "--signal=KILL", f"{job_id}.0")
+
+
+def kill_rank(slurm: Slurm, job_id: str) -> None:
+    for pid in rank_pids(job_id, 1):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stop", [usr2, cancel_step, kill_rank], ids=lambda f: f.__name__)
+def test_a_stopped_job_requeues_itself_and_ends_like_an_unbroken_one(
+    stop: Any, slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    at = random.randrange(10, 90)
+    arguments = (str(local / "run.yaml"), *LONG, f"run.dir={out}")
+    job_id = slurm.submit(tmp_path, *arguments, stages="train")
+    wait_until(lambda: step_of(out) >= at, 120)
+    stop(slurm, job_id)
+    job = slurm.wait(job_id, "COMPLETED")
+    print(f"stopped after step {at}")
+    assert int(job["Restarts"]) == 1
+    status = status_of(out)
+    assert status["restarts"]["total"] == 1 and status["train"]["step"] == LAST_STEP
+    log = (tmp_path / f"dpo-{job_id}.log").read_text()
+    assert f"dpo.sh: job {job_id} goes back into the queue at train" in log
+    if stop is usr2:
+        assert "training stopped after step" in log
+    same_training(unbroken, out, LAST_STEP)
+
+
+def test_a_chain_ends_at_the_stage_that_fails(slurm: Slurm, local: Path, tmp_path: Path) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    overrides = [
+        f"run.dir={out}", "train.micro_batch_tokens=8", "slurm.nodes=2", "slurm.tasks_per_node=1",
+        "slurm.cpus_per_task=1", "slurm.gpus_per_node=0", "slurm.time='10'",
+        "slurm.stages.train.options=[--comment=mine]",
+    ]  # fmt: skip
+    said = slurm.call(sys.executable, LAUNCHER, local / "run.yaml", *overrides, cwd=tmp_path)
+    job_ids = dict(line.split(" job ") for line in said.splitlines())
+    ids = {name.strip(): job_id for name, job_id in job_ids.items()}
+    assert list(ids) == ["doctor", "prepare", "reference", "train", "export", "verify"]
+    assert slurm.job(ids["train"])["Comment"] == "mine"
+    assert slurm.job(ids["export"])["NumNodes"].startswith("1")
+    failed = slurm.wait(ids["train"], "FAILED")
+    assert failed["ExitCode"] == "2:0"
+    for name in ("export", "verify"):
+        assert slurm.wait(ids[name], "CANCELLED")["Restarts"] == "0"
+    for name in ("doctor", "prepare", "reference"):
+        assert slurm.job(ids[name])["JobState"] == "COMPLETED"
+    log = (tmp_path / f"out-train-{ids['train']}.log").read_text()
+    assert "train.micro_batch_tokens" in log and "Traceback" not in log
+    assert not (out / "export").exists()
+
+
+def test_sbatch_that_refuses_cancels_what_was_submitted(
+    slurm: Slurm, local: Path, tmp_path: Path
+) -> None:
+    overrides = [f"run.dir={tmp_path}", "slurm.gpus_per_node=0", "slurm.stages.train.nodes=9"]
+    done = subprocess.run(
+        [sys.executable, LAUNCHER, local / "run.yaml", *overrides],
+        env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch refuses train (exit 1: sbatch: error: ")
+    assert done.stderr.strip().endswith(
+        "wanted a job that the cluster takes. Correct slurm or slurm.stages.train; nothing of this "
+        "chain runs."
+    )
+    wait_until(lambda: slurm.call("squeue", "--noheader") == "", 30)
+
+
+def test_a_dry_run_submits_nothing(slurm: Slurm, local: Path, tmp_path: Path) -> None:
+    said = slurm.call(
+        sys.executable, LAUNCHER, local / "run.yaml", "--dry-run", "slurm.stages.train.nodes=9"
+    )
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["sbatch"] * 6
+    assert "--dependency=afterok:ID_OF_REFERENCE" in lines[3] and "--nodes=9" in lines[3]
+    assert "#SBATCH --signal=B:USR2@300" in lines
+    assert slurm.call("squeue", "--noheader") == ""
