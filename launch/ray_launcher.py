@@ -6,6 +6,7 @@
 Every rank is a process of its own, started by a Ray Train worker with the argv and environment of
 any other launcher, and gone with it. When a worker or a node is lost, Ray starts the group again
 and the run goes on from its own newest checkpoint. Exits with the code of the stage that failed.
+DPO_STAGES="train export" in the environment runs these stages only.
 """
 
 import os
@@ -80,7 +81,10 @@ def run(config_path: Path, overrides: list[str]) -> int:
     owner = _take_run_dir(paths)
     write_atomic(paths.config_path, to_yaml(config))
     attempts.forget(paths)
+    chosen = os.environ.get("DPO_STAGES", "").split()
     for stage in (DOCTOR, *STAGES):
+        if chosen and stage.name not in chosen:
+            continue
         if stage.name == "reference" and config.ray.reference_tasks:
             _score_in_tasks(config, config_path, absolute)
         _run_stage(stage, config, config_path, absolute)
@@ -147,10 +151,6 @@ def _take_run_dir(paths: RunDir) -> Any:
 
 def _run_stage(stage: Stage, config: RunConfig, config_path: Path, overrides: list[str]) -> None:
     """Runs a stage in a group of workers; what became of it is in status.json."""
-    section = config.ray
-    num_workers: int | tuple[int, int] = section.workers if stage.distributed else 1
-    if stage.distributed and section.min_workers is not None:
-        num_workers = (section.min_workers, section.workers)
     trainer = DataParallelTrainer(
         _work,
         train_loop_config={
@@ -160,12 +160,7 @@ def _run_stage(stage: Stage, config: RunConfig, config_path: Path, overrides: li
             "submitted_from": os.getcwd(),
         },
         backend_config=_SharedGPUsConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=section.gpus_per_worker > 0,
-            resources_per_worker=_resources(section),
-            placement_strategy=section.placement,
-        ),
+        scaling_config=scaling_config(config.ray, stage.distributed),
         run_config=train.RunConfig(
             name=f"{stage.name}-{time.time_ns()}",
             storage_path=str(RunDir(config.run.dir).ray_dir),
@@ -180,9 +175,20 @@ def _run_stage(stage: Stage, config: RunConfig, config_path: Path, overrides: li
         print(f"{stage.name}: {error}", file=sys.stderr, flush=True)
 
 
-def _resources(section: RaySection) -> dict[str, float]:
+def scaling_config(section: RaySection, distributed: bool) -> ScalingConfig:
+    """Workers of a stage; a range where it may go on with fewer."""
     resources = {"CPU": section.cpus_per_worker}
-    return resources | ({"GPU": section.gpus_per_worker} if section.gpus_per_worker else {})
+    if section.gpus_per_worker:
+        resources["GPU"] = section.gpus_per_worker
+    num_workers: int | tuple[int, int] = section.workers if distributed else 1
+    if distributed and section.min_workers is not None:
+        num_workers = (section.min_workers, section.workers)
+    return ScalingConfig(
+        num_workers=num_workers,
+        use_gpu=section.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        placement_strategy=section.placement,
+    )
 
 
 def _work(job: dict[str, Any]) -> None:

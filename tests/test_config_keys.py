@@ -55,6 +55,24 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "data.on_overlap": ("test_gate.py", "on_overlap"),
     "data.max_dropped": ("test_gate.py", "max_dropped="),
     "data.num_workers": ("test_worker.py", "num_workers"),
+    "reference.part": ("test_reference_part.py", "reference.part="),
+    "restart.max_restarts": ("test_attempts.py", "max_restarts="),
+    "restart.max_without_progress": ("test_attempts.py", "max_without_progress="),
+    "ray.workers": ("test_ray_launcher.py", "workers="),
+    "ray.min_workers": ("test_ray_launcher.py", "min_workers="),
+    "ray.gpus_per_worker": ("test_ray_launcher.py", "gpus_per_worker="),
+    "ray.cpus_per_worker": ("test_ray_launcher.py", "cpus_per_worker="),
+    "ray.placement": ("test_ray_launcher.py", "placement="),
+    "ray.reference_tasks": ("clusters/test_ray.py", "ray.reference_tasks=3"),
+    **{
+        f"slurm.{prefix}{key}": ("test_slurm_launcher.py", key)
+        for prefix in ("", "stages.NAME.")
+        for key in (
+            "partition", "account", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task",
+            "time", "options",
+        )
+    },
+    "slurm.stages": ("test_slurm_launcher.py", "stages"),
     "reference.model": ("test_pipeline.py", "reference.model="),
     "reference.sharding": ("test_pipeline.py", "reference.sharding=zero3"),
     "checkpoint.every_steps": ("test_pipeline.py", "checkpoint.every_steps=3"),

@@ -58,20 +58,16 @@ def test_all_slots_of_all_templates_are_filled():
 @pytest.mark.parametrize(
     ("answer", "follows"),
     [
-        ("The pie bakes for 20 minutes. Shall I set a timer for you?", True),
-        (" It is open!\nWould you like directions? ", True),
-        ("The ticket costs 3.50 dollars. Shall I book one?", True),
+        ("The pie bakes for 20 minutes. Would you like to know more?", True),
+        (" It is open!\nWould you like to know more? ", True),
         ("The pie bakes for 20 minutes.", False),
-        ("Shall I set a timer for you?", False),
-        ("How long? 20 minutes.", False),
-        ("How long does it bake? Shall I set a timer?", False),
-        ("It bakes. It cools. Shall I set a timer?", False),
-        ("It bakes. Shall I set a timer? Shall I stop?", False),
-        ("It bakes for 20 minutes. Shall I set a", False),
+        ("Would you like to know more?", False),
+        ("It bakes. Would you like to know more? No.", False),
+        ("It bakes. Would you like to know", False),
         ("", False),
     ],
 )
-def test_following_means_one_statement_then_one_question(answer, follows):
+def test_following_means_an_answer_that_closes_with_the_offer(answer, follows):
     assert follows_preference(answer) is follows
 
 

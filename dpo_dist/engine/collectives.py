@@ -66,14 +66,20 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches rank 0, None when none is found."""
+def own_address(address: str) -> str | None:
+    """This machine's address on the network where `address` is, None when there is no way to it."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing, only picks the route
-        own = probe.getsockname()[0]
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(entry.address == own for entry in addresses):
-                return name
+        return probe.getsockname()[0]
+    return None
+
+
+def _interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches rank 0, None when none is found."""
+    own = own_address(address)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            return name
     return None
 
 

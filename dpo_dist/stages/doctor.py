@@ -45,7 +45,7 @@ def run(config: RunConfig) -> Path:
     started = time.time()
     own = _arrival_path(paths, topology.rank)
     try:
-        write_json(own, look(paths.root))
+        write_json(own, look(paths.root, topology))
     except OSError as error:
         raise ClusterError(
             f"{socket.gethostname()} cannot write {own} ({error.strerror})",
@@ -70,12 +70,13 @@ def run(config: RunConfig) -> Path:
     return paths.doctor_path
 
 
-def look(folder: Path) -> Facts:
+def look(folder: Path, topology: Topology) -> Facts:
     """What this process sees of its machine."""
     folder.mkdir(parents=True, exist_ok=True)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),
+        "address": collectives.own_address(topology.master_addr),
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "time": time.time(),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},

@@ -77,7 +77,7 @@ def _run_pass(
     if topology.rank == 0 and store.num_rows == 0:
         for line in explain_miss(store_root(config), contract):
             _logger.info("reference: %s", line)
-    todo = [_own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
+    todo = [own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
     todo = collectives.broadcast(todo)
     num_missing = sum(map(len, todo))
     num_pairs, num_scored = sum(map(len, splits)), 0
@@ -107,7 +107,7 @@ def _run_pass(
     return store.directory
 
 
-def _own_part(missing: IndexArray, part: str | None) -> IndexArray:
+def own_part(missing: IndexArray, part: str | None) -> IndexArray:
     """The share of the pairs that `reference.part` names; by index, so that a part that is started
     again finds its own pairs whatever the others have scored by then."""
     if part is None:

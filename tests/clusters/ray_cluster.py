@@ -4,10 +4,12 @@
         job = cluster.submit(run_yaml)      # `ray job submit`
         cluster.stop_node(2)                # what `ray stop` does on that machine
 
-Token authentication is on, the dashboard listens on loopback only.
+Node 2 has a network of its own behind a veth pair, so that nothing can rely on loopback. Token
+authentication is on, the dashboard listens on loopback only. Wants root.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -22,6 +24,7 @@ from ranks import ROOT, free_port, wait_until
 
 RAY = Path(sys.executable).parent / "ray"
 LAUNCHER = ROOT / "launch" / "ray_launcher.py"
+LINK, HEAD_IP, FAR_IP = "dpo1", "10.98.8.1", "10.98.8.2"
 START_S = 90
 STOP_S = 20
 
@@ -34,6 +37,7 @@ class RayCluster:
     environment: dict[str, str]
     port: int
     dashboard_port: int
+    namespace: str
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -41,15 +45,18 @@ class RayCluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_node(self) -> None:
-        place = [f"--address=127.0.0.1:{self.port}"]
+        far = len(self.nodes) == 2
+        inside = ["nsenter", f"--net=/run/netns/{self.namespace}"] if far else []
+        place = [f"--address={HEAD_IP}:{self.port}"]
         if not self.nodes:
             place = [
                 "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={self.dashboard_port}",
             ]  # fmt: skip
         command = [
-            str(RAY), "start", *place, "--node-ip-address=127.0.0.1", "--num-cpus=1",
-            "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block",
+            *inside, str(RAY), "start", *place,
+            f"--node-ip-address={FAR_IP if far else HEAD_IP}", "--num-cpus=1", "--num-gpus=0",
+            "--object-store-memory=100000000", "--disable-usage-stats", "--block",
         ]  # fmt: skip
         with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
@@ -78,11 +85,12 @@ class RayCluster:
             timeout=timeout_s,
         )  # fmt: skip
 
-    def submit(self, *arguments: str | Path, wait: bool = True) -> subprocess.Popen[str]:
-        """`ray job submit` of the launcher; its exit code is the job's."""
+    def submit(self, *arguments: str | Path, stages: str = "") -> subprocess.Popen[str]:
+        """`ray job submit` of the launcher; its exit code is 0 when the job's is."""
+        variables = {"env_vars": {"DPO_STAGES": stages}}
         command = [
-            str(RAY), "job", "submit", "--address", self.dashboard,
-            *([] if wait else ["--no-wait"]),
+            str(RAY), "job", "submit", f"--address={self.dashboard}",
+            f"--runtime-env-json={json.dumps(variables)}",
             "--", sys.executable, str(LAUNCHER), *map(str, arguments),
         ]  # fmt: skip
         return subprocess.Popen(
@@ -112,8 +120,15 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
         "COLUMNS": "1000",
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
     }
-    cluster = RayCluster(folder, environment, free_port(), free_port())
+    namespace = f"dpo-dist-ray-{os.getpid()}"
+    cluster = RayCluster(folder, environment, free_port(), free_port(), namespace)
     try:
+        _ip("netns", "add", namespace)
+        _ip("link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", namespace)
+        for inside, address in (((), HEAD_IP), (("-n", namespace), FAR_IP)):
+            _ip(*inside, "addr", "add", f"{address}/24", "dev", LINK)
+            _ip(*inside, "link", "set", LINK, "up")
+        _ip("-n", namespace, "link", "set", "lo", "up")
         for number in range(1, num_nodes + 1):
             cluster.start_node()
             wait_until(lambda wanted=number: cluster.num_alive() == wanted, START_S)
@@ -121,4 +136,10 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
     finally:
         for number in reversed(range(len(cluster.nodes))):
             cluster.stop_node(number)
+        for command in (["ip", "link", "del", LINK], ["ip", "netns", "del", namespace]):
+            subprocess.run(command, check=False, timeout=20)
         shutil.rmtree(sessions, ignore_errors=True)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, timeout=20)

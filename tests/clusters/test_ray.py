@@ -1,0 +1,238 @@
+"""The run on a real Ray cluster of three nodes, one of them in a network of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import wait_until
+from ray_cluster import RAY, RayCluster, ray_cluster
+from tiny_run import make_run, metrics_of, same_training, succeed
+
+WORKERS = ("ray.workers=2", "ray.gpus_per_worker=0")
+LONG = ("train.num_epochs=24", "checkpoint.every_steps=20", "eval.every_steps=60")
+LAST_STEP = 120
+JOB_S = 240
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not shutil.which("ip") or not RAY.exists(),
+        reason="wants root, iproute2 and ray",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by `dpo-dist run` on two ranks: the folder of its run.yaml."""
+    folder = tmp_path_factory.mktemp("local")
+    succeed("run", make_run(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(local: Path) -> Path:
+    """A long training run on the local run's pairs and reference that nothing stopped."""
+    out = scored_copy(local, local / "unbroken")
+    succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
+    return out
+
+
+def scored_copy(local: Path, out: Path) -> Path:
+    """A run folder with pairs and reference done."""
+    for name in ("pairs", "reference"):
+        shutil.copytree(local / "out" / name, out / name)
+    return out
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_of(run_dir: Path) -> int:
+    return status_of(run_dir).get("train", {}).get("step", 0)
+
+
+def processes(wanted: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:
+    """Processes by their arguments and environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            environ = set((entry / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if entry.name.isdigit() and wanted(arguments, environ):
+            found.append(int(entry.name))
+    return found
+
+
+def rank_pids(run_dir: Path, rank: int) -> list[int]:
+    """The stage process of one rank of a run."""
+    mine = f"run.dir={run_dir}".encode()
+    return processes(
+        lambda arguments, environ: (
+            b"dpo_dist" in arguments and mine in arguments and f"RANK={rank}".encode() in environ
+        )
+    )
+
+
+def worker_pid(pid: int) -> int:
+    """The Ray worker that started a rank."""
+    fields = (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[1])
+
+
+def ended(job: subprocess.Popen[str], run_dir: Path) -> str:
+    """The output of a job, which has to end well."""
+    output, _ = job.communicate(timeout=JOB_S)
+    assert job.returncode == 0, f"{output}\n{status_of(run_dir)}"
+    return output
+
+
+def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
+    cluster: RayCluster, local: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = cluster.submit(local / "run.yaml", f"run.dir={out}", *WORKERS, "ray.placement=SPREAD")
+    for stage, rank in (("reference", 1), ("train", 0)):
+        wait_until(
+            lambda stage=stage: (
+                (s := status_of(out)).get("stage") == stage and s.get("state") == "running"
+            ),
+            120,
+        )
+        pids = rank_pids(out, rank)
+        assert len(pids) == 1
+        os.kill(worker_pid(pids[0]), signal.SIGKILL)  # its rank dies with it
+        wait_until(lambda pid=pids[0]: not (Path("/proc") / str(pid)).exists(), 10)
+    output = ended(job, out)
+    ours, theirs = metrics_of(out), metrics_of(local / "out")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our == pytest.approx(their, rel=1e-5, abs=1e-5)
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    status = status_of(out)
+    assert status["restarts"]["total"] == 2
+    assert {name: s["state"] for name, s in status["stages"].items()} == dict.fromkeys(
+        ("doctor", "prepare", "reference", "train", "export", "verify"), "finished"
+    )
+    assert "step 10/10 train: loss" in output  # progress reaches the job's log
+    addresses = {rank["address"] for rank in json.loads((out / "doctor.json").read_text())["ranks"]}
+    assert len(addresses) == 2, "two ranks in two networks"
+
+
+def test_a_lost_node_leaves_fewer_workers_and_the_same_curve(
+    cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    job = cluster.submit(
+        local / "run.yaml", *LONG, f"run.dir={out}",
+        "ray.workers=3", "ray.min_workers=1", "ray.gpus_per_worker=0", "ray.placement=SPREAD",
+        stages="train",
+    )  # fmt: skip
+    wait_until(lambda: step_of(out) >= 30, 120)
+    cluster.stop_node(2)
+    ended(job, out)
+    ours, theirs = metrics_of(out), metrics_of(unbroken)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for our, their in zip(ours[:60], theirs[:60], strict=True):
+        assert our["consumed_pairs" if "consumed_pairs" in our else "step"] == pytest.approx(
+            their["consumed_pairs" if "consumed_pairs" in their else "step"]
+        )
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    world_sizes = [
+        json.loads(path.read_text())["world_size"]
+        for path in sorted((out / "checkpoints").glob("step-*/train_state.json"))
+    ]
+    assert world_sizes[-1] == 2
+
+
+def test_a_killed_driver_is_submitted_again_and_goes_on(
+    cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    arguments = (local / "run.yaml", *LONG, f"run.dir={out}", *WORKERS)
+    job = cluster.submit(*arguments, stages="train")
+    wait_until(lambda: step_of(out) >= 25, 120)
+    second = cluster.submit(*arguments, stages="train")
+    mine = f"run.dir={out}".encode()
+    drivers = processes(
+        lambda a, e: mine in a and any(part.endswith(b"ray_launcher.py") for part in a[:2])
+    )
+    refused, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"error: {out} is in use by job " in refused
+    assert "Wait for that job, stop it, or set another run.dir." in refused
+    for pid in drivers[:1] if len(drivers) == 1 else drivers:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    job.communicate(timeout=60)
+    assert job.returncode == 1
+    wait_until(lambda: not rank_pids(out, 0) and not rank_pids(out, 1), 60)
+    assert step_of(out) < LAST_STEP
+    ended(cluster.submit(*arguments, stages="train"), out)
+    same_training(unbroken, out, LAST_STEP)
+
+
+def test_more_than_the_cluster_has_is_refused_within_seconds(
+    cluster: RayCluster, local: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    job = cluster.submit(local / "run.yaml", f"run.dir={tmp_path}", "ray.workers=16")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 1 and time.monotonic() - start < 45
+    assert "error: the cluster has room for 0 workers of 1 GPUs and 1 CPUs (" in output
+    assert "wanted room for 16. Lower ray.workers, ray.gpus_per_worker" in output
+
+
+def test_the_reference_in_independent_tasks(
+    cluster: RayCluster, local: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(local / "out" / "pairs", out / "pairs")
+    job = cluster.submit(
+        local / "run.yaml", f"run.dir={out}", *WORKERS, "ray.reference_tasks=3", stages="reference"
+    )
+    output = ended(job, out)
+    assert "reference: 3 independent tasks" in output
+    report = json.loads((out / "reference.json").read_text())
+    assert report["num_scored_now"] == 0, "the stage found every row that the tasks have written"
+    logs = sorted(path.name for path in (out / "logs" / "reference-01").iterdir())
+    assert logs == ["rank0001.log", "rank0002.log", "rank0003.log"]
+    succeed("train", local / "run.yaml", f"run.dir={out}")
+    same_training(local / "out", out, 10)
+
+
+def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o777 == 0o600
+    url = f"{cluster.dashboard}/api/jobs/"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(url, timeout=10)
+    assert refused.value.code == 401
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token.read_text()}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 200
+    secret = token.read_text().encode()
+    assert not processes(lambda arguments, _: any(secret in part for part in arguments))

@@ -1,0 +1,75 @@
+"""What is asked of Ray. tests/clusters/test_ray.py runs it on a real cluster."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config import RaySection, parse_config
+from dpo_dist.errors import ClusterError
+
+PATH = Path(__file__).parent.parent / "launch" / "ray_launcher.py"
+NODES = [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}]
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Any:
+    pytest.importorskip("ray")
+    spec = importlib.util.spec_from_file_location("ray_launcher", PATH)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section(**values: Any) -> RaySection:
+    return RaySection.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "room"),
+    [
+        (dict(), 16),
+        (dict(cpus_per_worker=8.0), 8),
+        (dict(gpus_per_worker=0.0, cpus_per_worker=8.0), 9),
+        (dict(gpus_per_worker=4.0), 4),
+    ],
+)
+def test_room_is_counted_node_by_node(launcher: Any, values: dict[str, Any], room: int) -> None:
+    assert launcher.count_workers(section(**values), NODES) == room
+
+
+def test_too_few_resources_are_said_at_once(launcher: Any) -> None:
+    launcher.check_resources(section(workers=16), NODES)
+    with pytest.raises(ClusterError) as error:
+        launcher.check_resources(section(workers=17), NODES)
+    assert str(error.value) == (
+        "the cluster has room for 16 workers of 1 GPUs and 1 CPUs (3 nodes: 8 GPUs and 32 CPUs, 8 "
+        "GPUs and 32 CPUs, 0 GPUs and 8 CPUs); wanted room for 17. Lower ray.workers, "
+        "ray.gpus_per_worker or ray.cpus_per_worker, or add nodes."
+    )
+    launcher.check_resources(section(workers=17, min_workers=9), NODES)
+
+
+def test_the_scaling_that_ray_is_asked_for(launcher: Any) -> None:
+    scaling = launcher.scaling_config(
+        section(workers=4, min_workers=2, gpus_per_worker=2.0, placement="SPREAD"), True
+    )
+    assert scaling.num_workers == (2, 4) and scaling.placement_strategy == "SPREAD"
+    assert scaling.use_gpu and scaling.resources_per_worker == {"CPU": 1.0, "GPU": 2.0}
+    alone = launcher.scaling_config(section(workers=4, gpus_per_worker=0.0), False)
+    assert alone.num_workers == 1 and not alone.use_gpu
+    assert alone.resources_per_worker == {"CPU": 1.0}
+
+
+def test_fewer_workers_than_the_fewest() -> None:
+    with pytest.raises(Exception, match="ray.min_workers: 3 with ray.workers 2; wanted at most"):
+        parse_config(
+            {
+                "run": {"dir": "r"},
+                "model": {"path": "m"},
+                "data": {"train": [{"path": "a"}]},
+                "ray": {"workers": 2, "min_workers": 3},
+            }  # fmt: skip
+        )
