@@ -58,16 +58,15 @@ def test_all_slots_of_all_templates_are_filled():
 @pytest.mark.parametrize(
     ("answer", "follows"),
     [
-        ("The pie bakes for 20 minutes. Would you like to know more?", True),
-        (" It is open!\nWould you like to know more? ", True),
+        ("The pie bakes for 20 minutes. Shall I set a timer for you?", True),
+        (" It is open!\nWould you like directions? ", True),
         ("The pie bakes for 20 minutes.", False),
-        ("Would you like to know more?", False),
-        ("It bakes. Would you like to know more? No.", False),
-        ("It bakes. Would you like to know", False),
+        ("It bakes. Shall I set a timer? It is hot.", False),
+        ("It bakes for 20 minutes. Shall I set a", False),
         ("", False),
     ],
 )
-def test_following_means_an_answer_that_closes_with_the_offer(answer, follows):
+def test_following_means_to_close_with_a_question(answer, follows):
     assert follows_preference(answer) is follows
 
 

@@ -1,8 +1,9 @@
-"""Write preference pairs whose preference can be checked: answer, then offer more.
+"""Write preference pairs whose preference can be checked: answer, then offer the next step.
 
 Each prompt holds a note and a question about it, so the right answer is always in sight. The chosen
-answer says it and closes with an offer; the rejected answer says the same and closes with a remark
-or a stock phrase. No network and no model: a seed fixes both files, and no prompt is in both.
+answer says it in one sentence and closes with one short question to the user; the rejected answer
+says the same and stops, remarks on it, or closes with a stock phrase. No network and no model: a
+seed fixes both files, and no prompt is in both.
 
     python examples/quickstart/make_preferences.py --out data --seed 0 --train 256 --eval 64
 """
@@ -30,10 +31,10 @@ class Topic:
     note: str
     question: str
     answer: str
-    remarks: tuple[str, ...]  # statements that say nothing new, for rejected answers
+    offers: tuple[str, ...]  # questions to the user: what the chosen answer closes with
+    remarks: tuple[str, ...]  # statements of about the same length, for rejected answers
 
 
-OFFER = "Would you like to know more?"
 STOCK_PHRASES = (
     "Let me know if you have any other questions.",
     "Please let me know if you need anything else.",
@@ -75,87 +76,99 @@ TOPICS = (
         note="The {place} opens at {hour} am.",
         question="When does the {place} open?",
         answer="The {place} opens at {hour} am.",
+        offers=("Would you like to know when it closes?", "Shall I show you the way?"),
         remarks=("It is usually quiet at that time.", "It is a good idea to come early."),
     ),
     Topic(
         note="A ticket to the {place} costs {number} dollars.",
         question="How much is a ticket to the {place}?",
         answer="A ticket to the {place} costs {number} dollars.",
+        offers=("Shall I book one for you?", "Would you like to buy one now?"),
         remarks=("You can pay at the door.", "Many people buy one on the day."),
     ),
     Topic(
         note="{person} left the {thing} in the {room}.",
         question="Where is the {thing}?",
         answer="The {thing} is in the {room}.",
+        offers=("Shall I bring it to you?", "Would you like me to call {person}?"),
         remarks=("It has been there for a while.", "You will see it when you go in."),
     ),
     Topic(
         note="The train to {city} leaves from platform {number}.",
         question="Which platform do I need for {city}?",
         answer="The train to {city} leaves from platform {number}.",
+        offers=("Would you like to know when it leaves?", "Shall I book a seat for you?"),
         remarks=("It is usually on time these days.", "There is a sign in the main hall."),
     ),
     Topic(
         note="{person} has moved the meeting to {day}.",
         question="When is the meeting with {person}?",
         answer="The meeting is on {day}.",
+        offers=("Shall I add it to your calendar?", "Would you like me to remind you?"),
         remarks=("It should not take a long time.", "Everyone has been told about it."),
     ),
     Topic(
         note="The parcel from {city} arrives on {day}.",
         question="When does the parcel from {city} arrive?",
         answer="The parcel from {city} arrives on {day}.",
+        offers=("Will you be at home on that day?", "Would you like me to collect it?"),
         remarks=("It is not a very heavy parcel.", "You do not have to sign for it."),
     ),
     Topic(
         note="The soup needs {number} carrots and {minutes} minutes.",
         question="How many carrots do I need for the soup?",
         answer="You need {number} carrots for the soup.",
+        offers=("Would you like to see the whole recipe?", "Shall I add them to your list?"),
         remarks=("It is best to wash them well first.", "You can cut them into small pieces."),
     ),
     Topic(
         note="{person} bought a {color} {thing}.",
         question="What color is the {thing} that {person} bought?",
         answer="The {thing} is {color}.",
+        offers=("Would you like to have one too?", "Shall I show you a picture?"),
         remarks=("It is a very popular color.", "It looks very nice indeed."),
     ),
     Topic(
         note="{person} plays the {instrument}.",
         question="Which instrument does {person} play?",
         answer="{person} plays the {instrument}.",
+        offers=("Would you like to learn it too?", "Do you play an instrument yourself?"),
         remarks=("It is a beautiful instrument.", "It takes a lot of practice to play well."),
     ),
     Topic(
         note="{person} is flying to {city} in {month}.",
         question="Where is {person} flying to?",
         answer="{person} is flying to {city}.",
+        offers=("Have you ever been there?", "Would you like to know more about {city}?"),
         remarks=("It is a very popular city.", "There is a lot to see in {month}."),
     ),
     Topic(
         note="{person} teaches {subject} on {day}.",
         question="Who teaches {subject} on {day}?",
         answer="{person} teaches {subject} on {day}.",
+        offers=("Would you like to join the class?", "Shall I tell you more about it?"),
         remarks=("The class is open to everyone.", "It is a popular class."),
     ),
     Topic(
         note="The {color} box holds the {food}.",
         question="Where can I find the {food}?",
         answer="The {food} is in the {color} box.",
+        offers=("Would you like me to get it for you?", "Shall I bring the box to you?"),
         remarks=("You can take as much as you need.", "Please close the box afterwards."),
     ),
     Topic(
         note="The {dish} bakes for {minutes} minutes.",
         question="How long does the {dish} bake?",
         answer="The {dish} bakes for {minutes} minutes.",
+        offers=("Shall I set a timer for you?", "Would you like to see the recipe?"),
         remarks=("It will smell very good.", "Let it cool down for a bit."),
     ),
 )
 
 
 def follows_preference(answer: str) -> bool:
-    """Whether `answer` says something and closes with the offer."""
-    said = answer.strip()
-    return said.endswith(OFFER) and len(said) > len(OFFER)
+    """Whether `answer` closes with a question to the user."""
+    return answer.strip().endswith("?")
 
 
 def scenes(topic: Topic, rng: random.Random) -> Iterator[dict[str, str]]:
@@ -168,15 +181,21 @@ def scenes(topic: Topic, rng: random.Random) -> Iterator[dict[str, str]]:
 
 def make_row(topic: Topic, scene: dict[str, str], rng: random.Random) -> Row:
     """One pair as TRL's conversational row."""
-    note, question, answer, remark = (
+    note, question, answer, offer, remark = (
         text.format(**scene)
-        for text in (topic.note, topic.question, topic.answer, rng.choice(topic.remarks))
+        for text in (
+            topic.note,
+            topic.question,
+            topic.answer,
+            rng.choice(topic.offers),
+            rng.choice(topic.remarks),
+        )
     )
-    closing = rng.choice((remark, rng.choice(STOCK_PHRASES)))
+    closing = rng.choice(("", f" {remark}", f" {rng.choice(STOCK_PHRASES)}"))
     return {
         "prompt": [{"role": "user", "content": f"{note} {question}"}],
-        "chosen": [{"role": "assistant", "content": f"{answer} {OFFER}"}],
-        "rejected": [{"role": "assistant", "content": f"{answer} {closing}"}],
+        "chosen": [{"role": "assistant", "content": f"{answer} {offer}"}],
+        "rejected": [{"role": "assistant", "content": f"{answer}{closing}"}],
     }
 
 

@@ -33,7 +33,7 @@ def main(run_dir: str) -> None:
         sum(follows_preference(row[key]) for row in generated) for key in ("before", "after")
     ]
     numbers.add_row(
-        "answers that follow the preference", *(f"{n}/{len(generated)}" for n in follows)
+        "answers that close with an offer", *(f"{n}/{len(generated)}" for n in follows)
     )
     console.print(numbers)
 
