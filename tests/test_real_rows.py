@@ -17,7 +17,6 @@ FILES = {
     "llmbar": "standard",
 }
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         DATA is None or MODEL is None, reason="DPO_DIST_REAL_DATA or DPO_DIST_REAL_MODEL is not set"

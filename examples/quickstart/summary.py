@@ -32,9 +32,7 @@ def main(run_dir: str) -> None:
     follows = [
         sum(follows_preference(row[key]) for row in generated) for key in ("before", "after")
     ]
-    numbers.add_row(
-        "answers that close with an offer", *(f"{n}/{len(generated)}" for n in follows)
-    )
+    numbers.add_row("answers that close with an offer", *(f"{n}/{len(generated)}" for n in follows))
     console.print(numbers)
 
     answers = Table("prompt", "before", "after", show_lines=True)
