@@ -11,7 +11,6 @@ authentication is on, the dashboard listens on loopback only. Wants root.
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from ranks import ROOT, free_port, wait_until
 
 RAY = Path(sys.executable).parent / "ray"
+UP = ROOT / "launch" / "ray_up.sh"
 LAUNCHER = ROOT / "launch" / "ray_launcher.py"
 LINK, HEAD_IP, FAR_IP = "dpo1", "10.98.8.1", "10.98.8.2"
 START_S = 90
@@ -47,16 +47,18 @@ class RayCluster:
     def start_node(self) -> None:
         far = len(self.nodes) == 2
         inside = ["nsenter", f"--net=/run/netns/{self.namespace}"] if far else []
-        place = [f"--address={HEAD_IP}:{self.port}"]
+        token = self.environment["RAY_AUTH_TOKEN_PATH"]
+        place = ["node", token, f"{HEAD_IP}:{self.port}"]
         if not self.nodes:
             place = [
-                "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
+                "head",
+                token,
+                f"--port={self.port}",
                 f"--dashboard-port={self.dashboard_port}",
-            ]  # fmt: skip
+            ]
         command = [
-            *inside, str(RAY), "start", *place,
-            f"--node-ip-address={FAR_IP if far else HEAD_IP}", "--num-cpus=1", "--num-gpus=0",
-            "--object-store-memory=100000000", "--disable-usage-stats", "--block",
+            *inside, str(UP), *place, f"--node-ip-address={FAR_IP if far else HEAD_IP}",
+            "--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--block",
         ]  # fmt: skip
         with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
@@ -103,15 +105,12 @@ class RayCluster:
 def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
     """Starts the nodes and waits until all are there; stops them at the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))}
     # a short name: the paths of Ray's sockets must fit 107 bytes
     sessions = Path(f"/tmp/ray-{os.getpid()}")
     environment = inherited | {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TMPDIR": str(sessions),
         "RAY_DEDUP_LOGS": "0",
         "RAY_raylet_start_wait_time_s": "60",  # two cores start three nodes
