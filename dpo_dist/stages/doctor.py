@@ -54,9 +54,9 @@ def run(config: RunConfig) -> Path:
             f"(--exclude={socket.gethostname()}).",
         ) from None
     if topology.rank == 0:
-        facts = _await_all(paths, topology, started)
-        _refuse_differences(facts)
-        disk = _check_disk(config, topology)
+        facts = await_all(paths, topology, started)
+        refuse_differences(facts)
+        disk = check_disk(config, topology)
     with collectives.process_group(topology) as device:
         seconds = collectives.time_all_reduce(REDUCED_MIB, device)
     if topology.rank == 0:
@@ -101,7 +101,7 @@ def _arrival_path(paths: RunDir, rank: int) -> Path:
     return paths.doctor_dir / f"rank{rank:04d}.json"
 
 
-def _await_all(paths: RunDir, topology: Topology, started: float) -> list[Facts]:
+def await_all(paths: RunDir, topology: Topology, started: float) -> list[Facts]:
     """What every rank wrote since this attempt began, in rank order."""
     deadline = time.monotonic() + ARRIVAL_S
     facts: dict[int, Facts] = {}
@@ -133,7 +133,7 @@ def _absent(missing: list[int], topology: Topology) -> ClusterError:
     )
 
 
-def _refuse_differences(facts: list[Facts]) -> None:
+def refuse_differences(facts: list[Facts]) -> None:
     """Raises ClusterError when a node has other versions or GPUs than most have."""
     for what in ("versions", "gpus"):
         values = [json.dumps(rank[what], sort_keys=True) for rank in facts]
@@ -148,7 +148,7 @@ def _refuse_differences(facts: list[Facts]) -> None:
             )
 
 
-def _check_disk(config: RunConfig, topology: Topology) -> Facts:
+def check_disk(config: RunConfig, topology: Topology) -> Facts:
     """Free space of the run folder against what the run writes."""
     free = shutil.disk_usage(config.run.dir).free / GIB
     try:
