@@ -22,7 +22,7 @@ from dpo_dist.manifest import write_atomic
 from dpo_dist.run_dir import RunDir, rank_log_path
 from dpo_dist.status import describe_status, read_status, update_stage
 from dpo_dist.stop_flag import Stopped
-from dpo_dist.topology import from_environment, launched
+from dpo_dist.topology import SINGLE_PROCESS, from_environment, launched
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -127,8 +127,21 @@ def generate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json
 
 
 @app.command()
-def doctor(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+def doctor(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[RUN.YAML]")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
     """Versions, GPUs, disk and network of this machine, before the expensive stages."""
+    if config_path is None:
+        from dpo_dist.stages import doctor as doctor_stage
+
+        facts = doctor_stage.look(Path.cwd(), SINGLE_PROCESS)
+        if as_json:
+            _print_json(facts)
+        else:
+            doctor_stage.print_machine(facts)
+        return
     config = _run_or_launch(plan.DOCTOR, config_path, overrides or [])
     _show_result(config, "doctor", RunDir(config.run.dir).doctor_path, as_json)
 

@@ -27,6 +27,14 @@ def test_two_ranks_of_this_machine(tmp_path: Path) -> None:
     assert "all-reduce of 64 MiB" in done.stderr
 
 
+def test_a_machine_alone() -> None:
+    shown = succeed("doctor").stdout
+    for name in ("host", "GPUs", "cores", "memory", "free disk here", "python", "torch", "ray"):
+        assert f"\n{name} " in f"\n{shown}"
+    report = json.loads(succeed("doctor", "--json").stdout)
+    assert report["versions"]["torch"] in shown
+
+
 def facts(node: str, **changes: Any) -> dict[str, Any]:
     return {"node": node, "versions": {"torch": "2.13.0"}, "gpus": [{"name": "H100"}]} | changes
 

@@ -32,7 +32,10 @@ from dpo_dist.stages.sizes import disk_lines, make_setup, prepared_work
 from dpo_dist.topology import Topology, from_environment, node_names
 
 _logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "dpo-dist")
+PACKAGES = (
+    "dpo-dist", "torch", "deepspeed", "transformers", "peft", "datasets", "accelerate",
+    "flash-attn", "ray",
+)  # fmt: skip
 ARRIVAL_S = 120.0
 POLL_S = 0.2
 REDUCED_MIB = 64
@@ -170,6 +173,20 @@ def check_disk(config: RunConfig, topology: Topology) -> Facts:
 
 def _hosts(facts: list[Facts]) -> list[str]:
     return sorted({rank["node"] for rank in facts})
+
+
+def print_machine(facts: Facts) -> None:
+    """Shows what one machine has, a line a thing."""
+    gpus = [f"{gpu['name']} {gpu['gib']} GiB" for gpu in facts["gpus"]] or ["none"]
+    lines = {
+        "host": facts["host"],
+        "GPUs": ", ".join(gpus),
+        "cores": facts["cores"],
+        "memory": f"{facts['memory_gib']} GiB",
+        "free disk here": f"{facts['free_disk_gib']} GiB",
+    } | facts["versions"]
+    for name, value in lines.items():
+        print(f"{name:<16} {value}")
 
 
 def print_result(result: Facts) -> None:

@@ -114,6 +114,7 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
         "RAY_TMPDIR": str(sessions),
         "RAY_DEDUP_LOGS": "0",
         "RAY_raylet_start_wait_time_s": "60",  # two cores start three nodes
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is lost gives no notice
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "1000",

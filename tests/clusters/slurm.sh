@@ -76,8 +76,12 @@ PartitionName=main Nodes=nodea,nodeb Default=YES MaxTime=INFINITE State=UP
 CONF
     slurmctld -c 2>"$folder/slurmctld.err"
     slurmd -N nodea
-    # not `ip netns exec`, which would hide the cgroups that slurmd looks for
-    nsenter --net="/run/netns/$namespace" slurmd -N nodeb
+    # nodeb has a folder of its own under $folder/blind: what a file system is that it does not see.
+    # Not `ip netns exec`, which would hide the cgroups that slurmd looks for.
+    mkdir -p "$folder/blind"
+    # shellcheck disable=SC2016
+    nsenter --net="/run/netns/$namespace" unshare --mount bash -c \
+        'mount -t tmpfs none "$1" && exec slurmd -N nodeb' bash "$folder/blind"
     for _ in $(seq 100); do
         [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null | tr -d ' ')" = 2 ] && return
         sleep 0.2

@@ -221,7 +221,9 @@ def test_the_reference_in_independent_tasks(
     logs = sorted(path.name for path in (out / "logs" / "reference-01").iterdir())
     assert logs == ["rank0001.log", "rank0002.log", "rank0003.log"]
     succeed("train", local / "run.yaml", f"run.dir={out}")
-    same_training(local / "out", out, 10)
+    # other neighbours in a micro-batch move the last bits of a reference log-prob
+    for our, their in zip(metrics_of(out), metrics_of(local / "out"), strict=True):
+        assert our == pytest.approx(their, rel=1e-4, abs=1e-4)
 
 
 def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:

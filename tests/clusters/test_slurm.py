@@ -24,7 +24,7 @@ SIZE = (
 )  # fmt: skip
 LONG = ("train.num_epochs=24", "checkpoint.every_steps=50", "eval.every_steps=60")
 LAST_STEP = 120
-JOB_S = 120
+JOB_S = 200
 HURRY_S = 5
 
 pytestmark = [
@@ -41,6 +41,7 @@ class Slurm:
     """Slurm's own commands on the test's cluster."""
 
     def __init__(self, folder: Path) -> None:
+        self.blind = folder / "blind"  # seen by nodea only
         search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         self.environment = inherited | {
@@ -232,6 +233,21 @@ def test_a_chain_ends_at_the_stage_that_fails(slurm: Slurm, local: Path, tmp_pat
     log = (tmp_path / f"out-train-{ids['train']}.log").read_text()
     assert "wanted at most micro_batch_tokens = 8" in log and "Traceback" not in log
     assert not (out / "export").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_run_folder_is_named(
+    slurm: Slurm, local: Path, tmp_path: Path
+) -> None:
+    """Slow: a node has two minutes to give a sign of life."""
+    out = slurm.blind / "out"
+    job_id = slurm.submit(tmp_path, str(local / "run.yaml"), f"run.dir={out}")
+    job = slurm.wait(job_id, "FAILED")
+    assert job["ExitCode"] == "2:0"
+    log = (tmp_path / f"dpo-{job_id}.log").read_text()
+    assert "error: ranks 1 on nodeb wrote nothing into the run folder; wanted a sign of life" in log
+    assert "leave it out (--exclude=nodeb)." in log
+    assert not (out / "pairs").exists()
 
 
 def test_sbatch_that_refuses_cancels_what_was_submitted(
