@@ -72,9 +72,9 @@ def main() -> None:
 def run(config_path: Path, overrides: list[str]) -> int:
     """Runs all stages; the exit code of the run."""
     config = load_config(config_path, overrides)
-    # Workers have other working directories than this process.
-    absolute = [*overrides, f"run.dir={config.run.dir.absolute()}"]
-    config = load_config(config_path, absolute)
+    # Workers have other working directories than this process: they read the resolved config.
+    section = config.run.model_copy(update={"dir": config.run.dir.absolute()})
+    config = config.model_copy(update={"run": section})
     paths = RunDir(config.run.dir)
     ray.init(address="auto", log_to_driver=True, namespace="dpo-dist")
     check_resources(config.ray, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -86,8 +86,8 @@ def run(config_path: Path, overrides: list[str]) -> int:
         if chosen and stage.name not in chosen:
             continue
         if stage.name == "reference" and config.ray.reference_tasks:
-            _score_in_tasks(config, config_path, absolute)
-        _run_stage(stage, config, config_path, absolute)
+            _score_in_tasks(config)
+        _run_stage(stage, config)
         outcome = attempts.judge(paths, stage.name)
         if outcome.verdict != "next":
             print(f"{stage.name}: {outcome.reason}", file=sys.stderr, flush=True)
@@ -149,14 +149,13 @@ def _take_run_dir(paths: RunDir) -> Any:
         ) from None
 
 
-def _run_stage(stage: Stage, config: RunConfig, config_path: Path, overrides: list[str]) -> None:
+def _run_stage(stage: Stage, config: RunConfig) -> None:
     """Runs a stage in a group of workers; what became of it is in status.json."""
     trainer = DataParallelTrainer(
         _work,
         train_loop_config={
             "stage": stage.name,
-            "config_path": str(config_path),
-            "overrides": overrides,
+            "config_path": str(RunDir(config.run.dir).config_path),
             "submitted_from": os.getcwd(),
         },
         backend_config=_SharedGPUsConfig(),
@@ -195,7 +194,7 @@ def _work(job: dict[str, Any]) -> None:
     """One worker: starts its rank and waits for it. An exception makes Ray start all again."""
     context = train.get_context()
     rank = context.get_world_rank()
-    config = load_config(Path(job["config_path"]), job["overrides"])
+    config = load_config(Path(job["config_path"]))
     paths, stage = RunDir(config.run.dir), job["stage"]
     place = broadcast_from_rank_zero(_begin(paths, stage, config) if rank == 0 else None)
     if place is None:
@@ -229,7 +228,7 @@ def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str]
 
 def _run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: RunDir) -> int:
     """Runs one rank as a child process; its exit code."""
-    argv = stage_argv(job["stage"], Path(job["config_path"]), job["overrides"])
+    argv = stage_argv(job["stage"], Path(job["config_path"]), job.get("overrides", ()))
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment = os.environ | threads | topology.environment()
     gauges = {
@@ -279,7 +278,7 @@ def _settled(paths: RunDir, stage: str, code: int) -> attempts.Outcome:
     return attempts.judge(paths, stage)
 
 
-def _score_in_tasks(config: RunConfig, config_path: Path, overrides: list[str]) -> None:
+def _score_in_tasks(config: RunConfig) -> None:
     """Scores the missing pairs in independent tasks; one that is lost costs its own range only.
 
     The reference stage that follows finds the rows there, or scores what is still missing.
@@ -289,25 +288,25 @@ def _score_in_tasks(config: RunConfig, config_path: Path, overrides: list[str]) 
         num_cpus=section.cpus_per_worker, num_gpus=section.gpus_per_worker, max_retries=3
     )
     print(f"reference: {count} independent tasks", flush=True)
-    log_dir = attempts.new_log_dir(RunDir(config.run.dir), "reference")
-    common = (str(config_path), overrides, str(log_dir), os.getcwd())
+    paths = RunDir(config.run.dir)
+    log_dir = attempts.new_log_dir(paths, "reference")
+    common = (str(paths.root), str(log_dir), os.getcwd())
     ray.get([score.remote(f"{number}/{count}", *common) for number in range(1, count + 1)])
 
 
-def _score_part(
-    part: str, config_path: str, overrides: list[str], log_dir: str, submitted_from: str
-) -> None:
+def _score_part(part: str, run_dir: str, log_dir: str, submitted_from: str) -> None:
+    paths = RunDir(Path(run_dir))
     job = {
-        "stage": "reference", "config_path": config_path, "submitted_from": submitted_from,
-        "overrides": [*overrides, f"reference.part={part}", "reference.sharding=whole"],
-    }  # fmt: skip
+        "stage": "reference",
+        "config_path": str(paths.config_path),
+        "overrides": [f"reference.part={part}", "reference.sharding=whole"],
+        "submitted_from": submitted_from,
+    }
     address = ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((address, 0))
         port = probe.getsockname()[1]
-    config = load_config(Path(config_path), job["overrides"])
-    alone, paths = Topology(0, 1, 0, 1, address, port), RunDir(config.run.dir)
-    code = _run_rank(job, alone, Path(log_dir), paths)
+    code = _run_rank(job, Topology(0, 1, 0, 1, address, port), Path(log_dir), paths)
     if code:
         raise RuntimeError(f"part {part} of the reference pass ended with {code}")
 

@@ -31,7 +31,7 @@ export DPO_DIST_NODES MASTER_ADDR
 
 stopping=0
 # --signal=B: reaches this shell only; scancel passes it on to every task on every node.
-trap 'stopping=1; scancel --signal=USR2 "$SLURM_JOB_ID" || true' USR2
+trap 'stopping=1; scancel --signal=USR2 "$SLURM_JOB_ID" || true' USR2 TERM
 requeue() {
     echo "dpo.sh: job $SLURM_JOB_ID goes back into the queue at $stage"
     scontrol requeue "$SLURM_JOB_ID"

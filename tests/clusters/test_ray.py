@@ -86,7 +86,7 @@ def processes(wanted: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:
 
 def rank_pids(run_dir: Path, rank: int) -> list[int]:
     """The stage process of one rank of a run."""
-    mine = f"run.dir={run_dir}".encode()
+    mine = str(run_dir / "config.resolved.yaml").encode()
     return processes(
         lambda arguments, environ: (
             b"dpo_dist" in arguments and mine in arguments and f"RANK={rank}".encode() in environ
