@@ -9,6 +9,7 @@ and the run goes on from its own newest checkpoint. Exits with the code of the s
 DPO_STAGES="train export" in the environment runs these stages only.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -235,14 +236,13 @@ def _run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: Run
         name: Gauge(f"dpo_dist_{name.replace('/', '_')}", f"{name} of the last optimizer step")
         for name in SHOWN
     }
-    with (
-        open(os.devnull, "wb") as nowhere,
-        rank_log_path(log_dir, topology.rank).open("ab") as log,
-    ):
-        output = None if topology.rank == 0 else log  # rank 0 speaks through the job's own log
+    with contextlib.ExitStack() as stack:
+        output = None  # rank 0 speaks through the job's own log
+        if topology.rank:
+            output = stack.enter_context(rank_log_path(log_dir, topology.rank).open("ab"))
         child = subprocess.Popen(
             argv, env=environment, cwd=job["submitted_from"] if _exists(job) else None,
-            stdin=nowhere, stdout=output, stderr=output, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             preexec_fn=die_with_parent,
         )  # fmt: skip
         try:

@@ -8,6 +8,7 @@ checkpoints/.step-000200.universal/     committed like a checkpoint, removed aft
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dpo_dist.manifest import digest_of_file, fsync_dir, write_json
 from dpo_dist.run_dir import MANIFEST_NAME, UNIVERSAL_ORIGIN_NAME
 
 POLL_S = 0.5
+ERROR_LINE = re.compile(r"[\w.]*(Error|Exception): ")
 # Each extracting process holds the optimizer shard of one rank, each merging one a parameter.
 EXTRACTING_PROCESSES = 2
 MERGING_PROCESSES = 2
@@ -134,7 +136,10 @@ def _start_converter(step_dir: Path, partial: Path) -> subprocess.Popen[bytes]:
 def _finish(process: subprocess.Popen[bytes], partial: Path, step_dir: Path, target: Path) -> None:
     if process.returncode:
         lines = (partial / "converter.log").read_text(errors="replace").strip().splitlines()
-        raise OSError(f"the converter ended with {process.returncode}: {(lines or ['?'])[-1]}")
+        # libraries may still say something after the traceback
+        errors = [line for line in lines if ERROR_LINE.match(line)]
+        reason = (errors or lines or ["?"])[-1]
+        raise OSError(f"the converter ended with {process.returncode}: {reason}")
     write_json(partial / UNIVERSAL_ORIGIN_NAME, _origin(step_dir))
     commit(partial, record_files(partial))
     if target.exists():
