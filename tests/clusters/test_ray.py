@@ -10,16 +10,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
 from ranks import wait_until
 from ray_cluster import RAY, RayCluster, ray_cluster
-from tiny_run import make_run, metrics_of, same_training, succeed
+from tiny_run import metrics_of, same_training, succeed
 
 WORKERS = ("ray.workers=2", "ray.gpus_per_worker=0")
-LONG = ("train.num_epochs=24", "checkpoint.every_steps=20", "eval.every_steps=60")
-LAST_STEP = 120
 JOB_S = 240
 
 pytestmark = [
@@ -36,38 +34,6 @@ pytestmark = [
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     with ray_cluster(tmp_path_factory.mktemp("ray")) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by `dpo-dist run` on two ranks: the folder of its run.yaml."""
-    folder = tmp_path_factory.mktemp("local")
-    succeed("run", make_run(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def unbroken(local: Path) -> Path:
-    """A long training run on the local run's pairs and reference that nothing stopped."""
-    out = scored_copy(local, local / "unbroken")
-    succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
-    return out
-
-
-def scored_copy(local: Path, out: Path) -> Path:
-    """A run folder with pairs and reference done."""
-    for name in ("pairs", "reference"):
-        shutil.copytree(local / "out" / name, out / name)
-    return out
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def step_of(run_dir: Path) -> int:
-    return status_of(run_dir).get("train", {}).get("step", 0)
 
 
 def processes(wanted: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:

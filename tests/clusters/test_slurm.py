@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
 from ranks import ROOT, wait_until
-from tiny_run import make_run, metrics_of, same_training, succeed
+from tiny_run import metrics_of, same_training
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
 DPO = ROOT / "slurm" / "dpo.sh"
@@ -22,8 +23,6 @@ LAUNCHER = ROOT / "launch" / "slurm_launcher.py"
 SIZE = (
     "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10",
 )  # fmt: skip
-LONG = ("train.num_epochs=24", "checkpoint.every_steps=50", "eval.every_steps=60")
-LAST_STEP = 120
 JOB_S = 200
 HURRY_S = 5
 
@@ -93,38 +92,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield Slurm(folder)
     finally:
         subprocess.run([SCRIPT, "down", folder], check=True, timeout=60)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by `dpo-dist run` on two ranks: the folder of its run.yaml."""
-    folder = tmp_path_factory.mktemp("local")
-    succeed("run", make_run(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def unbroken(local: Path) -> Path:
-    """A long training run on the local run's pairs and reference that nothing stopped."""
-    return scored_copy(local, local / "unbroken", train=True)
-
-
-def scored_copy(local: Path, out: Path, train: bool = False) -> Path:
-    """A run folder with pairs and reference done."""
-    for name in ("pairs", "reference"):
-        shutil.copytree(local / "out" / name, out / name)
-    if train:
-        succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
-    return out
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def step_of(run_dir: Path) -> int:
-    return status_of(run_dir).get("train", {}).get("step", 0)
 
 
 def rank_pids(job_id: str, rank: int) -> list[int]:
@@ -253,7 +220,11 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(
 def test_sbatch_that_refuses_cancels_what_was_submitted(
     slurm: Slurm, local: Path, tmp_path: Path
 ) -> None:
-    overrides = [f"run.dir={tmp_path}", "slurm.gpus_per_node=0", "slurm.stages.train.nodes=9"]
+    overrides = [
+        f"run.dir={tmp_path}",
+        "slurm.gpus_per_node=0",
+        "slurm.stages.train.partition=nowhere",
+    ]
     done = subprocess.run(
         [sys.executable, LAUNCHER, local / "run.yaml", *overrides],
         env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,

@@ -1,0 +1,23 @@
+"""What the runs on clusters are compared with: the same run by `dpo-dist` on this machine."""
+
+from pathlib import Path
+
+import pytest
+from cluster_runs import LONG, scored_copy
+from tiny_run import make_run, succeed
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages on two ranks: the folder of its run.yaml."""
+    folder = tmp_path_factory.mktemp("local")
+    succeed("run", make_run(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(local: Path) -> Path:
+    """A long training run on the local run's pairs and reference that nothing stopped."""
+    out = scored_copy(local, local / "unbroken")
+    succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
+    return out
