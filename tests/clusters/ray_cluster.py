@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class RayCluster:
     port: int
     dashboard_port: int
     namespace: str
+    sessions: Path  # what Ray writes
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -87,6 +89,15 @@ class RayCluster:
             timeout=timeout_s,
         )  # fmt: skip
 
+    def metrics(self) -> str:
+        """What Prometheus, and with it the dashboard, would read from all nodes."""
+        (discovery,) = self.sessions.glob("**/prom_metrics_service_discovery.json")
+        said = ""
+        for target in json.loads(discovery.read_text())[0]["targets"]:
+            with contextlib.suppress(OSError):
+                said += urllib.request.urlopen(f"http://{target}", timeout=5).read().decode()
+        return said
+
     def submit(self, *arguments: str | Path, stages: str = "") -> subprocess.Popen[str]:
         """`ray job submit` of the launcher; its exit code is 0 when the job's is."""
         variables = {"env_vars": {"DPO_STAGES": stages}}
@@ -113,6 +124,7 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TMPDIR": str(sessions),
         "RAY_DEDUP_LOGS": "0",
+        "RAY_metrics_report_interval_ms": "1000",
         "RAY_raylet_start_wait_time_s": "60",  # two cores start three nodes
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is lost gives no notice
         "OMP_NUM_THREADS": "1",
@@ -121,7 +133,7 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
     }
     namespace = f"dpo-dist-ray-{os.getpid()}"
-    cluster = RayCluster(folder, environment, free_port(), free_port(), namespace)
+    cluster = RayCluster(folder, environment, free_port(), free_port(), namespace, sessions)
     try:
         _ip("netns", "add", namespace)
         _ip("link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", namespace)

@@ -103,6 +103,7 @@ def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     assert "step 10/10 train: loss" in output  # progress reaches the job's log
     addresses = {rank["address"] for rank in json.loads((out / "doctor.json").read_text())["ranks"]}
     assert len(addresses) == 2, "two ranks in two networks"
+    wait_until(lambda: "dpo_dist_loss" in cluster.metrics(), 30)  # what the dashboard shows
 
 
 def test_a_lost_node_leaves_fewer_workers_and_the_same_curve(
