@@ -97,6 +97,12 @@ def test_nothing_imports_launch() -> None:
     assert not (ROOT / "launch" / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
+def test_launchers_know_facts_only(path: Path) -> None:
+    rooms = {name.split(".")[0] for name in inner_imports(path)} & {*ROOMS, "cli"}
+    assert not rooms, "their contract with the stages is argv and environment"
+
+
 def test_only_topology_reads_the_rank_variables() -> None:
     variable = re.compile(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)["']""")
     readers = {p.name for p in MODULES if variable.search(p.read_text())}
