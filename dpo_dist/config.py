@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_dist.errors import ConfigError
 
@@ -219,6 +219,16 @@ class SlurmJobSection(Section):
     cpus_per_task: PositiveInt | None = Field(None, description="sbatch --cpus-per-task.")
     time: str | None = Field(None, description="sbatch --time, in quotes: '12:00:00'.")
     options: list[str] = Field([], description="More sbatch options, such as --qos=high.")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _refuse_number(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f"slurm time: the number {value}, which is how YAML reads 12:00:00 without quotes; "
+                "wanted text. Put it in quotes."
+            )
+        return value
 
 
 class SlurmSection(SlurmJobSection):

@@ -19,6 +19,7 @@ set -euo pipefail
 # Slurm runs a copy of this file, so its folder is asked for.
 here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/dpo\.sh.*|\1|p')
 IN_ENV=() SRUN_OPTIONS=()
+unset MASTER_ADDR # of an allocation that this was submitted from
 # shellcheck source=slurm/site.env
 source "$here/site.env"
 attempt() { "${IN_ENV[@]}" python "$here/../launch/attempt.py" "$@"; }

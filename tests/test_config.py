@@ -120,6 +120,19 @@ def test_config_is_frozen() -> None:
         config.train.learning_rate = 1.0  # pyright: ignore
 
 
+def test_problems_of_a_slurm_section() -> None:
+    slurm = {"time": 43200, "stages": {"train": {"node": 3}, "trane": {"nodes": 1}}}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL | {"slurm": slurm})
+    assert str(caught.value).splitlines()[1:4] == [
+        "  slurm time: the number 43200, which is how YAML reads 12:00:00 without quotes; wanted "
+        "text. Put it in quotes.",
+        "  slurm.stages.train.node: unknown key; did you mean nodes?",
+        "  slurm.stages.trane.[key]: 'trane'; input should be 'doctor', 'prepare', 'reference', "
+        "'train', 'export' or 'verify'",
+    ]
+
+
 def test_every_key_is_explained() -> None:
     for key, kind, _, description in explain_keys():
         assert kind and description.endswith("."), key
