@@ -23,7 +23,10 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Ray would install a package environment of its own on the workers.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-import ray
+try:
+    import ray
+except ImportError:
+    sys.exit("error: ray is not installed; wanted the extra `ray`. pip install 'dpo-dist[ray]'")
 from ray import train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
@@ -77,7 +80,14 @@ def run(config_path: Path, overrides: list[str]) -> int:
     section = config.run.model_copy(update={"dir": config.run.dir.absolute()})
     config = config.model_copy(update={"run": section})
     paths = RunDir(config.run.dir)
-    ray.init(address="auto", log_to_driver=True, namespace="dpo-dist")
+    try:
+        ray.init(address="auto", log_to_driver=True, namespace="dpo-dist")
+    except ConnectionError:
+        raise ClusterError(
+            "no Ray cluster runs here",
+            "a running cluster",
+            "Start one with launch/ray_up.sh, or submit with `ray job submit` (docs/ray.md).",
+        ) from None
     check_resources(config.ray, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     owner = _take_run_dir(paths)
     write_atomic(paths.config_path, to_yaml(config))

@@ -1,6 +1,9 @@
 """What is asked of Ray. tests/clusters/test_ray.py runs it on a real cluster."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,20 @@ def test_the_scaling_that_ray_is_asked_for(launcher: Any) -> None:
     alone = launcher.scaling_config(section(workers=4, gpus_per_worker=0.0), False)
     assert alone.num_workers == 1 and not alone.use_gpu
     assert alone.resources_per_worker == {"CPU": 1.0}
+
+
+def test_without_a_cluster(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("{run: {dir: out}, model: {path: m}, data: {train: [{path: a}]}}")
+    done = subprocess.run(
+        [sys.executable, PATH, config], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: no Ray cluster runs here; wanted a running cluster. Start one with "
+        "launch/ray_up.sh, or submit with `ray job submit` (docs/ray.md)."
+    )
 
 
 def test_fewer_workers_than_the_fewest() -> None:
