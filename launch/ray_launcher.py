@@ -231,10 +231,15 @@ def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str]
             error=str(error), exit_code=error.exit_code, restartable=False,
         )  # fmt: skip
         return None
+    return *_rendezvous(), str(log_dir)
+
+
+def _rendezvous() -> tuple[str, int]:
+    """This node's address and a free port on it."""
     address = ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((address, 0))
-        return address, probe.getsockname()[1], str(log_dir)
+        return address, probe.getsockname()[1]
 
 
 def _run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: RunDir) -> int:
@@ -312,11 +317,7 @@ def _score_part(part: str, run_dir: str, log_dir: str, submitted_from: str) -> N
         "overrides": [f"reference.part={part}", "reference.sharding=whole"],
         "submitted_from": submitted_from,
     }
-    address = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = probe.getsockname()[1]
-    code = _run_rank(job, Topology(0, 1, 0, 1, address, port), Path(log_dir), paths)
+    code = _run_rank(job, Topology(0, 1, 0, 1, *_rendezvous()), Path(log_dir), paths)
     if code:
         raise RuntimeError(f"part {part} of the reference pass ended with {code}")
 
