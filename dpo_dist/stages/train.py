@@ -155,8 +155,10 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
     config, lead = job.config, job.topology.rank == 0
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_metrics_writer(job, first_step)) if lead else None
-        bar = stack.enter_context(progress_bar("steps", enabled=lead))
-        task = bar.add_task("train", total=job.num_steps, completed=first_step - 1)
+        bar = stack.enter_context(progress_bar("pairs", enabled=lead))
+        pairs = config.train.global_batch_size
+        done = (first_step - 1) * pairs
+        task = bar.add_task("train", total=job.num_steps * pairs, completed=done)
         window, since = torch.zeros(NUM_METRICS + EXTRA_SUMS, dtype=torch.float64), time.monotonic()
         for step in range(first_step, job.num_steps + 1):
             sums, grad_norm, learning_rate = _step(job, step, stop)
@@ -174,7 +176,7 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
             if step % config.checkpoint.every_steps == 0 or last or stopping:
                 _save(job, step, identity)
                 since = time.monotonic()
-            bar.advance(task)
+            bar.advance(task, pairs)
             if stopping and not last:
                 raise Stopped(f"training stopped after step {step} of {job.num_steps}")
 
