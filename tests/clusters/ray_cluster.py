@@ -91,7 +91,8 @@ class RayCluster:
 
     def metrics(self) -> str:
         """What Prometheus, and with it the dashboard, would read from all nodes."""
-        (discovery,) = self.sessions.glob("**/prom_metrics_service_discovery.json")
+        # twice: in the session's folder and through the link to it
+        discovery = next(self.sessions.glob("**/prom_metrics_service_discovery.json"))
         said = ""
         for target in json.loads(discovery.read_text())[0]["targets"]:
             with contextlib.suppress(OSError):
