@@ -136,6 +136,8 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
     namespace = f"dpo-dist-ray-{os.getpid()}"
     cluster = RayCluster(folder, environment, free_port(), free_port(), namespace, sessions)
     try:
+        # left by a test run that was killed
+        subprocess.run(["ip", "link", "del", LINK], check=False, capture_output=True, timeout=20)
         _ip("netns", "add", namespace)
         _ip("link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", namespace)
         for inside, address in (((), HEAD_IP), (("-n", namespace), FAR_IP)):

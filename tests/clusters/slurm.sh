@@ -31,6 +31,7 @@ up() {
     local namespace="dpo-dist-$$"
     mkdir -p "$folder/state"
     echo "$namespace" >"$folder/namespace"
+    ip link del "$LINK" 2>/dev/null || true # left by a test run that was killed
     ip netns add "$namespace"
     ip link add "$LINK" type veth peer name "$LINK" netns "$namespace"
     ip addr add "$SUBNET.1/24" dev "$LINK"
