@@ -209,7 +209,7 @@ def _work(job: dict[str, Any]) -> None:
     paths, stage = RunDir(config.run.dir), job["stage"]
     place = broadcast_from_rank_zero(_begin(paths, stage, config) if rank == 0 else None)
     if place is None:
-        return  # a cap is reached, and status.json says so
+        return  # finished before a worker was lost, or at a cap: status.json says which
     address, port, log_dir = place
     topology = Topology(
         rank, context.get_world_size(), context.get_local_rank(),
@@ -222,7 +222,8 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str] | None:
-    """(address, port, log folder) for all ranks, None when restarts have come to an end."""
+    """(address, port, log folder) for all ranks, None when there is nothing to start: the stage had
+    finished when a worker was lost, or restarts have come to an end."""
     try:
         log_dir = attempts.begin(paths, stage, config.restart, resubmitted=True)
     except attempts.RestartLimitError as error:
@@ -231,7 +232,7 @@ def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str]
             error=str(error), exit_code=error.exit_code, restartable=False,
         )  # fmt: skip
         return None
-    return *_rendezvous(), str(log_dir)
+    return None if log_dir is None else (*_rendezvous(), str(log_dir))
 
 
 def _rendezvous() -> tuple[str, int]:

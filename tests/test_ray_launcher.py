@@ -11,6 +11,8 @@ import pytest
 
 from dpo_dist.config import RaySection, parse_config
 from dpo_dist.errors import ClusterError
+from dpo_dist.run_dir import RunDir
+from dpo_dist.status import update_stage
 
 PATH = Path(__file__).parent.parent / "launch" / "ray_launcher.py"
 NODES = [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}]
@@ -64,6 +66,16 @@ def test_the_scaling_that_ray_is_asked_for(launcher: Any) -> None:
     alone = launcher.scaling_config(section(workers=4, gpus_per_worker=0.0), False)
     assert alone.num_workers == 1 and not alone.use_gpu
     assert alone.resources_per_worker == {"CPU": 1.0}
+
+
+def test_a_worker_lost_after_the_end_starts_nothing_again(launcher: Any, tmp_path: Path) -> None:
+    config = parse_config(
+        {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
+    )
+    paths = RunDir(tmp_path)
+    update_stage(paths.status_path, "train", "finished")
+    assert launcher._begin(paths, "train", config) is None
+    assert not paths.logs_dir.exists()
 
 
 def test_without_a_cluster(tmp_path: Path) -> None:
