@@ -26,6 +26,7 @@ RAY = Path(sys.executable).parent / "ray"
 UP = ROOT / "launch" / "ray_up.sh"
 LAUNCHER = ROOT / "launch" / "ray_launcher.py"
 LINK, HEAD_IP, FAR_IP = "dpo1", "10.98.8.1", "10.98.8.2"
+NUM_CPUS = (0, 2, 1)  # of each node: two spread ranks must be in two networks, not on the head
 START_S = 90
 STOP_S = 20
 
@@ -60,7 +61,8 @@ class RayCluster:
             ]
         command = [
             *inside, str(UP), *place, f"--node-ip-address={FAR_IP if far else HEAD_IP}",
-            "--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--block",
+            f"--num-cpus={NUM_CPUS[len(self.nodes)]}", "--num-gpus=0",
+            "--object-store-memory=100000000", "--block",
         ]  # fmt: skip
         with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(

@@ -77,7 +77,9 @@ def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    job = cluster.submit(local / "run.yaml", f"run.dir={out}", *WORKERS, "ray.placement=SPREAD")
+    job = cluster.submit(
+        local / "run.yaml", f"run.dir={out}", *WORKERS, "ray.placement=STRICT_SPREAD"
+    )
     for stage, rank in (("reference", 1), ("train", 0)):
         wait_until(
             lambda stage=stage: (
