@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_dist.config import RestartSection
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
 from dpo_dist.plan import STAGES
 from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_status
 
 Verdict = Literal["next", "restart", "stop"]

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 
-from dpo_dist.config import RunConfig, Section, section_types
+from dpo_dist.config import RunConfig, section_types
+from dpo_dist.sections.section import Section
 
 
 def explain_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, ...]]:

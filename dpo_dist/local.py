@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from dpo_dist.config import LocalSection
 from dpo_dist.run_dir import rank_log_path
+from dpo_dist.sections.cluster import LocalSection
 from dpo_dist.stop_flag import SIGNALS
 from dpo_dist.topology import Topology
 

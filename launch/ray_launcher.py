@@ -35,13 +35,14 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.metrics import Gauge
 
 from dpo_dist import attempts
-from dpo_dist.config import RaySection, RunConfig, load_config
+from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import EXIT_RESTART, ClusterError, DPODistError
 from dpo_dist.local import die_with_parent
 from dpo_dist.manifest import write_atomic
 from dpo_dist.plan import DOCTOR, STAGES, Stage, stage_argv
 from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import read_status, update_stage
 from dpo_dist.topology import Topology
 

@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_dist.config import RunConfig, SlurmJobSection, load_config
+from dpo_dist.config import RunConfig, load_config
 from dpo_dist.errors import ClusterError, ConfigError, DPODistError
 from dpo_dist.plan import DOCTOR, STAGES
+from dpo_dist.sections.cluster import SlurmJobSection
 
 SCRIPT = Path(__file__).absolute().parent.parent / "slurm" / "dpo.sh"
 # One process on one node, whatever the distributed stages have.

@@ -3,9 +3,9 @@
 import pytest
 from tiny_models import tiny_model
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.training import AdapterSection
 
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])

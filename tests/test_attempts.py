@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dpo_dist import attempts
-from dpo_dist.config import RestartSection
 from dpo_dist.errors import EXIT_DO_NOT_RESTART
 from dpo_dist.run_dir import RunDir
+from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_stage, update_status
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from dpo_dist.config import AdapterSection, RunConfig, parse_config
+from dpo_dist.config import RunConfig, parse_config
 from dpo_dist.config_keys import explain_keys
 from dpo_dist.data.batches import num_steps, plan_micro_batches, step_pair_indices
 from dpo_dist.engine import ds_config, zero
@@ -16,6 +16,7 @@ from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.local import count_workers
 from dpo_dist.objective.losses import LOSSES, PairLogps
 from dpo_dist.plan import scoring_budget, store_root
+from dpo_dist.sections.training import AdapterSection
 
 TESTS = Path(__file__).parent
 BASE: dict[str, Any] = {

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config import TrainSection
 from dpo_dist.engine import ds_config
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.training import TrainSection
 
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
 

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpo_dist.config import AdapterSection, TrainSection
 from dpo_dist.engine import collectives, ds_config, zero
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.forward import PairScorer
@@ -34,6 +33,7 @@ from dpo_dist.estimate import (
     total,
 )
 from dpo_dist.remedies import remedies
+from dpo_dist.sections.training import AdapterSection, TrainSection
 from dpo_dist.topology import from_environment
 from tests.ranks import run_ranks
 from tests.tiny_engine import start_engine, train_step

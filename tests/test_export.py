@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.export import plan_model, write_adapter, write_adapter_settings, write_model
 from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.sections.training import AdapterSection
 from dpo_dist.stages.export import model_config
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.trained_weights import InMemory, adapted, randomly_trained, save_base

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes
 from dpo_dist.engine.export import plan_model, write_model
+from dpo_dist.sections.training import AdapterSection
 from tests.tiny_export import make_trained_run
 from tests.tiny_tokenizer import make_tokenizer
 from tests.trained_weights import InMemory

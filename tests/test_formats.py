@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import pytest
 
-from dpo_dist.config import PreferenceFormat
 from dpo_dist.data.formats import Pair, check_column_map, detect_format, read_pair, rename_columns
 from dpo_dist.data.reasons import DROP_REASONS, NO_SHARED_PROMPT, NOTES
 from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import PreferenceFormat
 
 
 def user(text: str) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, columns_of
 
-from dpo_dist.config import DataSection
 from dpo_dist.data.columns import KeyArray, PairColumns, truncate
 from dpo_dist.data.gate import apply_gate, choose_max_length
 from dpo_dist.data.reasons import DROP_REASONS, KEPT
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import DataSection
 
 GOOD: TokenRow = ([1, 2], [3], [4])
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dpo_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FACTS = {
-    "errors", "config", "config_keys", "attempts", "topology",
+    "errors", "config", "sections", "config_keys", "attempts", "topology",
     "run_dir", "manifest", "plan", "logs", "status", "stop_flag",
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
     "remedies", "local",
@@ -44,7 +44,7 @@ def room_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if relative.parts[0] in ROOMS:
         return relative.parts[0]
-    return "facts" if relative.stem in FACTS else "cli"
+    return "facts" if Path(relative.parts[0]).stem in FACTS else "cli"
 
 
 def inner_imports(path: Path) -> set[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config import LocalSection
 from dpo_dist.local import count_workers, run_ranks
+from dpo_dist.sections.cluster import LocalSection
 
 REPORT = "import os; open(f'{os.environ[\"OUT\"]}/{os.environ[\"RANK\"]}', 'w').write('x')"
 

@@ -9,11 +9,12 @@ from tiny_models import FAMILIES, tiny_model
 from tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, succeed
 from transformers import LlamaConfig
 
-from dpo_dist.config import AdapterSection, RunConfig, load_config, parse_config
+from dpo_dist.config import RunConfig, load_config, parse_config
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.model_shape import count_model
 from dpo_dist.errors import ConfigError, DataError, ModelFilesError
 from dpo_dist.plan_report import as_dict, as_text
+from dpo_dist.sections.training import AdapterSection
 from dpo_dist.stages.plan import make_plan
 
 

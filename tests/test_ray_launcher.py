@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config import RaySection, parse_config
+from dpo_dist.config import parse_config
 from dpo_dist.errors import ClusterError
 from dpo_dist.run_dir import RunDir
+from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import update_stage
 
 PATH = Path(__file__).parent.parent / "launch" / "ray_launcher.py"

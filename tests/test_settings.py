@@ -7,12 +7,13 @@ import torch
 from tiny_models import tiny_model
 from tiny_tokenizer import make_tokenizer
 
-from dpo_dist.config import ModelSection, SourceSection
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.generate import answer
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.policy import settle_layout
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.data import SourceSection
+from dpo_dist.sections.training import ModelSection
 
 CPU = torch.device("cpu")
 REMOTE_CODE = """

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_dist.config import SourceSection
 from dpo_dist.data.sources import Source, digest_of_source, open_sources, select_rows
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import SourceSection
 
 ROWS = [{"prompt": f"p{n}", "chosen": "good", "rejected": "bad"} for n in range(4)]
 

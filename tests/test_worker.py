@@ -13,12 +13,12 @@ import psutil
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from dpo_dist.config import SourceSection
 from dpo_dist.data import worker
 from dpo_dist.data.reasons import CODES
 from dpo_dist.data.sources import open_sources
 from dpo_dist.data.worker import Chunk, TokenizeJob, make_chunks, tokenize_chunks
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import SourceSection
 
 NUM_ROWS = 40
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpo_dist.config import TrainSection
 from dpo_dist.engine import ds_config, zero
+from dpo_dist.sections.training import TrainSection
 
 GLOBAL_BATCH = 6  # rows a step, divisible by 1, 2 and 3 ranks
 SUB_GROUP_ELEMENTS = 20  # of a rank: several sub-groups, as in models of 10^9 parameters

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dpo_dist.config import SourceSection
 from dpo_dist.data.columns import SCHEMA, PairColumns, collect
 from dpo_dist.data.keys import pair_key
 from dpo_dist.data.reasons import CODES
 from dpo_dist.data.sources import open_sources
+from dpo_dist.sections.data import SourceSection
 
 TokenRow = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 

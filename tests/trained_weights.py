@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.changes import POLICY
+from dpo_dist.sections.training import AdapterSection
 from tests.tiny_models import tiny_model
 
 

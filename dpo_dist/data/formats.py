@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_dist.config import PreferenceFormat
 from dpo_dist.data.messages import (
     SYSTEM_ROLES,
     Conversation,
@@ -29,6 +28,7 @@ from dpo_dist.data.messages import (
 from dpo_dist.data.reasons import NO_SHARED_PROMPT
 from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import PreferenceFormat
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config import DataSection
 from dpo_dist.data.columns import KeyArray, PairColumns
 from dpo_dist.data.reasons import (
     CODES,
@@ -25,6 +24,7 @@ from dpo_dist.data.reasons import (
     Reason,
 )
 from dpo_dist.errors import DataError
+from dpo_dist.sections.data import DataSection
 
 BoolArray = npt.NDArray[np.bool_]
 LENGTH_MULTIPLE = 8

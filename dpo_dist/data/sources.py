@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config import PreferenceFormat, SourceSection
 from dpo_dist.data.formats import check_column_map, detect_format, rename_columns
 from dpo_dist.data.json_rows import JsonRows, index_json
 from dpo_dist.data.table_rows import (
@@ -29,6 +28,7 @@ from dpo_dist.data.table_rows import (
 )
 from dpo_dist.errors import DataError
 from dpo_dist.manifest import digest_of_file
+from dpo_dist.sections.data import PreferenceFormat, SourceSection
 
 IntArray = npt.NDArray[np.int64]
 Kind = Literal["json", "parquet", "csv", "folder", "hub"]

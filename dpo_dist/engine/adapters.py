@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.training import AdapterSection
 
 ADAPTER_NAME = "default"  # peft's own name, part of the parameter names in checkpoints
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config import TrainSection
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.training import TrainSection
 
 # Who owns a number: setting it twice would let one of the two be silently ignored.
 OWNED = {

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_dist.config import ModelSection
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files import weight_files
+from dpo_dist.sections.training import ModelSection
 
 _logger = logging.getLogger(__name__)
 

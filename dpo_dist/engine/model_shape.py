@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_dist.config import AdapterSection
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.model_parts import base_of, output_module
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.estimate import ModelShape
 from dpo_dist.model_files import read_model_config
+from dpo_dist.sections.training import AdapterSection
 
 
 def count_model(

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_dist.config import AdapterSection, ModelSection, TrainSection
 from dpo_dist.engine import collectives, ds_config, zero
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.backends import choose_backend
@@ -17,6 +16,7 @@ from dpo_dist.engine.forward import Layout, PairScorer
 from dpo_dist.engine.layout import choose_layout
 from dpo_dist.engine.load import load_model, num_parameters
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.training import AdapterSection, ModelSection, TrainSection
 
 _logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config import ModelSection
 from dpo_dist.engine.export import ADAPTER_WEIGHTS_NAME
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.safetensors_stream import read_places, read_tensor
 from dpo_dist.errors import ArtefactError
 from dpo_dist.model_files import weight_files
 from dpo_dist.run_dir import RunDir
+from dpo_dist.sections.training import ModelSection
 
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 

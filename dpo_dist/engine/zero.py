@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_dist.config import TrainSection
+from dpo_dist.sections.training import TrainSection
 
 
 def start_training(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dpo_dist.config import GenerateSection, RunConfig
+from dpo_dist.config import RunConfig
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.collectives import device_of
@@ -18,6 +18,7 @@ from dpo_dist.logs import console
 from dpo_dist.manifest import write_json
 from dpo_dist.plan import base_model_dir
 from dpo_dist.run_dir import RunDir
+from dpo_dist.sections.output import GenerateSection
 from dpo_dist.topology import from_environment
 
 

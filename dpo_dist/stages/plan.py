@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist import estimate
-from dpo_dist.config import AdapterSection, RunConfig
+from dpo_dist.config import RunConfig
 from dpo_dist.config_keys import to_yaml
 from dpo_dist.data.batches import (
     plan_micro_batches,
@@ -27,6 +27,7 @@ from dpo_dist.local import LOOPBACK, count_gpus, count_workers
 from dpo_dist.plan import STAGES, scoring_budget, stage_argv
 from dpo_dist.plan_report import Plan, Row, as_dict, as_text, in_gib
 from dpo_dist.remedies import Remedy, remedies
+from dpo_dist.sections.training import AdapterSection
 from dpo_dist.stages.sizes import (
     Work,
     count_shape,

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dpo_dist.config import RunConfig, SourceSection
+from dpo_dist.config import RunConfig
 from dpo_dist.data.columns import PairColumns, collect, truncate
 from dpo_dist.data.gate import apply_gate, choose_max_length
 from dpo_dist.data.pairs import SPLITS
@@ -49,6 +49,7 @@ from dpo_dist.manifest import (
 from dpo_dist.model_files import digest_of_tokenizer, read_model_config
 from dpo_dist.plan import base_model_dir
 from dpo_dist.run_dir import PAIRS_REPORT_NAME, RunDir
+from dpo_dist.sections.data import SourceSection
 
 _logger = logging.getLogger(__name__)
 STAGE = "prepare"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist import estimate
-from dpo_dist.config import AdapterSection, RunConfig
+from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.ds_config import read_sharding
@@ -19,6 +19,7 @@ from dpo_dist.objective.logprobs import LOGITS_BUDGET
 from dpo_dist.plan import scoring_budget, store_root
 from dpo_dist.reference_parts import ROW_DTYPE
 from dpo_dist.run_dir import RunDir
+from dpo_dist.sections.training import AdapterSection
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 

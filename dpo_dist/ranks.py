@@ -1,0 +1,100 @@
+"""A stage as processes: a user's command starts the ranks, and a rank runs the stage."""
+
+import logging
+import os
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dpo_dist import plan
+from dpo_dist.attempts import begin
+from dpo_dist.config import RunConfig, load_config
+from dpo_dist.config_keys import to_yaml
+from dpo_dist.errors import EXIT_RESTART, DPODistError
+from dpo_dist.local import count_workers, run_ranks
+from dpo_dist.logs import console, hush_libraries, set_up_logging
+from dpo_dist.manifest import write_atomic
+from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.status import update_stage
+from dpo_dist.stop_flag import Stopped
+from dpo_dist.topology import from_environment, launched
+
+
+def run_or_launch(stage: plan.Stage, config_path: Path, overrides: list[str]) -> RunConfig:
+    """One rank of a launcher's job runs the stage; a user's command starts the ranks first."""
+    config = load_config(config_path, overrides)
+    if launched():
+        _run_rank(stage, config)
+    elif code := launch(stage, config, config_path, overrides):
+        raise typer.Exit(code)
+    return config
+
+
+def launch(stage: plan.Stage, config: RunConfig, config_path: Path, overrides: list[str]) -> int:
+    """Runs a stage on this machine; its exit code."""
+    paths = RunDir(config.run.dir)
+    num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
+    ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
+    console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
+    write_atomic(paths.config_path, to_yaml(config))
+    log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
+    assert log_dir is not None
+    return run_ranks(plan.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
+
+
+def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
+    """Runs a stage as one rank and leaves the process with its exit code."""
+    topology = from_environment()
+    paths = RunDir(config.run.dir)
+    attempt = paths.count_attempts(stage.name)
+    log_dir = paths.log_dir(stage.name, attempt)
+    part = config.reference.part
+    # the parts of a reference pass run at the same time, each as a job of its own
+    number = 0 if part is None else int(part.split("/")[0])
+    set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
+    hush_libraries()
+    _leave(_guarded(stage, config, paths, topology.rank))
+
+
+def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, rank: int) -> int:
+    def tell(state: str, **fields: Any) -> None:
+        if rank == 0 and config.reference.part is None:  # a part is not the stage
+            update_stage(paths.status_path, stage.name, state, **fields)
+
+    logger = logging.getLogger("dpo_dist")
+    try:
+        tell("running")
+        artefact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
+        tell("finished", artefact=str(artefact))
+        return 0
+    except Stopped as stopped:
+        logger.info("%s; start the same command again to go on", stopped)
+        tell("stopped", exit_code=EXIT_RESTART)
+        return EXIT_RESTART
+    except DPODistError as error:
+        print_error(error)
+        tell("failed", error=str(error), exit_code=error.exit_code, restartable=False)
+        return error.exit_code
+    except BaseException as error:
+        traceback.print_exc()
+        tell("failed", error=repr(error), exit_code=1, restartable=True)
+        return 1
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once: libraries sometimes abort in their exit handlers, after the work,
+    and a rank that failed must not wait in one for the others."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def print_error(error: DPODistError) -> None:
+    console.print(
+        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+    )

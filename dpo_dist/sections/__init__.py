@@ -1,0 +1,1 @@
+"""The sections of a run config, one file for each part of a run."""

@@ -1,0 +1,108 @@
+"""Sections of a run config about the model, the reference and the training."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from dpo_dist.sections.section import Fraction, PositiveInt, Section
+
+
+class ModelSection(Section):
+    path: str = Field(description="Model folder or hub id of the policy's base model.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of the forward; the optimizer keeps float32 copies."
+    )
+    attention: Literal["auto", "sdpa", "torch", "flash_attn"] = Field(
+        "auto", description="Attention backend; auto takes the fastest that the model allows."
+    )
+    layout: Literal["auto", "packed", "padded"] = Field(
+        "auto", description="auto packs with a shared prompt where the self-check at load allows."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    allow_pickle_weights: bool = Field(False, description="Load .bin weights (runs pickle code).")
+
+
+class ReferenceSection(Section):
+    model: str | None = Field(
+        None, description="Reference model folder or hub id; the starting policy by default."
+    )
+    store_dir: Path | None = Field(
+        None, description="Folder of the reference store, may be shared; run.dir by default."
+    )
+    sharding: Literal["auto", "whole", "zero3"] = Field(
+        "auto", description="Whole model on every rank, or ZeRO-3 inference; auto by size."
+    )
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="Packed tokens of one scoring batch; twice train's by default."
+    )
+    part: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="Score only this part of the pairs, such as 2/8, without the others' help.",
+    )
+
+
+class AdapterSection(Section):
+    rank: PositiveInt = Field(16, description="LoRA rank r.")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha; scale is alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Module names to adapt; all-linear: all but the head."
+    )
+    use_rslora: bool = Field(False, description="Scale alpha / sqrt(r) (rsLoRA).")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+    modules_to_save: list[str] = Field([], description="Modules trained in full beside LoRA.")
+
+
+class ObjectiveSection(Section):
+    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = Field(
+        "sigmoid", description="Loss over reward margins; docs/objectives.md has the formulas."
+    )
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Probability that a preference label is wrong (cDPO)."
+    )
+
+
+class TrainSection(Section):
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
+    max_steps: PositiveInt | None = Field(None, description="Stop here if epochs last longer.")
+    global_batch_size: PositiveInt = Field(
+        64, description="Pairs of one optimizer step over all ranks."
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="Packed tokens of one forward on one rank; changes memory, not numbers."
+    )
+    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape after warm-up; cosine and linear end at 0."
+    )
+    warmup_ratio: Fraction = Field(0.1, description="Share of the steps that warm up linearly.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Clip the gradient's L2 norm here; 0 does not clip."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in backward: less memory, a third more FLOPs."
+    )
+    deepspeed: str = Field(
+        "zero3", description="zero0, zero1, zero2, zero3, zero3_offload, zero3_hpz, or a JSON path."
+    )
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt = Field(200, description="Optimizer steps between checkpoints.")
+    keep: int = Field(2, ge=2, description="Committed checkpoints to keep.")
+    resume: Path | Literal["auto"] = Field(
+        "auto", description="auto: the newest that verifies; or one checkpoint's folder."
+    )
+    probe_pairs: PositiveInt = Field(8, description="Pairs scored into every checkpoint's probe.")
+
+
+class EvalSection(Section):
+    every_steps: PositiveInt = Field(100, description="Optimizer steps between evaluations.")
