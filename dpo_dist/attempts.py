@@ -13,12 +13,14 @@ from typing import Any, Literal
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
 from dpo_dist.plan import STAGES
 from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.run_lock import refuse_if_held
 from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_status
 
 Verdict = Literal["next", "restart", "stop"]
 ORDER = tuple(stage.name for stage in STAGES)
 TAIL_LINES = 30
+DYING_S = 120.0  # the longest that a node's NFS locks outlive it
 NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
 
 
@@ -41,8 +43,10 @@ def begin(paths: RunDir, stage: str, caps: RestartSection, *, resubmitted: bool)
     """Makes the log folder of an attempt and returns it; None when the stage is already done.
 
     `resubmitted` says that the launcher starts the same job again by itself: only then is a stage
-    skipped for having finished, and a restart counted. Raises RestartLimitError at a cap.
+    skipped for having finished, and a restart counted. Raises RestartLimitError at a cap, and
+    ArtefactError when another job works in the run folder.
     """
+    refuse_if_held(paths, DYING_S if resubmitted else 0.0)
     status = read_status(paths.status_path)
     stages: dict[str, Any] = status.get("stages", {})
     state = stages.get(stage, {}).get("state")

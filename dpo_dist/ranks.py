@@ -1,5 +1,6 @@
 """A stage as processes: a user's command starts the ranks, and a rank runs the stage."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -10,11 +11,11 @@ from typing import Any
 
 import typer
 
-from dpo_dist import plan
+from dpo_dist import plan, run_lock
 from dpo_dist.attempts import begin
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import to_yaml
-from dpo_dist.errors import EXIT_RESTART, DPODistError
+from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError
 from dpo_dist.local import count_workers, run_ranks
 from dpo_dist.logs import console, hush_libraries, set_up_logging
 from dpo_dist.manifest import write_atomic
@@ -40,9 +41,9 @@ def launch(stage: plan.Stage, config: RunConfig, config_path: Path, overrides: l
     num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
     ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
     console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
-    write_atomic(paths.config_path, to_yaml(config))
     log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
     assert log_dir is not None
+    write_atomic(paths.config_path, to_yaml(config))
     return run_ranks(plan.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
 
 
@@ -57,12 +58,19 @@ def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
     number = 0 if part is None else int(part.split("/")[0])
     set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
     hush_libraries()
-    _leave(_guarded(stage, config, paths, topology.rank))
+    lead = topology.rank == 0 and part is None  # a part is not the stage
+    try:
+        with run_lock.held(paths, stage.name) if lead else contextlib.nullcontext():
+            code = _guarded(stage, config, paths, lead)
+    except ArtefactError as error:  # the folder is another job's, and so is its status.json
+        print_error(error)
+        code = error.exit_code
+    _leave(code)
 
 
-def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, rank: int) -> int:
+def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, lead: bool) -> int:
     def tell(state: str, **fields: Any) -> None:
-        if rank == 0 and config.reference.part is None:  # a part is not the stage
+        if lead:
             update_stage(paths.status_path, stage.name, state, **fields)
 
     logger = logging.getLogger("dpo_dist")

@@ -69,6 +69,10 @@ class RunDir:
         return self.root / "status.json"
 
     @property
+    def lock_path(self) -> Path:
+        return self.root / "run.lock"
+
+    @property
     def metrics_path(self) -> Path:
         return self.root / "metrics.jsonl"
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dpo_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FACTS = {
     "errors", "config", "sections", "config_keys", "attempts", "topology",
-    "run_dir", "manifest", "plan", "logs", "status", "stop_flag",
+    "run_dir", "run_lock", "manifest", "plan", "logs", "status", "stop_flag",
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
     "remedies", "local",
 }  # fmt: skip

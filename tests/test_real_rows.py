@@ -29,13 +29,13 @@ def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path) -> None:
         "run": {"dir": str(tmp_path / "out")},
         "model": {"path": MODEL, "dtype": "float32"},
         "data": {
-            "train": [{"path": f"{DATA}/{name}.jsonl", "limit": 6} for name in FILES],
-            "max_length": 192,
+            "train": [{"path": f"{DATA}/{name}.jsonl", "limit": 3} for name in FILES],
+            "max_length": 160,
         },
         "adapter": {"rank": 4},
         "objective": {"beta": 0.1},
         "train": {
-            "global_batch_size": 4,
+            "global_batch_size": 3,
             "micro_batch_tokens": 512,
             "learning_rate": 1e-4,
             "max_steps": 3,
