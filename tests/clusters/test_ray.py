@@ -136,6 +136,7 @@ def test_a_lost_node_leaves_fewer_workers_and_the_same_curve(
     assert world_sizes[-1] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_submitted_again_and_goes_on(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_more_than_the_cluster_has_is_refused_within_seconds(
     assert "wanted room for 16. Lower ray.workers, ray.gpus_per_worker" in output
 
 
+@pytest.mark.slow
 def test_the_reference_in_independent_tasks(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:

@@ -156,7 +156,11 @@ def kill_rank(slurm: Slurm, job_id: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("stop", [usr2, cancel_step, kill_rank], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "stop",
+    [usr2, pytest.param(cancel_step, marks=pytest.mark.slow), kill_rank],
+    ids=lambda f: f.__name__,
+)
 def test_a_stopped_job_requeues_itself_and_ends_like_an_unbroken_one(
     stop: Any, slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:
