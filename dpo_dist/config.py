@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from dpo_dist.errors import ConfigError
 from dpo_dist.sections.cluster import LocalSection, RaySection, RestartSection, SlurmSection
 from dpo_dist.sections.data import DataSection
+from dpo_dist.sections.objective import ObjectiveSection, objective_contradictions
 from dpo_dist.sections.output import ExportSection, GenerateSection, LoggingSection, RunSection
 from dpo_dist.sections.section import Section
 from dpo_dist.sections.training import (
@@ -23,7 +24,6 @@ from dpo_dist.sections.training import (
     CheckpointSection,
     EvalSection,
     ModelSection,
-    ObjectiveSection,
     ReferenceSection,
     TrainSection,
 )
@@ -59,11 +59,18 @@ class RunConfig(Section):
 
 def contradictions(config: RunConfig) -> Iterator[str]:
     """What is wrong between keys that are right one by one: found, wanted, remedy."""
-    smoothing, loss = config.objective.label_smoothing, config.objective.loss
-    if smoothing > 0 and loss not in ("sigmoid", "sigmoid_norm"):
+    objective = config.objective
+    yield from objective_contradictions(objective)
+    if objective.reference_free and config.reference.model is not None:
         yield (
-            f"objective.label_smoothing: {smoothing} with loss {loss}; wanted 0, or loss "
-            "sigmoid or sigmoid_norm. Only these two are defined with smoothed labels."
+            f"reference.model: {config.reference.model} with loss {', '.join(objective.names)}, "
+            "which has no reference; wanted none. Leave it out."
+        )
+    if objective.router_aux_loss_coef and config.train.gradient_checkpointing:
+        yield (
+            "train.gradient_checkpointing: true with objective.router_aux_loss_coef "
+            f"{objective.router_aux_loss_coef}; wanted false, because the routers of a recomputed "
+            "layer pass no gradient on. Set train.gradient_checkpointing to false."
         )
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:

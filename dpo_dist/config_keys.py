@@ -38,7 +38,11 @@ def type_name(annotation: Any) -> str:
     if origin in (list, dict):
         return f"{origin.__name__} of {' to '.join(map(type_name, arguments))}"
     if arguments:
-        return " | ".join(map(type_name, arguments))
+        lists_of_others = [list[argument] for argument in arguments]
+        return " | ".join(
+            "list of these" if argument in lists_of_others else type_name(argument)
+            for argument in arguments
+        )
     name = str(annotation.__name__)
     return {"Path": "path", "str": "text"}.get(name, name)
 

@@ -8,7 +8,7 @@ score through `score_pairs`, so that the numbers they compare come from the same
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dpo_dist.engine.attention import (
     PackedAttentionError,
     PackedRow,
 )
+from dpo_dist.engine.columns import pair_columns, router_columns
 from dpo_dist.engine.head import CompletionHead
 from dpo_dist.engine.model_parts import backbone_of, base_of
 from dpo_dist.engine.packing import PackedPairs, pad_pairs, unpack_sequences
@@ -29,8 +30,9 @@ Layout = Literal["packed", "padded", "plain"]
 
 
 def score_pairs(model: nn.Module, packed: PackedPairs) -> Tensor:
-    """(B, 2) float32: summed log-probs of the chosen (0) and the rejected (1) completion.
+    """(B, K) float32: summed log-probs of the chosen (0) and the rejected (1) completion.
 
+    Further columns are those that `packed.terms` asks for; by default there are none, K = 2.
     `model` is a PairScorer or a DeepSpeed engine around one.
     """
     return model(packed)
@@ -55,43 +57,71 @@ class PairScorer(nn.Module):
         self._own_attention: str = base_of(policy).get_correct_attn_implementation(None)
 
     def forward(self, packed: PackedPairs, layout: Layout | None = None) -> Tensor:
-        """(B, 2) float32 sums of completion log-probs, in `layout` or the settled one.
+        """(B, K) float32 columns of `packed.terms`, in `layout` or the settled one.
 
         Raises PackedAttentionError when the packed layout is asked of a model that cannot have it.
         """
         layout = layout or self.layout
         self._use_attention(PACKED_ATTENTION if layout == "packed" else self._own_attention)
         if layout == "plain":
-            logps = self._plain_logps(packed)
-        else:
-            hidden = (
-                self._packed_hidden(packed) if layout == "packed" else self._padded_hidden(packed)
-            )
-            self.head.declare_parameters()
-            logps = self.head(hidden, packed.targets)
-        sums = [completion.sum() for completion in logps.split(packed.completion_lengths)]
-        return torch.stack(sums).view(-1, 2)
+            return pair_columns(packed, self._plain_logps(packed))
+        hidden, routers = (self._packed if layout == "packed" else self._padded)(packed)
+        self.head.declare_parameters()
+        logps, log_sum_sq = self.head(hidden, packed.targets, packed.terms.sum_sq)
+        return pair_columns(packed, logps, log_sum_sq, routers)
 
-    def _packed_hidden(self, packed: PackedPairs) -> Tensor:
-        """(C, D) hidden states that predict the targets."""
+    def _packed(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
+        """(C, D) hidden states that predict the targets, and the columns of the routers."""
         output = backbone_of(self.policy)(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
             use_cache=False,
             packed_row=PackedRow.of(packed, self.backend),
+            **self._router_kwargs(packed),
         )
-        return output.last_hidden_state[0][packed.score_positions]
+        hidden = output.last_hidden_state[0][packed.score_positions]
+        if not packed.terms.num_experts:
+            return hidden, None
+        # a prompt's token counts twice, as it would in a row with either completion
+        sizes = (packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths)
+        lengths = torch.tensor(sizes, device=hidden.device).T.flatten()
+        weights = torch.tensor([2.0, 1.0, 1.0], device=hidden.device).repeat(packed.num_pairs)
+        pair_of = torch.arange(packed.num_pairs, device=hidden.device).repeat_interleave(3)
+        return hidden, self._routers(
+            output, packed, weights.repeat_interleave(lengths), pair_of.repeat_interleave(lengths)
+        )
 
-    def _padded_hidden(self, packed: PackedPairs) -> Tensor:
-        """(C, D) hidden states that predict the targets."""
+    def _padded(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
+        """As `_packed`."""
         padded = pad_pairs(packed)
         output = backbone_of(self.policy)(
-            input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            use_cache=False,
+            **self._router_kwargs(packed),
         )
-        return output.last_hidden_state.flatten(0, 1)[padded.score_positions]
+        hidden = output.last_hidden_state.flatten(0, 1)[padded.score_positions]
+        if not packed.terms.num_experts:
+            return hidden, None
+        mask = padded.attention_mask
+        pair_of = torch.arange(len(mask), device=mask.device) // 2
+        return hidden, self._routers(
+            output, packed, mask.flatten().float(), pair_of.repeat_interleave(mask.shape[1])
+        )
+
+    def _router_kwargs(self, packed: PackedPairs) -> dict[str, bool]:
+        return {"output_router_logits": True} if packed.terms.num_experts else {}
+
+    def _routers(
+        self, output: Any, packed: PackedPairs, weights: Tensor, pair_of: Tensor
+    ) -> Tensor:
+        """(B, 2 E) columns; weights and pair_of are of the rows of router logits."""
+        top_k = base_of(self.policy).config.get_text_config().num_experts_per_tok
+        return router_columns(output.router_logits, weights, pair_of, packed.num_pairs, top_k)
 
     def _plain_logps(self, packed: PackedPairs) -> Tensor:
-        """(C,) log-probs from the model's own logits, each sequence alone."""
+        """(C,) log-probs of completions from the model's own logits, each sequence alone."""
+        assert packed.terms.num_columns == 2, f"{packed.terms} has more than completions"
         logps: list[Tensor] = []
         for ids, length in zip(unpack_sequences(packed), packed.completion_lengths, strict=True):
             logits = self.policy(input_ids=ids[None], use_cache=False).logits[0, -length - 1 : -1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dpo_dist.engine.model_parts import base_of, logit_terms, output_module
-from dpo_dist.objective.logprobs import completion_logps
+from dpo_dist.objective.logprobs import completion_terms
 
 
 class CompletionHead(nn.Module):
@@ -24,15 +24,19 @@ class CompletionHead(nn.Module):
         output_module(policy)  # refuse a head that cannot be used before anything is computed
         self.logit_scale, self.softcap = logit_terms(base_of(policy).config)
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor, sum_sq: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(C,) log-probs, and with `sum_sq` (C,) log sum_v p(v)^2, as `completion_terms`."""
         head = output_module(self._policy[0])
-        return completion_logps(
+        return completion_terms(
             hidden.to(head.weight.dtype),
             head.weight,
             targets,
             bias=getattr(head, "bias", None),
             logit_scale=self.logit_scale,
             softcap=self.softcap,
+            sum_sq=sum_sq,
         )
 
     def declare_parameters(self) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
+
 PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
 
 
@@ -20,6 +22,7 @@ class PackedPairs:
 
     `score_positions[k]` is the place in the row whose hidden state predicts `targets[k]`. The
     completions follow each other: chosen of pair 0, rejected of pair 0, chosen of pair 1, ...
+    Where the terms ask for prompts, theirs come after all of them, without each first token.
     """
 
     input_ids: Tensor  # (1, T)
@@ -29,6 +32,7 @@ class PackedPairs:
     prompt_lengths: tuple[int, ...]  # B of each
     chosen_lengths: tuple[int, ...]
     rejected_lengths: tuple[int, ...]
+    terms: Terms = COMPLETIONS  # what is to be summed over the tokens of a pair
 
     @property
     def num_pairs(self) -> int:
@@ -39,6 +43,12 @@ class PackedPairs:
         """2B counts of scored tokens: chosen, rejected of each pair in turn."""
         both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
         return tuple(length for pair in both for length in pair)
+
+    @property
+    def target_lengths(self) -> tuple[int, ...]:
+        """How the targets divide: `completion_lengths`, then B of prompts if these are scored."""
+        prompts = (length - 1 for length in self.prompt_lengths if self.terms.prompt)
+        return (*self.completion_lengths, *prompts)
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +70,9 @@ class PackedPairs:
         )
 
 
-def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> PackedPairs:
+def pack_pairs(
+    pairs: Sequence[PairIds], device: torch.device | str = "cpu", terms: Terms = COMPLETIONS
+) -> PackedPairs:
     """Pack (prompt_ids, chosen_ids, rejected_ids) of B pairs into one row.
 
     Every token of chosen_ids and rejected_ids is scored; the last token of the prompt predicts the
@@ -85,10 +97,15 @@ def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> 
     position_ids: list[int] = []
     score_positions: list[int] = []
     targets: list[int] = []
+    prompt_positions: list[int] = []
+    prompt_targets: list[int] = []
     for index, (prompt, chosen, rejected) in enumerate(pairs):
         lengths = (len(prompt), len(chosen), len(rejected))
         assert min(lengths) > 0, f"pair {index} has an empty part: {lengths}"
         last_of_prompt = len(input_ids) + len(prompt) - 1
+        if terms.prompt:
+            prompt_positions.extend(range(len(input_ids), last_of_prompt))
+            prompt_targets.extend(prompt[1:])
         input_ids.extend(prompt)
         position_ids.extend(range(len(prompt)))
         for ids in (chosen, rejected):
@@ -101,11 +118,12 @@ def pack_pairs(pairs: Sequence[PairIds], device: torch.device | str = "cpu") -> 
     packed = PackedPairs(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
-        score_positions=torch.tensor(score_positions),
-        targets=torch.tensor(targets),
+        score_positions=torch.tensor(score_positions + prompt_positions),
+        targets=torch.tensor(targets + prompt_targets),
         prompt_lengths=tuple(len(prompt) for prompt, _, _ in pairs),
         chosen_lengths=tuple(len(chosen) for _, chosen, _ in pairs),
         rejected_lengths=tuple(len(rejected) for _, _, rejected in pairs),
+        terms=terms,
     )
     return packed.to(device)
 
@@ -153,10 +171,15 @@ def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:
     num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
     ends = [index * width + len(sequence) for index, sequence in enumerate(sequences)]
-    score_positions = torch.cat(
-        [
-            torch.arange(end - length - 1, end - 1)
-            for end, length in zip(ends, packed.completion_lengths, strict=True)
+    spans = [
+        torch.arange(end - length - 1, end - 1)
+        for end, length in zip(ends, packed.completion_lengths, strict=True)
+    ]
+    if packed.terms.prompt:
+        starts = range(0, 2 * width * packed.num_pairs, 2 * width)
+        spans += [
+            torch.arange(start, start + length - 1)
+            for start, length in zip(starts, packed.prompt_lengths, strict=True)
         ]
-    )
+    score_positions = torch.cat(spans)
     return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device))

@@ -1,6 +1,6 @@
 """Scoring without gradients: the reference pass, evaluation, the gate and the probe.
 
-N pairs of a wave.
+N pairs of a wave, K columns of what is scored (2 unless other terms are asked for).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,8 @@ import torch
 from dpo_dist.engine import collectives
 from dpo_dist.engine.forward import score_pairs
 from dpo_dist.engine.packing import pack_pairs
+from dpo_dist.engine.rng import restore_rng, rng_states
+from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 
 TokenIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
 
@@ -32,19 +34,22 @@ def score(
     micro_batches: Sequence[MicroBatch],
     token_ids: Callable[[int], TokenIds],
     device: torch.device,
+    terms: Terms = COMPLETIONS,
+    *,
+    dropout: bool = False,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """This rank's counted pairs: indices (N,) and completion log-probs (N, 2).
+    """This rank's counted pairs: indices (N,) and columns (N, K), completion log-probs first.
 
-    Dropout is off while scoring and the model's mode is put back after.
+    Without `dropout` it is off while scoring and the model's mode is put back after.
     """
     indices: list[int] = []
-    scores = [np.zeros((0, 2), dtype=np.float32)]
+    scores = [np.zeros((0, terms.num_columns), dtype=np.float32)]
     training = model.training
-    model.eval()
+    model.train(training and dropout)
     try:
         for batch in micro_batches:
             pairs = [token_ids(index) for index in batch.pair_indices]
-            result = score_pairs(model, pack_pairs(pairs, device)).float().cpu().numpy()
+            result = score_pairs(model, pack_pairs(pairs, device, terms)).float().cpu().numpy()
             if batch.counted:
                 indices += batch.pair_indices
                 scores.append(result)
@@ -58,7 +63,29 @@ def score_on_all_ranks(
     micro_batches: Sequence[MicroBatch],
     token_ids: Callable[[int], TokenIds],
     device: torch.device,
+    terms: Terms = COMPLETIONS,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
-    parts = collectives.gather(score(model, micro_batches, token_ids, device))
+    parts = collectives.gather(score(model, micro_batches, token_ids, device, terms))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def look_ahead(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], TokenIds],
+    device: torch.device,
+    terms: Terms,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], slice]:
+    """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
+
+    This rank's rows are in the order of its micro-batches. Dropout is as in training, and the
+    generators are put back, so that a forward of the same micro-batches makes the same numbers.
+    """
+    states = rng_states()
+    own = score(model, micro_batches, token_ids, device, terms, dropout=True)
+    restore_rng(states)
+    parts = collectives.gather(own)
+    start = sum(len(part[0]) for part in parts[: collectives.rank()])
+    indices, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return indices, columns, slice(start, start + len(own[0]))

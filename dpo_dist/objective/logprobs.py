@@ -27,6 +27,25 @@ def completion_logps(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
+    """The first of `completion_terms`, without the cost of the second."""
+    logps, _ = completion_terms(
+        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    return logps
+
+
+def completion_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    sum_sq: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Return `log softmax(f(hidden @ weight.T + bias))[target]` of every completion position.
 
     `f(x)` is `x * logit_scale`, then `softcap * tanh(x / softcap)` where a softcap is given.
@@ -36,12 +55,16 @@ def completion_logps(
 
     Gradients reach hidden, weight and bias; one that is not required costs nothing, so a frozen
     weight has no (V, D) buffer. The weight's gradient is summed over chunks in its own dtype.
+
+    With `sum_sq` the second result is (C,) `log sum_v p(v)^2` of the same distributions, without
+    gradient; else None.
     """
     assert hidden.shape[0] == targets.shape[0], (hidden.shape, targets.shape)
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     rows = chunk_size or max(1, LOGITS_BUDGET // weight.shape[0])
     apply: Any = _CompletionLogps.apply  # pyright: ignore
-    return cast(Tensor, apply(hidden, weight, targets, bias, logit_scale, softcap, rows))
+    terms = apply(hidden, weight, targets, bias, logit_scale, softcap, rows, sum_sq)
+    return cast(tuple[Tensor, Tensor | None], terms)
 
 
 class _CompletionLogps(torch.autograd.Function):
@@ -55,7 +78,8 @@ class _CompletionLogps(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         rows: int,
-    ) -> Tensor:
+        sum_sq: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         # The weight stays an object, not a saved tensor: under ZeRO-3 its storage is freed after
         # the forward and gathered into a new one before the backward.
         ctx.weight, ctx.bias = weight, bias
@@ -63,19 +87,24 @@ class _CompletionLogps(torch.autograd.Function):
         buffer = _chunk_buffer(hidden, weight, rows)
         logps = buffer.new_empty(hidden.shape[0])
         log_normalisers = torch.empty_like(logps)
+        log_sum_sq = torch.empty_like(logps) if sum_sq else None
         for chunk in _chunks(hidden.shape[0], rows):
             logits = _logits(buffer, hidden[chunk], weight, bias, logit_scale, softcap)
             logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
             log_normalisers[chunk] = _logsumexp_(logits)
+            if log_sum_sq is not None:
+                log_sum_sq[chunk] = _log_sum_sq_(logits)
         ctx.save_for_backward(hidden, targets, log_normalisers)
-        return logps.sub_(log_normalisers)
+        if log_sum_sq is not None:
+            ctx.mark_non_differentiable(log_sum_sq)
+        return logps.sub_(log_normalisers), log_sum_sq
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (grad_logps,) = grad_outputs
+        grad_logps, *_ = grad_outputs
         hidden, targets, log_normalisers = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
@@ -97,7 +126,7 @@ class _CompletionLogps(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), hidden[chunk], alpha=ctx.logit_scale)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, None, grad_bias, None, None, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
 def _chunks(num_rows: int, rows: int) -> list[slice]:
@@ -133,9 +162,15 @@ def _logits(
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:
-    """(rows,) log of the sum of exponentials; `logits` is destroyed."""
+    """(rows,) log of the sum of exponentials; `logits` becomes probabilities times a factor."""
     largest = logits.amax(1, keepdim=True)
     return logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
+
+
+def _log_sum_sq_(exponentials: Tensor) -> Tensor:
+    """(rows,) log sum_v p(v)^2 of what `_logsumexp_` leaves behind, which is destroyed."""
+    log_sums = exponentials.sum(1).log_()
+    return exponentials.square_().sum(1).log_().sub_(log_sums, alpha=2)
 
 
 def _grad_logits_(

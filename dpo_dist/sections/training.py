@@ -56,16 +56,6 @@ class AdapterSection(Section):
     modules_to_save: list[str] = Field([], description="Modules trained in full beside LoRA.")
 
 
-class ObjectiveSection(Section):
-    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = Field(
-        "sigmoid", description="Loss over reward margins; docs/objectives.md has the formulas."
-    )
-    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Probability that a preference label is wrong (cDPO)."
-    )
-
-
 class TrainSection(Section):
     num_epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
     max_steps: PositiveInt | None = Field(None, description="Stop here if epochs last longer.")
