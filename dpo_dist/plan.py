@@ -68,12 +68,15 @@ def store_root(config: RunConfig) -> Path:
 def scoring_contract(config: RunConfig, layout: str) -> ScoringContract:
     """Everything but the token ids that a reference log-prob of this run depends on."""
     reference_dir = reference_model_dir(config)
+    rule = MASK_RULES[layout]
+    if config.objective.ld_alpha != 1.0:
+        rule += f"; tokens past the shorter answer count {config.objective.ld_alpha:g}"
     return ScoringContract(
         reference_digest=digest_of_weights(reference_dir, config.model.allow_pickle_weights),
         tokenizer_digest=digest_of_tokenizer(base_model_dir(config)),
         dtype=config.model.dtype,
         layout=layout,
-        mask_rule=MASK_RULES[layout],
+        mask_rule=rule,
     )
 
 

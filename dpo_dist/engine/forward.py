@@ -29,13 +29,14 @@ from dpo_dist.engine.packing import PackedPairs, pad_pairs, unpack_sequences
 Layout = Literal["packed", "padded", "plain"]
 
 
-def score_pairs(model: nn.Module, packed: PackedPairs) -> Tensor:
+def score_pairs(model: nn.Module, packed: PackedPairs, layout: Layout | None = None) -> Tensor:
     """(B, K) float32: summed log-probs of the chosen (0) and the rejected (1) completion.
 
     Further columns are those that `packed.terms` asks for; by default there are none, K = 2.
-    `model` is a PairScorer or a DeepSpeed engine around one.
+    `model` is a PairScorer or a DeepSpeed engine around one, scored in its settled layout unless
+    another is given.
     """
-    return model(packed)
+    return model(packed, layout)
 
 
 class PairScorer(nn.Module):

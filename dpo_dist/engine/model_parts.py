@@ -53,6 +53,20 @@ def output_module(policy: nn.Module) -> Any:
     return head
 
 
+def num_experts(policy: nn.Module) -> int:
+    """Experts of a layer; raises ConfigError for a model that has no routers to balance."""
+    config = base_of(policy).config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        raise ConfigError(
+            f"objective.router_aux_loss_coef is set and {type(base_of(policy)).__name__} gives no "
+            "router logits",
+            "a mixture of experts whose routers are known to transformers",
+            "Set objective.router_aux_loss_coef to 0.",
+        )
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(getattr(config, name) for name in names if getattr(config, name, None))
+
+
 def logit_terms(config: Any) -> tuple[float, float | None]:
     """(factor on the logits, soft cap) as the model's family applies them after the head."""
     config = config.get_text_config()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dpo_dist.engine import collectives
-from dpo_dist.engine.forward import score_pairs
+from dpo_dist.engine.forward import Layout, score_pairs
 from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.rng import restore_rng, rng_states
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
@@ -37,10 +37,12 @@ def score(
     terms: Terms = COMPLETIONS,
     *,
     dropout: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """This rank's counted pairs: indices (N,) and columns (N, K), completion log-probs first.
 
-    Without `dropout` it is off while scoring and the model's mode is put back after.
+    Without `dropout` it is off while scoring and the model's mode is put back after. The layout is
+    the settled one unless another is given.
     """
     indices: list[int] = []
     scores = [np.zeros((0, terms.num_columns), dtype=np.float32)]
@@ -49,10 +51,10 @@ def score(
     try:
         for batch in micro_batches:
             pairs = [token_ids(index) for index in batch.pair_indices]
-            result = score_pairs(model, pack_pairs(pairs, device, terms)).float().cpu().numpy()
+            columns = score_pairs(model, pack_pairs(pairs, device, terms), layout)
             if batch.counted:
                 indices += batch.pair_indices
-                scores.append(result)
+                scores.append(columns.float().cpu().numpy())
     finally:
         model.train(training)
     return np.array(indices, dtype=np.int64), np.concatenate(scores)
@@ -64,9 +66,12 @@ def score_on_all_ranks(
     token_ids: Callable[[int], TokenIds],
     device: torch.device,
     terms: Terms = COMPLETIONS,
+    *,
+    layout: Layout | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
-    parts = collectives.gather(score(model, micro_batches, token_ids, device, terms))
+    own = score(model, micro_batches, token_ids, device, terms, layout=layout)
+    parts = collectives.gather(own)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -76,6 +81,7 @@ def look_ahead(
     token_ids: Callable[[int], TokenIds],
     device: torch.device,
     terms: Terms,
+    rank: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], slice]:
     """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
 
@@ -86,6 +92,6 @@ def look_ahead(
     own = score(model, micro_batches, token_ids, device, terms, dropout=True)
     restore_rng(states)
     parts = collectives.gather(own)
-    start = sum(len(part[0]) for part in parts[: collectives.rank()])
+    start = sum(len(part[0]) for part in parts[:rank])
     indices, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
     return indices, columns, slice(start, start + len(own[0]))

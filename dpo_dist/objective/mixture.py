@@ -1,7 +1,9 @@
 """The loss of a step: losses with their weights, WPO's pair weights, the routers' balance.
 
-Shapes: B pairs, E experts of a layer.
+Shapes: B pairs, N pairs of a whole step, K columns that a forward makes, E experts of a layer.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ def pair_losses(logps: PairLogps, objective: Objective) -> Tensor:
     if objective.router_aux_loss_coef:
         losses = losses + objective.router_aux_loss_coef * router_aux_loss(logps)
     return losses
+
+
+def step_gradient(
+    columns: Tensor, named: Callable[[Tensor], PairLogps], objective: Objective
+) -> tuple[PairLogps, Tensor, Tensor]:
+    """(named log-probs, (N,) losses, (N, K) gradient of their mean by the columns) of a whole step.
+
+    `columns` (N, K) are those of all its pairs and `named` names them. By the chain rule the
+    parameters' gradient is that of `(columns * gradient).sum()`, which can be had in parts.
+    """
+    columns = columns.detach().requires_grad_()
+    logps = named(columns)
+    losses = pair_losses(logps, objective)
+    (gradient,) = torch.autograd.grad(losses.mean(), columns)
+    return logps, losses, gradient
 
 
 def policy_weights(logps: PairLogps) -> Tensor:

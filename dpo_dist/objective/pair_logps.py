@@ -35,6 +35,16 @@ class Terms:
             "expert_probs": self.num_experts,
         }
 
+    def split(self, columns: Tensor) -> dict[str, Tensor]:
+        """(B, K) columns by name; those that were not asked for are missing."""
+        parts: dict[str, Tensor] = {}
+        start = 0
+        for name, width in self.widths.items():
+            if width:
+                parts[name] = columns[:, start : start + width]
+            start += width
+        return parts
+
     @property
     def num_columns(self) -> int:
         """K."""
@@ -88,19 +98,17 @@ class PairLogps:
             assert tensor.shape == (len(policy), width), (
                 f"{name} has shape {tuple(tensor.shape)}, wanted {(len(policy), width)}"
             )
-        logps, unweighted, prompt, sum_sq, counts, probs = policy.split(
-            list(terms.widths.values()), dim=1
-        )
+        parts = terms.split(policy)
         return cls(
-            *logps.unbind(1),
+            *parts["logps"].unbind(1),
             *reference.unbind(1),
             *lengths.unbind(1),
             prompt_lengths=prompt_lengths,
-            unweighted_logps=unweighted if terms.unweighted else None,
-            prompt_logps=prompt.squeeze(1) if terms.prompt else None,
-            sum_sq_logps=sum_sq if terms.sum_sq else None,
-            expert_counts=counts if terms.num_experts else None,
-            expert_probs=probs if terms.num_experts else None,
+            unweighted_logps=parts.get("unweighted"),
+            prompt_logps=parts["prompt"].squeeze(1) if terms.prompt else None,
+            sum_sq_logps=parts.get("sum_sq"),
+            expert_counts=parts.get("expert_counts"),
+            expert_probs=parts.get("expert_probs"),
             mean_chosen_length=mean_chosen_length,
             mean_sequence_length=mean_sequence_length,
         )

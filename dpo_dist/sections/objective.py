@@ -59,12 +59,13 @@ class ObjectiveSection(Section):
     def _check_names(cls, value: Any) -> Any:
         """One line for an unknown loss; pydantic's own would be one for each type of the key."""
         valid = get_args(LossName)
-        for name in cast(list[Any], value) if isinstance(value, list) else [value]:
+        names = cast(list[Any], value) if isinstance(value, list) else [value]
+        for name in names:
             if name not in valid:
                 close = difflib.get_close_matches(str(name), valid, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
                 raise ValueError(f"objective.loss: {name!r} is no loss; {hint}")
-        return value
+        return cast(Any, value)
 
     @property
     def names(self) -> tuple[LossName, ...]:

@@ -24,10 +24,12 @@ from dpo_dist.engine.scoring import score_on_all_ranks
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console, progress_bar
 from dpo_dist.manifest import write_json
+from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.objective.rewards import reward_metrics
+from dpo_dist.objective.settings import Objective
 from dpo_dist.plan import base_model_dir, scoring_budget
 from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.inputs import ScoredPairs, with_reference
+from dpo_dist.stages.inputs import ScoredPairs, objective_of, with_reference
 from dpo_dist.topology import Topology, from_environment
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def run(config: RunConfig) -> Path:
         held_out = with_reference(config, pairs, layout)
         scores = _score_all(config, scorer, pairs, topology, device)
         if topology.rank == 0:
-            write_json(paths.evaluate_path, _result(held_out, scores, config.objective.beta))
+            write_json(paths.evaluate_path, _result(held_out, scores, objective_of(config)))
     return paths.evaluate_path
 
 
@@ -75,21 +77,26 @@ def _score_all(
         task = bar.add_task("evaluate", total=len(pairs))
         for wave in waves:
             own = wave[topology.rank]
-            indices, logps = score_on_all_ranks(scorer, own, pairs.token_ids, device)
+            terms = Terms(config.objective.ld_alpha)
+            indices, logps = score_on_all_ranks(scorer, own, pairs.token_ids, device, terms)
             scores[indices] = logps
             bar.advance(task, len(indices))
     return torch.from_numpy(scores)
 
 
-def _result(held_out: ScoredPairs, scores: torch.Tensor, beta: float) -> dict[str, Any]:
-    """Means before (the reference itself: margins are 0) and after, over all and per source."""
+def _result(held_out: ScoredPairs, scores: torch.Tensor, objective: Objective) -> dict[str, Any]:
+    """Means before (the reference itself: margins are 0) and after, over all and per source.
+
+    Without a reference nothing is known of before.
+    """
     sources = np.array(held_out.pairs.sources)
     groups = {"all": np.arange(len(sources))}
     groups |= {str(name): np.flatnonzero(sources == name) for name in np.unique(sources)}
-    result: dict[str, Any] = {"num_pairs": len(sources), "beta": beta}
-    for state, policy in (("before", held_out.reference), ("after", scores)):
+    result: dict[str, Any] = {"num_pairs": len(sources), "beta": objective.beta}
+    before = {} if objective.reference_free else {"before": held_out.reference}
+    for state, policy in (before | {"after": scores}).items():
         means = {
-            name: {"num_pairs": len(rows)} | _means(held_out, policy[rows], rows, beta)
+            name: {"num_pairs": len(rows)} | _means(held_out, policy[rows], rows, objective)
             for name, rows in groups.items()
         }
         result[state] = means.pop("all") | {"per_source": means}
@@ -97,23 +104,24 @@ def _result(held_out: ScoredPairs, scores: torch.Tensor, beta: float) -> dict[st
 
 
 def _means(
-    held_out: ScoredPairs, policy: torch.Tensor, rows: np.ndarray[Any, Any], beta: float
+    held_out: ScoredPairs, policy: torch.Tensor, rows: np.ndarray[Any, Any], objective: Objective
 ) -> dict[str, float]:
     """TRL's reward metrics, and how often the policy's own log-probs rank a pair right."""
     means = {
         name: float(values.double().mean())
-        for name, values in reward_metrics(held_out.logps(policy, rows), beta).items()
+        for name, values in reward_metrics(held_out.logps(policy, rows), objective).items()
     }
     return means | {"logps/accuracies": float((policy[:, 0] > policy[:, 1]).double().mean())}
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Shows evaluate.json as a table."""
-    table = Table("held-out", *(f"{name} {when}" for name in SHOWN for when in ("before", "after")))
-    groups = {"all": (result["before"], result["after"])}
+    states = [state for state in ("before", "after") if state in result]
+    table = Table("held-out", *(f"{name} {when}" for name in SHOWN for when in states))
+    groups = {"all": [result[state] for state in states]}
     for name in result["after"]["per_source"]:
-        groups[name] = tuple(result[when]["per_source"][name] for when in ("before", "after"))
-    for name, (before, after) in groups.items():
-        cells = [f"{means[metric]:.3f}" for metric in SHOWN for means in (before, after)]
-        table.add_row(f"{name} ({after['num_pairs']})", *cells)
+        groups[name] = [result[state]["per_source"][name] for state in states]
+    for name, group in groups.items():
+        cells = [f"{means[metric]:.3f}" for metric in SHOWN for means in group]
+        table.add_row(f"{name} ({group[-1]['num_pairs']})", *cells)
     console.print(table)

@@ -1,6 +1,6 @@
-"""What several stages open: prepared pairs beside their reference log-probs.
+"""What several stages open: prepared pairs beside their reference log-probs, the objective.
 
-N pairs of a split, B pairs in a micro-batch.
+N pairs of a split, B pairs in a micro-batch, K columns that a forward makes of a pair.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,13 @@ from dpo_dist.config import RunConfig
 from dpo_dist.data.pairs import Pairs
 from dpo_dist.engine import collectives
 from dpo_dist.errors import ReferenceStoreError
-from dpo_dist.objective.losses import PairLogps
+from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
+from dpo_dist.objective.settings import Objective
 from dpo_dist.plan import scoring_contract, store_root
 from dpo_dist.reference_store import explain_miss, open_store
+
+IntArray = npt.NDArray[np.int64]
+Indices = Sequence[int] | IntArray
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,50 @@ class ScoredPairs:
     reference: torch.Tensor
 
     def logps(
-        self, policy: torch.Tensor, indices: Sequence[int] | npt.NDArray[np.int64]
+        self,
+        policy: torch.Tensor,
+        indices: Indices,
+        terms: Terms = COMPLETIONS,
+        step: Indices | None = None,
     ) -> PairLogps:
-        """Policy log-probs (B, 2) of the pairs at `indices` beside what the losses need."""
-        rows = np.asarray(indices)
+        """Columns (B, K) of the pairs at `indices` beside what the losses need.
+
+        `step` are the pairs whose mean the loss is, for losses per token; by default the same.
+        """
+        rows, step_rows = np.asarray(indices), np.asarray(indices if step is None else step)
         columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])
         lengths = torch.from_numpy(np.stack(columns, axis=1)).to(policy.device)
-        return PairLogps.from_columns(policy, self.reference[rows].to(policy.device), lengths)
+        chosen = self.pairs.chosen_lengths[step_rows]
+        return PairLogps.from_columns(
+            policy,
+            self.reference[rows].to(policy.device),
+            lengths,
+            terms,
+            prompt_lengths=torch.from_numpy(self.pairs.prompt_lengths[rows]).to(policy.device),
+            mean_chosen_length=float(chosen.mean()),
+            mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
+        )
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The objective as the losses read it."""
+    section = config.objective
+    settings = section.model_dump(exclude={"loss", "loss_weights"})
+    return Objective(
+        losses=section.weighted_losses, reference_free=section.reference_free, **settings
+    )
 
 
 def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
     """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
 
+    An objective without a reference gets zeros.
+
     Raises ReferenceStoreError on every rank when rows are missing, saying what the store holds
     instead.
     """
+    if config.objective.reference_free:
+        return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
     reference = None
     with collectives.same_error_everywhere():
         if collectives.is_first():

@@ -26,6 +26,7 @@ from dpo_dist.errors import ArtefactError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import write_json
 from dpo_dist.model_files import weight_files
+from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.plan import (
     complete_store,
     reference_model_dir,
@@ -48,6 +49,8 @@ WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for
 def run(config: RunConfig) -> Path:
     """Scores what the store lacks; returns the store's folder. Raises Stopped on a signal."""
     paths = RunDir(config.run.dir)
+    if config.objective.reference_free:
+        return _skip(config, paths)
     splits = [open_pairs(paths.pairs_dir, split) for split in SPLITS]
     done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
     if done is not None:
@@ -61,6 +64,15 @@ def run(config: RunConfig) -> Path:
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         return _run_pass(config, paths, splits, topology, device, stop)
+
+
+def _skip(config: RunConfig, paths: RunDir) -> Path:
+    """Says, and writes down, that the objective needs no reference; returns where it is written."""
+    why = f"objective.loss {', '.join(config.objective.names)} has no reference"
+    if from_environment().rank == 0:
+        _logger.info("reference: not needed, %s", why)
+        write_json(paths.reference_status_path, {"not_needed": why})
+    return paths.reference_status_path
 
 
 def _run_pass(
@@ -89,7 +101,7 @@ def _run_pass(
             for wave in plan_scoring_batches(
                 pairs.packed_lengths, missing, topology.world_size, scoring_budget(config)
             ):
-                num_scored += _score_wave(model, store, pairs, wave, topology, device)
+                num_scored += _score_wave(config, model, store, pairs, wave, topology, device)
                 bar.update(task, completed=num_scored)
                 if topology.rank == 0 and config.reference.part is None:
                     update_status(
@@ -154,6 +166,7 @@ def _fits_whole(
 
 
 def _score_wave(
+    config: RunConfig,
     model: torch.nn.Module,
     store: ReferenceStore,
     pairs: Pairs,
@@ -163,7 +176,7 @@ def _score_wave(
 ) -> int:
     """Scores this rank's share, gathers, and commits the wave on rank 0; pairs scored."""
     wave_indices, wave_scores = score_on_all_ranks(
-        model, wave[topology.rank], pairs.token_ids, device
+        model, wave[topology.rank], pairs.token_ids, device, Terms(config.objective.ld_alpha)
     )
     with collectives.same_error_everywhere():
         if topology.rank == 0:
@@ -193,6 +206,8 @@ def status(config: RunConfig) -> dict[str, Any]:
         raise ArtefactError(
             f"{paths.pairs_dir} does not exist", "prepared pairs", "Run `dpo-dist prepare` first."
         )
+    if config.objective.reference_free:
+        return {"not_needed": f"objective.loss {', '.join(config.objective.names)}"}
     report: dict[str, Any] = {"store_dir": str(store_root(config)), "layouts": {}}
     for layout in ("packed", "padded"):
         contract = scoring_contract(config, layout)

@@ -1,0 +1,120 @@
+"""Objectives in training: the same step on any ranks and packing; runs without a reference."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny_run import make_run, metrics_of, succeed, weights_of
+
+from dpo_dist.config import load_config
+
+STEPS = 2
+OVERRIDES = (
+    f"train.max_steps={STEPS}", "checkpoint.every_steps=2", "checkpoint.probe_pairs=2",
+    "train.warmup_ratio=0",
+)  # fmt: skip
+
+
+def reference_worker(run_yaml: str, overrides: Sequence[str]) -> None:
+    from dpo_dist.stages import reference
+
+    reference.run(load_config(Path(run_yaml), overrides))
+
+
+def train_worker(run_yaml: str, overrides: Sequence[str]) -> None:
+    from dpo_dist.stages import train
+
+    train.run(load_config(Path(run_yaml), overrides))
+
+
+def prepared(folder: Path, family: str = "llama") -> Path:
+    """A run whose pairs and reference are there."""
+    from dpo_dist.stages import prepare
+
+    run_yaml = make_run(folder, family)
+    prepare.run(load_config(run_yaml))
+    run_ranks(1, reference_worker, str(run_yaml), [])
+    return run_yaml
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("llama"))
+
+
+def trained(run_yaml: Path, ranks: int, name: str, *overrides: str) -> Path:
+    """The folder of another run on the same pairs and reference, after training it."""
+    out = run_yaml.parent / name
+    shutil.copytree(run_yaml.parent / "out", out, dirs_exist_ok=True)
+    run_ranks(ranks, train_worker, str(run_yaml), [f"run.dir={out}", *OVERRIDES, *overrides])
+    return out
+
+
+def assert_same(one: Path, other: Path, atol: float = 2e-5) -> None:
+    """Equal metrics and weights but for rounding."""
+    for left, right in zip(metrics_of(one), metrics_of(other), strict=True):
+        shared = {k: v for k, v in left.items() if k != "tokens_saved_by_sharing"}
+        assert shared == pytest.approx({k: right[k] for k in shared}, abs=1e-4)
+    left, right = weights_of(one, STEPS), weights_of(other, STEPS)
+    worst = max(float((left[name] - right[name]).abs().max()) for name in left)
+    assert worst < atol, worst
+
+
+def test_pairs_of_a_step_are_coupled_whatever_ranks_and_packing(llama: Path) -> None:
+    objective = ("objective.loss=[aot,sft]", "objective.loss_weights=[1.0,0.1]")
+    one = trained(llama, 1, "aot-1", *objective)
+    two = trained(llama, 2, "aot-2", *objective, "train.micro_batch_tokens=100")
+    assert_same(one, two)
+
+
+def test_a_mixture_of_weighted_losses_per_token_whatever_ranks_and_packing(llama: Path) -> None:
+    objective = (
+        "objective.loss=[sigmoid,bco_pair]", "objective.loss_weights=[0.8,0.2]",
+        "objective.use_weighting=true",
+    )  # fmt: skip
+    one = trained(llama, 1, "wpo-1", *objective)
+    two = trained(llama, 2, "wpo-2", *objective, "train.micro_batch_tokens=100")
+    assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_dropout_is_the_same_in_both_forwards(llama: Path) -> None:
+    # a global batch of one pair: nothing to sort, so that aot is sigmoid
+    settings = (
+        "adapter.dropout=0.3", "train.global_batch_size=1", "adapter.rank=4",
+        "train.gradient_checkpointing=true",
+    )  # fmt: skip
+    sorted_alone = trained(llama, 1, "dropout-aot", "objective.loss=aot", *settings)
+    alone = trained(llama, 1, "dropout-sigmoid", *settings)
+    assert_same(sorted_alone, alone)
+
+
+def test_without_a_reference_there_is_no_pass_and_a_gate(tmp_path: Path) -> None:
+    run_yaml = make_run(tmp_path)
+    told = succeed("run", run_yaml, "objective.loss=simpo", "objective.beta=2.0", *OVERRIDES)
+    assert "reference: not needed, objective.loss simpo has no reference" in told.stderr
+    assert "largest difference from the model's own logits" in told.stderr
+    out = run_yaml.parent / "out"
+    assert not (out / "reference").exists()
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    first, *_ = metrics_of(out)
+    assert -20 < first["logps/chosen"] < 0  # of a token
+    assert first["rewards/chosen"] == pytest.approx(2.0 * first["logps/chosen"])
+    status = succeed("reference", run_yaml, "--status", "objective.loss=simpo")
+    assert json.loads(status.stdout) == {"not_needed": "objective.loss simpo"}
+    succeed("evaluate", run_yaml, "objective.loss=simpo", "objective.beta=2.0", *OVERRIDES)
+    evaluation = json.loads((out / "evaluate.json").read_text())
+    assert "before" not in evaluation and evaluation["after"]["rewards/chosen"] < 0
+
+
+def test_orpo_whatever_ranks_and_packing(llama: Path) -> None:
+    one = trained(llama, 1, "orpo-1", "objective.loss=orpo")
+    two = trained(llama, 2, "orpo-2", "objective.loss=orpo", "train.micro_batch_tokens=100")
+    assert_same(one, two)
+    first, *_ = metrics_of(one)
+    assert first["loss"] == pytest.approx(
+        first["nll_loss"] - 0.5 * first["log_odds_ratio"], abs=1e-5
+    )
