@@ -166,6 +166,16 @@ def status(
             print(f"{name:<16} {value}")
 
 
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The run folder.", metavar="RUN_DIR")],
+) -> None:
+    """One HTML page with plots: curves, samples, data, settings; at any point of a run."""
+    from dpo_dist.stages import report as report_stage
+
+    print(report_stage.run(run_dir))
+
+
 @app.command("plan")
 def plan_command(
     config_path: ConfigPath,

@@ -72,6 +72,19 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"{objective.router_aux_loss_coef}; wanted false, because the routers of a recomputed "
             "layer pass no gradient on. Set train.gradient_checkpointing to false."
         )
+    best_by, checkpoint, evaluation = config.checkpoint.best_by, config.checkpoint, config.eval
+    if best_by is not None and checkpoint.every_steps % evaluation.every_steps:
+        yield (
+            f"checkpoint.every_steps: {checkpoint.every_steps} with eval.every_steps "
+            f"{evaluation.every_steps} and checkpoint.best_by {best_by}; wanted a multiple of "
+            "eval.every_steps. A checkpoint needs an evaluation to be compared by."
+        )
+    for key, wanted in (
+        ("eval.patience", evaluation.patience is not None),
+        ("export.checkpoint: best", config.export.checkpoint == "best"),
+    ):
+        if wanted and best_by is None:
+            yield f"{key} without checkpoint.best_by; wanted the metric to go by. Set it."
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
         yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")

@@ -82,14 +82,14 @@ def atomic_dir(final: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())  # some file systems tell only here that they are full
+        fsync_dir(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    fsync_dir(partial)
     replaced = final.parent / f".{final.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():

@@ -9,6 +9,8 @@ A line of the JSONL file is strict JSON: {"step": 200, "time": <Unix seconds>, n
 | logps/chosen, logps/rejected | mean over pairs of the policy's summed log-probs |
 | grad_norm, learning_rate, epoch | before clipping; as used by the step; epochs consumed |
 | tokens_per_second, pairs_per_second | all ranks together |
+| peak_memory_gib | of the fullest rank: most GPU memory of tensors since the last line; without \
+GPUs the most memory its process ever held |
 | tokens_saved_by_sharing | prompt tokens not computed twice, share of the unshared tokens |
 | consumed_pairs | pairs trained on since the start of the run |
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,17 +41,25 @@ Kind = Literal["train", "eval"]
 class MetricsWriter:
     """Appends the metrics of one process, rank 0, to `jsonl_path` and `tensorboard_dir`.
 
-    What an earlier attempt wrote after `resume_step` is dropped from both, so a step appears
-    once; -1 drops everything. Nothing is written for TensorBoard when `tensorboard_dir` is None.
-    Every write is flushed: what was written survives a killed process.
+    Answers to held-out prompts go to `samples_path` and, as text, to `tensorboard_dir`. What an
+    earlier attempt wrote after `resume_step` is dropped from all of them, so a step appears once;
+    -1 drops everything. Nothing is written for TensorBoard when `tensorboard_dir` is None. Every
+    write is flushed: what was written survives a killed process.
     """
 
     def __init__(
-        self, jsonl_path: Path, tensorboard_dir: Path | None, resume_step: int = -1
+        self,
+        jsonl_path: Path,
+        tensorboard_dir: Path | None,
+        resume_step: int = -1,
+        samples_path: Path | None = None,
     ) -> None:
         jsonl_path.parent.mkdir(parents=True, exist_ok=True)
         _truncate(jsonl_path, resume_step)
         self._jsonl = jsonl_path.open("a", encoding="utf-8")
+        self._samples_path = samples_path
+        if samples_path is not None:
+            _truncate(samples_path, resume_step)
         self._events = None
         if tensorboard_dir is not None:
             self._events = _EventFile(tensorboard_dir, purge_step=resume_step + 1)
@@ -78,11 +88,16 @@ class MetricsWriter:
                 step, {f"{kind}/{name}": value for name, value in metrics.items()}
             )
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        """Writes a text sample, shown as Markdown: the line {"step", "time", tag: text}."""
-        self._write_line(step, {tag: text})
-        if self._events is not None:
-            self._events.add_text(step, tag, text)
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Writes (prompt, answer) texts: lines {"step", "time", "number", "prompt", "answer"}."""
+        assert self._samples_path is not None, "opened without samples_path"
+        now = time.time()
+        with self._samples_path.open("a", encoding="utf-8") as stream:
+            for number, (prompt, answer) in enumerate(samples):
+                line = {"step": step, "time": now, "number": number}
+                stream.write(json.dumps(line | {"prompt": prompt, "answer": answer}) + "\n")
+                if self._events is not None:
+                    self._events.add_text(step, f"samples/{number}", _as_markdown(prompt, answer))
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -144,6 +159,30 @@ class _EventFile:
     def _add(self, step: int, summary: Summary) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
+
+
+def read_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics or samples file up to a step; none when there is no such file.
+
+    A line cut short by a kill, or one that is being written, is passed over.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    steps = [(_step_of(line), line) for line in lines]
+    return [
+        json.loads(line)
+        for step, line in steps
+        if step >= 0 and (last_step is None or step <= last_step)
+    ]
+
+
+def _as_markdown(prompt: str, answer: str) -> str:
+    """Both texts as blocks of code, which no renderer takes for markup."""
+    parts = []
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        parts += [f"**{name}**", "\n".join(f"    {line}" for line in text.splitlines())]
+    return "\n\n".join(parts)
 
 
 def _truncate(jsonl_path: Path, resume_step: int) -> None:

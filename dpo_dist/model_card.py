@@ -1,6 +1,5 @@
 """The README.md of an exported model: data, settings, metrics and versions, with Hub metadata."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from dpo_dist import __version__
 from dpo_dist.config import RunConfig
+from dpo_dist.curves import Line, displacement
 from dpo_dist.run_dir import RunDir
 
 Kind = Literal["adapter", "merged", "full"]
@@ -43,7 +43,8 @@ class Training:
     epoch: float
     versions: Mapping[str, str]
     report: Mapping[str, Any]  # of the prepare stage
-    metrics: Sequence[Mapping[str, Any]]  # lines of the metrics file
+    metrics: Sequence[Line]  # lines of the metrics file
+    plots: Mapping[str, str]  # heading of a plot -> its file, relative to the card
 
 
 def export_folders(config: RunConfig) -> dict[Kind, Path]:
@@ -53,14 +54,6 @@ def export_folders(config: RunConfig) -> dict[Kind, Path]:
         return {"full": paths.model_dir(merged=False)}
     merged: dict[Kind, Path] = {"merged": paths.model_dir(merged=True)}
     return {"adapter": paths.adapter_dir, **(merged if config.export.merge else {})}
-
-
-def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to a step; none when there is no such file."""
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [line for line in lines if line["step"] <= last_step]
 
 
 def base_model_name(config: RunConfig) -> str:
@@ -85,7 +78,7 @@ def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) ->
         f"Longest pair: {training.report['max_length']} tokens.",
         "## Settings",
         _table(("setting", "value"), _settings(config)),
-        *_results(training.metrics),
+        *_results(training.metrics, training.plots),
         "## Versions",
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
@@ -134,14 +127,18 @@ def _settings(config: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _results(metrics: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """A few points of the training curve and the last evaluation."""
+def _results(metrics: Sequence[Line], plots: Mapping[str, str]) -> Iterable[str]:
+    """The curves, a few points of them, what they warn of, and the last evaluation."""
     curve = [line for line in metrics if "loss" in line]
     if curve:
         last = len(curve) - 1
         picked = sorted({round(i * last / (NUM_CURVE_ROWS - 1)) for i in range(NUM_CURVE_ROWS)})
         rows = [(f"{curve[i]['step']}", *(_plain(curve[i].get(n)) for n in CURVE)) for i in picked]
         yield "## Training"
+        if warning := displacement(metrics):
+            yield f"> **Note:** {warning}"
+        if plots:
+            yield "\n".join(f"![{title}]({path})" for title, path in plots.items())
         yield _table(("step", *CURVE), rows)
     held_out = [line for line in metrics if "eval_loss" in line]
     if held_out:

@@ -34,7 +34,7 @@ STAGES = (
     Stage("prepare", False, "preference rows -> tokenised pairs"),
     Stage("reference", True, "pairs -> reference log-probs"),
     Stage("train", True, "DPO -> checkpoints, metrics"),
-    Stage("export", False, "newest checkpoint -> Hugging Face folders"),
+    Stage("export", False, "newest or best checkpoint -> Hugging Face folders"),
     Stage("verify", False, "a fresh load reproduces the probe"),
 )
 DOCTOR = Stage("doctor", True, "versions, GPUs, disk and network of the nodes")

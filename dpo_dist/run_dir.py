@@ -77,6 +77,14 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def samples_path(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def report_dir(self) -> Path:
+        return self.root / "report"
+
+    @property
     def tensorboard_dir(self) -> Path:
         return self.root / "tensorboard"
 
@@ -123,6 +131,7 @@ COMMIT_NAME = "COMMITTED"
 PROBE_NAME = "probe.safetensors"
 TRAIN_STATE_NAME = "train_state.json"
 PAIRS_REPORT_NAME = "report.json"
+REPORT_PAGE_NAME = "index.html"
 UNIVERSAL_ORIGIN_NAME = "origin.json"
 
 

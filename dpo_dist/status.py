@@ -59,6 +59,11 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("reference", scored))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))
+    if status.get("best_checkpoint"):
+        held_out = f"{status['best_by']} {status['best_metric']:.4f}"
+        lines.append(("best checkpoint", f"{status['best_checkpoint']} ({held_out})"))
+    if status.get("early_stop"):
+        lines.append(("ended", status["early_stop"]))
     restarts = status.get("restarts", {})
     lines.append(("restarts", str(restarts.get("total", 0))))
     own = status.get("stages", {}).get(status.get("stage"), {})

@@ -15,7 +15,7 @@ FACTS = {
     "errors", "config", "sections", "config_keys", "attempts", "topology",
     "run_dir", "run_lock", "manifest", "plan", "logs", "status", "stop_flag",
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
-    "remedies", "local",
+    "remedies", "local", "curves", "plots", "report_page", "best",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpo_dist.metrics import MetricsWriter
+from dpo_dist.metrics import MetricsWriter, read_lines
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -97,17 +97,40 @@ def test_numbers_json_does_not_know_become_null_and_are_listed(tmp_path: Path) -
     assert step == 1 and math.isnan(value)
 
 
-def test_text_samples_reach_both_files(tmp_path: Path) -> None:
-    text = "**prompt**\n\nanswer with ü, \u2028 and \N{SNAKE}"
-    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb") as writer:
-        writer.write_text(7, "samples/0", text)
-    (line,) = lines_of(tmp_path / "metrics.jsonl")
-    assert (line["step"], line["samples/0"]) == (7, text)
+def test_samples_reach_both_files(tmp_path: Path) -> None:
+    answer = "answer with ü, \u2028 and \N{SNAKE}\nin two lines"
+    path = tmp_path / "samples.jsonl"
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", samples_path=path) as writer:
+        writer.write_samples(7, [("who?", answer)])
+    (line,) = lines_of(path)
+    assert line.pop("time") > 1.7e9
+    assert line == {"step": 7, "number": 0, "prompt": "who?", "answer": answer}
     events = events_of(tmp_path / "tb")
     assert events.Tags()["tensors"] == ["samples/0/text_summary"]
     assert events.SummaryMetadata("samples/0/text_summary").plugin_data.plugin_name == "text"
     (event,) = events.Tensors("samples/0/text_summary")
-    assert (event.step, event.tensor_proto.string_val[0].decode()) == (7, text)
+    text = event.tensor_proto.string_val[0].decode()
+    assert (event.step, text.splitlines()[2]) == (7, "    who?")
+    assert text.endswith("\n    in two lines")
+
+
+def test_samples_of_an_earlier_attempt_go_with_its_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for resume_step, steps in ((-1, (0, 2, 4)), (3, (4,))):
+        with MetricsWriter(tmp_path / "m.jsonl", None, resume_step, path) as writer:
+            for step in steps:
+                writer.write_samples(step, [("p", str(resume_step))])
+    assert [(line["step"], line["answer"]) for line in lines_of(path)] == [
+        (0, "-1"), (2, "-1"), (4, "3"),
+    ]  # fmt: skip
+
+
+def test_lines_are_read_up_to_a_step_and_a_torn_one_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2}\n{"step": 3, "lo\xff')
+    assert read_lines(path) == [{"step": 1, "loss": 1.0}, {"step": 2}]
+    assert read_lines(path, last_step=1) == [{"step": 1, "loss": 1.0}]
 
 
 def test_what_was_written_is_there_before_close(tmp_path: Path) -> None:
@@ -121,7 +144,6 @@ def test_what_was_written_is_there_before_close(tmp_path: Path) -> None:
 def test_without_a_tensorboard_folder_only_the_lines_are_written(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "metrics.jsonl", None) as writer:
         writer.write(1, {"loss": 1.0})
-        writer.write_text(1, "sample", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -131,9 +153,10 @@ def test_torch_is_never_imported(tensorboard_dir: str, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from dpo_dist.metrics import MetricsWriter
-with MetricsWriter(Path(sys.argv[1]) / "m.jsonl", {tensorboard_dir}) as writer:
+folder = Path(sys.argv[1])
+with MetricsWriter(folder / "m.jsonl", {tensorboard_dir}, samples_path=folder / "s") as writer:
     writer.write(1, {{"loss": 1.0}})
-    writer.write_text(1, "sample", "text")
+    writer.write_samples(1, [("prompt", "text")])
 sys.exit("torch" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tmp_path)]

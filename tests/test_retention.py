@@ -8,7 +8,7 @@ import pytest
 
 from dpo_dist.engine import checkpoint
 from dpo_dist.engine.commit import commit, record_files
-from dpo_dist.engine.retention import prune
+from dpo_dist.engine.retention import best_committed, best_standing, prune
 from dpo_dist.engine.train_state import TrainState
 from dpo_dist.errors import CheckpointError
 from dpo_dist.run_dir import COMMIT_NAME, TRAIN_STATE_NAME
@@ -83,6 +83,22 @@ def test_a_foreign_pickle_is_never_chosen(run: Path) -> None:
     os.chown(run / "step-000300" / "mp_rank_00_model_states.pt", 12345, -1)
     assert checkpoint.newest_committed(run) == run / "step-000200"
     assert "belongs to user 12345" in (run / "quarantine" / "step-000300.reason.txt").read_text()
+
+
+def test_pruning_spares_the_best_that_stands(run: Path) -> None:
+    plain(run, 400)
+    prune(run, keep=2, ranked=[999, 100, 200])
+    assert sorted(os.listdir(run)) == ["step-000100", "step-000300", "step-000400"]
+    prune(run, keep=2, ranked=[300, 100])
+    assert sorted(os.listdir(run)) == ["step-000300", "step-000400"]
+
+
+def test_a_damaged_best_gives_way_to_the_next(run: Path) -> None:
+    (run / "step-000100" / "mp_rank_00_model_states.pt").write_bytes(b"weighty")
+    assert best_standing(run, [50, 100, 300, 200]) == run / "step-000100"
+    assert best_committed(run, [50, 100, 300, 200]) == run / "step-000300"
+    assert (run / "quarantine" / "step-000100").is_dir()
+    assert best_committed(run, []) is None
 
 
 def test_pruning_keeps_the_newest_whole_ones(run: Path) -> None:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from safetensors import torch as safetensors
 
+from dpo_dist.best import Metric, ranked_steps
 from dpo_dist.engine import collectives
 from dpo_dist.engine.commit import Files, commit, find_changed, read_committed, remove_leftovers
 from dpo_dist.engine.retention import newest_plausible, prune, quarantine, supersede
@@ -51,12 +52,14 @@ def save(
     probe_logps: LogpArray,
     *,
     keep: int,
+    best_by: Metric | None = None,
 ) -> Path:
     """Commits a checkpoint of all ranks and prunes to the `keep` newest; returns its folder.
 
-    `probe_indices` is (K,), `probe_logps` (K, 2). Frozen parameters are not written: they are the
-    base model's, whose digest a resume compares. Raises CheckpointError on every rank, naming the
-    rank that failed and why, and leaves the earlier checkpoints as they were.
+    The best by `best_by` among the evaluations in `state` is kept too. `probe_indices` is (K,),
+    `probe_logps` (K, 2). Frozen parameters are not written: they are the base model's, whose
+    digest a resume compares. Raises CheckpointError on every rank, naming the rank that failed
+    and why, and leaves the earlier checkpoints as they were.
     """
     assert keep >= 2, f"keep={keep}, wanted at least 2"
     run = _run_dir(checkpoints_dir)
@@ -75,7 +78,7 @@ def save(
             os.replace(partial, final)
             fsync_dir(checkpoints_dir)
     if collectives.is_first():
-        prune(checkpoints_dir, keep)
+        prune(checkpoints_dir, keep, ranked_steps(state.evaluations, best_by))
     return final
 
 
@@ -130,7 +133,7 @@ def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainSt
     state = read_train_state(step_dir)
     check_resume(step_dir, state, digests_now)
     check_stage(step_dir, state, engine.zero_optimization_stage())
-    rank, world_size = _place()
+    rank, world_size = collectives.place()
     convert = needs_conversion(step_dir, world_size)
     universal = engine.load_universal_checkpoint()
     assert universal == convert, f"load_universal is {universal}, wanted {convert}"
@@ -171,7 +174,7 @@ def _write_together(
         engine.save_checkpoint(
             str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
         )
-    rank, _ = _place()
+    rank, _ = collectives.place()
     writer.write(partial / rng_name(rank), lambda stream: torch.save(rng_states(), stream))
     if collectives.is_first():
         probe = {
@@ -240,7 +243,7 @@ def _load_trainable(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
 
 def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     """What is damaged, if anything; every rank reads its share of the files."""
-    rank, world_size = _place()
+    rank, world_size = collectives.place()
     files = collectives.broadcast(files)
     changed: list[str] = []
     unreadable = None
@@ -285,10 +288,3 @@ def _run_dir(checkpoints_dir: Path) -> RunDir:
     run = RunDir(checkpoints_dir.parent)
     assert run.checkpoints_dir == checkpoints_dir, f"{checkpoints_dir} is not {run.checkpoints_dir}"
     return run
-
-
-def _place() -> tuple[int, int]:
-    """(rank, world size)"""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

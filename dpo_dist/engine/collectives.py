@@ -120,6 +120,14 @@ def sum_over_ranks(vector: torch.Tensor) -> torch.Tensor:
     return vector
 
 
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest value of all ranks, on every rank."""
+    vector = torch.tensor([value], dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(vector, dist.ReduceOp.MAX)
+    return float(vector)
+
+
 def time_all_reduce(mib: int, device: torch.device) -> float:
     """Seconds of one all-reduce of `mib` MiB, the faster of two: the first one connects."""
     vector = torch.zeros(mib * 2**18, dtype=torch.float32, device=device)
@@ -154,6 +162,13 @@ def same_error_everywhere() -> Iterator[None]:
     error = broadcast(error)
     if error is not None:
         raise error
+
+
+def place() -> tuple[int, int]:
+    """(rank, world size)"""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def is_first() -> bool:

@@ -44,7 +44,7 @@ class PairScorer(nn.Module):
 
     `layout` and `backend` are settled after loading, by `choose_layout` and `choose_backend`. The
     model keeps the attention of the last layout it ran with, because a recomputed layer needs it
-    again in backward; generate from a model that was loaded afresh.
+    again in backward; call `use_own_attention` before it generates.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class PairScorer(nn.Module):
         self.head.declare_parameters()
         logps, log_sum_sq = self.head(hidden, packed.targets, packed.terms.sum_sq)
         return pair_columns(packed, logps, log_sum_sq, routers)
+
+    def use_own_attention(self) -> None:
+        """Gives the policy the attention it was loaded with, until the next forward of this."""
+        self._use_attention(self._own_attention)
 
     def _packed(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
         """(C, D) hidden states that predict the targets, and the columns of the routers."""

@@ -4,12 +4,13 @@ Only rank 0 calls these; nothing here talks to other ranks.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpo_dist.engine.commit import Files, put_aside, read_committed, remove
+from dpo_dist.engine.commit import Files, put_aside, read_committed, remove, verify
 from dpo_dist.engine.train_state import read_train_state
 from dpo_dist.errors import CheckpointError
-from dpo_dist.run_dir import RunDir, step_of
+from dpo_dist.run_dir import COMMIT_NAME, RunDir, step_of
 
 _logger = logging.getLogger(__name__)
 
@@ -54,8 +55,11 @@ def supersede(run: RunDir, step: int) -> None:
             _logger.warning("checkpoint %s moved to %s: %s", step_dir, moved, reason)
 
 
-def prune(checkpoints_dir: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest whole checkpoints; damaged ones do not count."""
+def prune(checkpoints_dir: Path, keep: int, ranked: Sequence[int] = ()) -> None:
+    """Deletes all but the `keep` newest whole checkpoints; damaged ones do not count.
+
+    Beside them stays the first of the `ranked` steps, best first, that has a whole one.
+    """
     whole = []
     for step_dir in _step_dirs(checkpoints_dir):
         try:
@@ -63,11 +67,45 @@ def prune(checkpoints_dir: Path, keep: int) -> None:
             whole.append(step_dir)
         except (CheckpointError, OSError) as error:
             _logger.warning("checkpoint %s is damaged: %s", step_dir, error)
+    by_step = {step_of(step_dir): step_dir for step_dir in whole}
+    best = next((by_step[step] for step in ranked if step in by_step), None)
     for step_dir in whole[keep:]:
+        if step_dir == best:
+            continue
         try:
             remove(step_dir)
         except OSError as error:
             _logger.warning("checkpoint %s could not be pruned: %s", step_dir, error)
+
+
+def best_standing(checkpoints_dir: Path, ranked: Sequence[int]) -> Path | None:
+    """The committed checkpoint of the first of the `ranked` steps that has one, best first."""
+    return next(_standing(checkpoints_dir, ranked), None)
+
+
+def best_committed(checkpoints_dir: Path, ranked: Sequence[int]) -> Path | None:
+    """As `best_standing`, after reading every file; damaged ones go to quarantine.
+
+    Raises OSError when a file cannot be read.
+    """
+    refused = set[Path]()
+    for step_dir in _standing(checkpoints_dir, ranked):
+        try:
+            verify(step_dir)
+            return step_dir
+        except CheckpointError as error:
+            quarantine(RunDir(checkpoints_dir.parent), step_dir, error.found, refused)
+    return None
+
+
+def _standing(checkpoints_dir: Path, ranked: Sequence[int]) -> Iterator[Path]:
+    by_step = {step_of(step_dir): step_dir for step_dir in marked(checkpoints_dir)}
+    return (by_step[step] for step in ranked if step in by_step)
+
+
+def marked(checkpoints_dir: Path) -> list[Path]:
+    """Checkpoints with the marker of a commit, newest first; nothing else is looked at."""
+    return [path for path in _step_dirs(checkpoints_dir) if (path / COMMIT_NAME).is_file()]
 
 
 def _step_dirs(checkpoints_dir: Path) -> list[Path]:

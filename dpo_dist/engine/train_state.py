@@ -2,11 +2,12 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from dpo_dist.best import Evaluation
 from dpo_dist.errors import CheckpointError
 from dpo_dist.manifest import differences
 from dpo_dist.run_dir import TRAIN_STATE_NAME
@@ -29,6 +30,7 @@ class TrainState:
     digests: Mapping[str, str]  # settings and digests of inputs that must not change
     world_size: int
     zero_stage: int
+    evaluations: Sequence[Evaluation] = ()  # of the run so far, by step
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def to_json(self) -> str:

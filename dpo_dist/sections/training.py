@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from dpo_dist.best import Metric
 from dpo_dist.sections.section import Fraction, PositiveInt, Section
 
 
@@ -92,7 +93,20 @@ class CheckpointSection(Section):
         "auto", description="auto: the newest that verifies; or one checkpoint's folder."
     )
     probe_pairs: PositiveInt = Field(8, description="Pairs scored into every checkpoint's probe.")
+    best_by: Metric | None = Field(
+        None, description="Also keep the checkpoint with the best of this held-out metric."
+    )
 
 
 class EvalSection(Section):
     every_steps: PositiveInt = Field(100, description="Optimizer steps between evaluations.")
+    patience: PositiveInt | None = Field(
+        None, description="End training after so many evaluations in a row without a better one."
+    )
+    min_delta: float = Field(
+        0.0, ge=0, description="Better means better by more than this, for patience."
+    )
+    samples_every_steps: PositiveInt | None = Field(
+        None, description="Optimizer steps between answers to held-out prompts; null: none."
+    )
+    num_samples: PositiveInt = Field(2, description="Held-out prompts to answer in training.")

@@ -1,6 +1,6 @@
-"""Newest checkpoint -> Hugging Face folders: `export/full`, or `export/adapter` and `merged`.
+"""A checkpoint -> Hugging Face folders: `export/full`, or `export/adapter` and `merged`.
 
-1. Take the newest checkpoint that verifies, and see that it belongs to this base model.
+1. Take the newest or the best checkpoint that verifies; see that it belongs to this base model.
 2. For each folder: leave it alone when it is current, refuse it when it is stale.
 3. Stream the weights; add config, tokenizer, chat template, generation config, model card.
 4. The folder appears under its name only when it is whole.
@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
+from dpo_dist.best import ranked_steps
 from dpo_dist.config import RunConfig
+from dpo_dist.curves import QUALITY_PLOTS
 from dpo_dist.data.templates import resolve_template
 from dpo_dist.engine import export as weights
 from dpo_dist.engine.adapters import add_adapter
@@ -26,6 +28,7 @@ from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.checkpoint import newest_committed
 from dpo_dist.engine.commit import record_files
+from dpo_dist.engine.retention import best_committed
 from dpo_dist.engine.shards import ShardedCheckpoint, open_checkpoint
 from dpo_dist.engine.train_state import TrainState, read_train_state
 from dpo_dist.errors import ArtefactError, CheckpointError, ModelFilesError
@@ -40,9 +43,11 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_card import Kind, Training, export_folders, model_card, read_metrics
+from dpo_dist.metrics import read_lines
+from dpo_dist.model_card import Kind, Training, export_folders, model_card
 from dpo_dist.model_files import TOKENIZER_FILES, digest_of_weights, read_model_config
 from dpo_dist.plan import base_model_dir, training_identity
+from dpo_dist.plots import draw_plots, plot_path
 from dpo_dist.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
 from dpo_dist.stop_flag import StopFlag, Stopped
 
@@ -53,6 +58,7 @@ CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+PLOTS_NAME = "plots"
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,7 @@ def run(config: RunConfig) -> Path:
 
 def _open_job(config: RunConfig, paths: RunDir) -> Job:
     base_dir = base_model_dir(config)
-    checkpoint_dir = newest_committed(paths.checkpoints_dir)
-    if checkpoint_dir is None:
-        raise CheckpointError(
-            f"{paths.checkpoints_dir} holds no committed checkpoint",
-            "one to export",
-            "Run `dpo-dist train` first.",
-        )
+    checkpoint_dir = _choose_checkpoint(config, paths)
     state = read_train_state(checkpoint_dir)
     base_digest = digest_of_weights(base_dir, config.model.allow_pickle_weights)
     _check_trained_here(config, base_dir, base_digest, checkpoint_dir, state)
@@ -121,6 +121,30 @@ def _open_job(config: RunConfig, paths: RunDir) -> Job:
     }
     stop = StopFlag().install()
     return Job(config, base_dir, checkpoint_dir, state, template, inputs, stop)
+
+
+def _choose_checkpoint(config: RunConfig, paths: RunDir) -> Path:
+    """The newest checkpoint that verifies, or the best one by the newest one's evaluations."""
+    newest = newest_committed(paths.checkpoints_dir)
+    if newest is None:
+        raise CheckpointError(
+            f"{paths.checkpoints_dir} holds no committed checkpoint",
+            "one to export",
+            "Run `dpo-dist train` first.",
+        )
+    best_by = config.checkpoint.best_by
+    if best_by is None or config.export.checkpoint == "newest":
+        return newest
+    ranked = ranked_steps(read_train_state(newest).evaluations, best_by)
+    best = best_committed(paths.checkpoints_dir, ranked)
+    if best is None:
+        raise CheckpointError(
+            f"{paths.checkpoints_dir} holds no checkpoint with an evaluation by {best_by}",
+            "one to compare",
+            "Set export.checkpoint to newest.",
+        )
+    _logger.info("export: %s, best of %d evaluations by %s", best, len(ranked), best_by)
+    return best
 
 
 def _check_trained_here(
@@ -165,12 +189,15 @@ def _write_folder(job: Job, kind: Kind, folder: Path) -> None:
             _write_model(job, trained, folder)
     _copy_tokenizer(job.base_dir, folder, job.template)
     paths = RunDir(job.config.run.dir)
+    metrics = read_lines(paths.metrics_path, job.state.step)
+    plots = draw_plots(metrics, QUALITY_PLOTS, folder / PLOTS_NAME)
     training = Training(
         job.state.step,
         job.state.epoch,
         job.state.versions,
         json.loads((paths.pairs_dir / PAIRS_REPORT_NAME).read_text()),
-        read_metrics(paths.metrics_path, job.state.step),
+        metrics,
+        {plot.title: plot_path(Path(PLOTS_NAME), plot).as_posix() for plot in plots},
     )
     card = model_card(job.config, kind, job.config.export.dtype, training)
     (folder / "README.md").write_text(card, encoding="utf-8")

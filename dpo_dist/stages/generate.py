@@ -18,14 +18,21 @@ from dpo_dist.logs import console
 from dpo_dist.manifest import write_json
 from dpo_dist.plan import base_model_dir
 from dpo_dist.run_dir import RunDir
-from dpo_dist.sections.output import GenerateSection
+from dpo_dist.stages.inputs import distinct_prompts
 from dpo_dist.topology import from_environment
 
 
 def run(config: RunConfig) -> Path:
     """Answers the first `generate.num_prompts` distinct held-out prompts; writes generate.json."""
     paths, settings = RunDir(config.run.dir), config.generate
-    prompts = _prompts(paths, settings)
+    pairs = open_pairs(paths.pairs_dir, "eval")
+    if not len(pairs):
+        raise DataError(
+            f"{paths.pairs_dir} has no held-out pairs",
+            "prompts to answer",
+            "Set data.eval and prepare the pairs in another run.dir.",
+        )
+    prompts = distinct_prompts(pairs, settings.num_prompts)
     device = device_of(from_environment())
     base_dir = base_model_dir(config)
     template = resolve_template(config.data.chat_template)
@@ -48,23 +55,6 @@ def run(config: RunConfig) -> Path:
     ]
     write_json(paths.generate_path, {"answers": rows} | settings.model_dump(mode="json"))
     return paths.generate_path
-
-
-def _prompts(paths: RunDir, settings: GenerateSection) -> list[list[int]]:
-    """Token ids of the first distinct prompts."""
-    pairs = open_pairs(paths.pairs_dir, "eval")
-    distinct: dict[tuple[int, ...], None] = {}
-    for index in range(len(pairs)):
-        distinct[tuple(int(token) for token in pairs.token_ids(index)[0])] = None
-        if len(distinct) == settings.num_prompts:
-            break
-    if not distinct:
-        raise DataError(
-            f"{paths.pairs_dir} has no held-out pairs",
-            "prompts to answer",
-            "Set data.eval and prepare the pairs in another run.dir.",
-        )
-    return [list(prompt) for prompt in distinct]
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -65,6 +65,16 @@ def objective_of(config: RunConfig) -> Objective:
     )
 
 
+def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
+    """Token ids of the first `count` prompts that differ, or of all when there are fewer."""
+    distinct: dict[tuple[int, ...], None] = {}
+    for index in range(len(pairs)):
+        distinct[tuple(int(token) for token in pairs.token_ids(index)[0])] = None
+        if len(distinct) == count:
+            break
+    return [list(prompt) for prompt in distinct]
+
+
 def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
     """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
 

@@ -3,7 +3,8 @@
 1. Open the pairs, build the engine, look the reference up for its layout.
 2. Resume, or start through the step-0 gate.
 3. For every step: its micro-batches, score, loss, backward; one summed vector; update.
-4. Evaluate and checkpoint when due; at a signal stop with a checkpoint committed.
+4. Evaluate, checkpoint and answer prompts when due; at a signal stop with a checkpoint committed.
+5. End at the last step, or when evaluations no longer get better.
 
 B pairs in a micro-batch, M metrics.
 """
@@ -11,14 +12,15 @@ B pairs in a micro-batch, M metrics.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dpo_dist.best import Evaluation, early_stop, ranked_steps, record
 from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import (
     MicroBatch,
@@ -29,13 +31,17 @@ from dpo_dist.data.batches import (
     step_pair_indices,
 )
 from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine import checkpoint, collectives, ds_config, zero
 from dpo_dist.engine.forward import score_pairs
+from dpo_dist.engine.generate import answer_in_training
+from dpo_dist.engine.memory import peak_memory_gib
 from dpo_dist.engine.model_parts import num_experts
 from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.policy import build_policy, settle_layout
+from dpo_dist.engine.retention import best_standing, marked
 from dpo_dist.engine.scoring import look_ahead, score, score_on_all_ranks
-from dpo_dist.errors import DPODistError, GateError
+from dpo_dist.errors import CheckpointError, DataError, DPODistError, GateError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import digest_of
 from dpo_dist.metrics import Kind, MetricsWriter
@@ -45,8 +51,14 @@ from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.objective.rewards import metric_means, metric_names, metric_sums
 from dpo_dist.objective.settings import Objective
 from dpo_dist.plan import base_model_dir, scoring_budget, training_identity
-from dpo_dist.run_dir import COMMIT_NAME, RunDir
-from dpo_dist.stages.inputs import IntArray, ScoredPairs, objective_of, with_reference
+from dpo_dist.run_dir import RunDir, step_of
+from dpo_dist.stages.inputs import (
+    IntArray,
+    ScoredPairs,
+    distinct_prompts,
+    objective_of,
+    with_reference,
+)
 from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
 from dpo_dist.topology import Topology, from_environment
@@ -72,6 +84,7 @@ class Job:
     num_steps: int
     objective: Objective
     terms: Terms  # what its losses need of a forward
+    evaluations: list[Evaluation] = field(default_factory=list)  # so far, also before a resume
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -109,12 +122,11 @@ def run(config: RunConfig) -> Path:
     total = num_steps(len(pairs), settings.global_batch_size, settings.num_epochs)
     total = min(total, settings.max_steps or total)
     check_token_budget(pairs.packed_lengths, range(len(pairs)), settings.micro_batch_tokens)
-    if config.checkpoint.resume == "auto" and _is_finished(
-        config, pairs, paths.checkpoint_dir(total)
-    ):
+    _check_held_out(config, held_out)
+    if config.checkpoint.resume == "auto" and (ended := _ended_at(config, pairs, total)):
         if topology.rank == 0:
-            _logger.info("train: finished, %s", paths.checkpoint_dir(total))
-        return paths.checkpoint_dir(total)
+            _logger.info("train: finished, %s", ended)
+        return ended
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
@@ -139,23 +151,54 @@ def run(config: RunConfig) -> Path:
             _check_start(job)
             first_step = 1
         else:
-            first_step = checkpoint.load(engine, resume, identity).step + 1
-        _train(job, first_step, identity, stop)
+            state = checkpoint.load(engine, resume, identity)
+            job.evaluations.extend(state.evaluations)
+            first_step = state.step + 1
+        last_step = _train(job, first_step, identity, stop)
         zero.take_down(engine)
-    return paths.checkpoint_dir(total)
+    return paths.checkpoint_dir(last_step)
 
 
-def _is_finished(config: RunConfig, pairs: Pairs, last_dir: Path) -> bool:
-    """Whether the last step's checkpoint stands, found out without a model.
+def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
+    """Raises DataError when a setting needs held-out pairs and there are none."""
+    needy = {
+        "checkpoint.best_by": config.checkpoint.best_by,
+        "eval.samples_every_steps": config.eval.samples_every_steps,
+    }
+    for key, value in needy.items():
+        if value is not None and not len(held_out):
+            raise DataError(
+                f"{key} is {value}, and there are no held-out pairs",
+                "at least one",
+                f"Set data.eval and prepare the pairs in another run.dir, or set {key} to null.",
+            )
+
+
+def _ended_at(config: RunConfig, pairs: Pairs, total: int) -> Path | None:
+    """The checkpoint that training ended with, if it has ended; found out without a model.
 
     Raises CheckpointError when it was trained with other settings or inputs.
     """
-    if not (last_dir / COMMIT_NAME).is_file():
-        return False
-    state = checkpoint.read_train_state(last_dir)
+    last_dir = next(iter(marked(RunDir(config.run.dir).checkpoints_dir)), None)
+    if last_dir is None:
+        return None
+    try:
+        state = checkpoint.read_train_state(last_dir)
+    except CheckpointError:
+        return None  # damaged: choosing what to resume from deals with it
+    if state.step != total and not _early_stop(config, state.evaluations):
+        return None
     reference = {"reference": state.digests["reference"]}  # needs the model's layout to look up
     checkpoint.check_resume(last_dir, state, _input_identity(config, pairs) | reference)
-    return True
+    return last_dir
+
+
+def _early_stop(config: RunConfig, evaluations: Sequence[Evaluation]) -> str | None:
+    """Why training ends before the last step, None while it goes on."""
+    best_by, patience = config.checkpoint.best_by, config.eval.patience
+    if best_by is None or patience is None:
+        return None
+    return early_stop(evaluations, best_by, patience, config.eval.min_delta)
 
 
 def _identity(job: Job) -> dict[str, str]:
@@ -172,14 +215,19 @@ def _input_identity(config: RunConfig, pairs: Pairs) -> dict[str, str]:
     }
 
 
-def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) -> None:
-    config, lead = job.config, job.topology.rank == 0
+def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) -> int:
+    """Trains from `first_step` on; returns the last step. Raises Stopped on a signal."""
+    config, lead, step = job.config, job.topology.rank == 0, first_step - 1
+    if _early_stop(config, job.evaluations):
+        return step
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_metrics_writer(job, first_step)) if lead else None
         bar = stack.enter_context(progress_bar("pairs", enabled=lead))
         pairs = config.train.global_batch_size
         done = (first_step - 1) * pairs
         task = bar.add_task("train", total=job.num_steps * pairs, completed=done)
+        if first_step == 1 and config.eval.samples_every_steps:
+            _sample(job, writer, step=0)
         window, since = job.no_sums(), time.monotonic()
         for step in range(first_step, job.num_steps + 1):
             sums, grad_norm, learning_rate = _step(job, step, stop)
@@ -188,18 +236,29 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
             if step % config.logging.every_steps == 0 or last or stopping:
                 metrics = _window_metrics(job, step, window, time.monotonic() - since)
                 metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+                metrics["peak_memory_gib"] = peak_memory_gib(job.device)
                 _report(job, writer, step, metrics)
                 window.zero_()
                 since = time.monotonic()
             if len(job.held_out.pairs) and (step % config.eval.every_steps == 0 or last):
-                _report(job, writer, step, _evaluate(job), "eval")
+                metrics = collectives.broadcast(_evaluate(job))  # what follows is decided by them
+                job.evaluations.append(record(step, metrics))
+                _report(job, writer, step, metrics, "eval")
                 since = time.monotonic()
-            if step % config.checkpoint.every_steps == 0 or last or stopping:
+            ended = last or _early_stop(config, job.evaluations) is not None
+            if step % config.checkpoint.every_steps == 0 or ended or stopping:
                 _save(job, step, identity)
                 since = time.monotonic()
             bar.advance(task, pairs)
-            if stopping and not last:
+            every = config.eval.samples_every_steps
+            if every and (step % every == 0 or ended) and not stopping:
+                _sample(job, writer, step)
+                since = time.monotonic()
+            if ended:
+                break
+            if stopping:
                 raise Stopped(f"training stopped after step {step} of {job.num_steps}")
+    return step
 
 
 def _step(job: Job, step: int, stop: StopFlag) -> tuple[torch.Tensor, float, float]:
@@ -357,19 +416,56 @@ def _save(job: Job, step: int, identity: dict[str, str]) -> None:
         digests=identity,
         world_size=job.topology.world_size,
         zero_stage=job.engine.zero_optimization_stage(),
+        evaluations=job.evaluations,
     )
     path = checkpoint.save(
         job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
-        keep=config.checkpoint.keep,
+        keep=config.checkpoint.keep, best_by=config.checkpoint.best_by,
 )  # fmt: skip
     if job.topology.rank == 0:
         _logger.info("checkpoint: %s", path)
         update_status(job.paths.status_path, last_checkpoint=str(path), progress=str(path))
+        _tell_best(job)
+
+
+def _tell_best(job: Job) -> None:
+    """Notes in status.json the best checkpoint that stands, and why training ended early."""
+    best_by, ended = job.config.checkpoint.best_by, _early_stop(job.config, job.evaluations)
+    fields: dict[str, Any] = {"early_stop": ended, "best_checkpoint": None}
+    if ended:
+        _logger.info("%s", ended)
+    best = best_standing(job.paths.checkpoints_dir, ranked_steps(job.evaluations, best_by))
+    if best is not None:
+        value = {line["step"]: line.get(str(best_by)) for line in job.evaluations}[step_of(best)]
+        fields |= {"best_checkpoint": str(best), "best_by": best_by, "best_metric": value}
+        _logger.info("best checkpoint: %s, %s %.4f", best, best_by, value)
+    update_status(job.paths.status_path, **fields)
+
+
+def _sample(job: Job, writer: MetricsWriter | None, step: int) -> None:
+    """Lets the policy answer the first held-out prompts; rank 0 writes them down."""
+    config, pairs = job.config, job.held_out.pairs
+    prompts = distinct_prompts(pairs, config.eval.num_samples)
+    template = resolve_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base_model_dir(config), template, config.model.trust_remote_code)
+    answers = answer_in_training(
+        job.engine, tokenizer, prompts, device=job.device, seed=config.run.seed,
+        max_new_tokens=config.generate.max_new_tokens, temperature=config.generate.temperature,
+    )  # fmt: skip
+    if writer is not None:
+        texts = [str(tokenizer.decode(prompt)) for prompt in prompts]
+        writer.write_samples(step, list(zip(texts, answers, strict=True)))
+        _logger.info("step %d: %d samples in %s", step, len(answers), job.paths.samples_path)
 
 
 def _metrics_writer(job: Job, first_step: int) -> MetricsWriter:
     tensorboard_dir = job.paths.tensorboard_dir if job.config.logging.tensorboard else None
-    return MetricsWriter(job.paths.metrics_path, tensorboard_dir, resume_step=first_step - 1)
+    return MetricsWriter(
+        job.paths.metrics_path,
+        tensorboard_dir,
+        resume_step=first_step - 1 if first_step > 1 else -1,
+        samples_path=job.paths.samples_path,
+    )
 
 
 def _report(
