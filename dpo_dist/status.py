@@ -44,7 +44,8 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     train = status.get("train")
     if train:
-        left = (train["num_steps"] - train["step"]) * train["seconds_per_step"]
+        steps_left = 0 if status.get("early_stop") else train["num_steps"] - train["step"]
+        left = steps_left * train["seconds_per_step"]
         lines += [
             ("step", f"{train['step']} of {train['num_steps']}"),
             ("loss", f"{train['loss']:.4f}"),

@@ -72,6 +72,23 @@ def test_unknown_key_without_a_near_name_lists_the_valid_ones(tmp_path: Path) ->
     assert "logging.zzz: unknown key; valid: every_steps, tensorboard" in message
 
 
+def test_the_best_checkpoint_needs_an_evaluation_at_every_checkpoint(tmp_path: Path) -> None:
+    settings = {"best_by": "eval_loss", "every_steps": 250}
+    bad = MINIMAL | {"checkpoint": settings, "eval": {"every_steps": 100}}
+    assert (
+        "checkpoint.every_steps: 250 with eval.every_steps 100 and checkpoint.best_by eval_loss; "
+        "wanted a multiple of eval.every_steps. A checkpoint needs an evaluation to be compared by."
+    ) in error_of(bad, tmp_path)
+
+
+def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
+    message = error_of(
+        MINIMAL | {"eval": {"patience": 3}, "export": {"checkpoint": "best"}}, tmp_path
+    )
+    for key in ("eval.patience", "export.checkpoint: best"):
+        assert f"{key} without checkpoint.best_by; wanted the metric to go by. Set it." in message
+
+
 def test_label_smoothing_needs_a_loss_that_has_it(tmp_path: Path) -> None:
     bad = MINIMAL | {"objective": {"loss": "ipo", "label_smoothing": 0.1}}
     assert (

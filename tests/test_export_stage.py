@@ -28,7 +28,7 @@ from tests.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 LORA = ("adapter.rank=3", "adapter.alpha=4", "export.dtype=float32")
 FULL_FILES = {
     "MANIFEST.json", "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "model.safetensors", "plots", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 
@@ -105,9 +105,11 @@ def test_tokenizer_and_card(lora_run: TrainedRun) -> None:
         for part in (
             "| train | train |", "| 40 | 40 |", "| objective.beta | 0.5 |", "| adapter.rank | 3 |",
             "| 6 | 0.1667 |", "## Held-out pairs at step 6", "| rewards/accuracies | 0.875 |",
-            "transformers 5.",
+            "transformers 5.", "![Loss](plots/loss.png)\n![Reward margin](plots/margins.png)\n\n",
         ):  # fmt: skip
             assert part in body, f"{part!r} is not in\n{body}"
+        pictures = {path.name for path in (folder / "plots").iterdir()}
+        assert pictures == {"loss.png", "margins.png", "accuracies.png"}
         assert str(lora_run.paths.root) not in body, "a card must not tell paths of this machine"
 
 
@@ -126,6 +128,30 @@ def test_a_current_export_is_left_alone(lora_run: TrainedRun) -> None:
     before = [path.stat().st_mtime_ns for path in files]
     export.run(lora_run.config)
     assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_the_best_needs_an_evaluation(lora_run: TrainedRun, tmp_path: Path) -> None:
+    best = ("checkpoint.best_by=eval_loss", "eval.every_steps=4")
+    config = copy_of(lora_run, tmp_path, *best)
+    with pytest.raises(CheckpointError) as error:
+        export.run(config)
+    assert str(error.value) == (
+        f"{tmp_path / 'out' / 'checkpoints'} holds no checkpoint with an evaluation by eval_loss; "
+        "wanted one to compare. Set export.checkpoint to newest."
+    )
+
+
+def test_a_card_warns_of_likelihood_displacement(lora_run: TrainedRun, tmp_path: Path) -> None:
+    config = copy_of(lora_run, tmp_path)
+    falling = [
+        {"step": 1, "loss": 0.5, "eval_logps/chosen": x, "eval_logps/rejected": 2 * x}
+        for x in (-100.0, -150.0)
+    ]
+    metrics_path = tmp_path / "out" / lora_run.paths.metrics_path.name
+    metrics_path.write_text("".join(json.dumps(line) + "\n" for line in falling))
+    card = (export.run(config) / "adapter" / "README.md").read_text()
+    assert "> **Note:** Likelihood displacement: the log-probs of chosen and of rejected" in card
+    assert "chosen -100.0 -> -150.0 nats (-50.0)" in card
 
 
 def test_a_stale_export_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ FACTS = {
     "errors", "config", "sections", "config_keys", "attempts", "topology",
     "run_dir", "run_lock", "manifest", "plan", "logs", "status", "stop_flag",
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
-    "remedies", "local", "curves", "plots", "report_page", "best",
+    "remedies", "local", "curves", "plots", "report_page", "report_sections",
+    "best",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

@@ -23,6 +23,7 @@ from dpo_dist.curves import PLOTS
 from dpo_dist.engine.train_state import TrainState
 from dpo_dist.errors import ArtefactError
 from dpo_dist.manifest import write_json
+from dpo_dist.report_sections import SHOWN
 from dpo_dist.run_dir import COMMIT_NAME, PAIRS_REPORT_NAME, TRAIN_STATE_NAME, RunDir
 from dpo_dist.stages import report
 
@@ -75,7 +76,7 @@ def whole(tmp_path: Path) -> RunDir:
         "".join(json.dumps(sample | {"step": s, "answer": f"{EVIL} {s}"}) + "\n" for s in (0, 60))
     )
     write_json(paths.generate_path, {"answers": [{"prompt": EVIL, "before": "b", "after": EVIL}]})
-    means = {"num_pairs": 10, **dict.fromkeys(report.SHOWN, 0.25)}
+    means = {"num_pairs": 10, **dict.fromkeys(SHOWN, 0.25)}
     groups = {when: means | {"per_source": {EVIL: means}} for when in ("before", "after")}
     write_json(paths.evaluate_path, groups)
     lengths = {"prompt": {"p50": 1, "p90": 2, "p99": 3, "max": 4}, "chosen": {}}
