@@ -85,9 +85,33 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     ):
         if wanted and best_by is None:
             yield f"{key} without checkpoint.best_by; wanted the metric to go by. Set it."
+    yield from _adapter_contradictions(config.adapter, config.model)
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
         yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")
+
+
+def _adapter_contradictions(adapter: AdapterSection | None, model: ModelSection) -> Iterator[str]:
+    if adapter is None:
+        return
+    if adapter.path is None and adapter.start == "merge":
+        yield "adapter.start: merge without adapter.path; wanted an adapter to merge. Set it."
+    if adapter.path is not None and adapter.start == "continue":
+        own = {"path", "start", "dropout"}
+        for name, field in AdapterSection.model_fields.items():
+            value = getattr(adapter, name)
+            if name not in own and value != field.get_default(call_default_factory=True):
+                yield (
+                    f"adapter.{name}: {value} with adapter.start continue; the adapter at path has "
+                    "its own. Leave the key out, or set adapter.start=merge for a fresh adapter."
+                )
+    fresh = adapter.path is None or adapter.start == "merge"
+    if model.add_tokens and fresh and not adapter.modules_to_save:
+        yield (
+            "model.add_tokens: with an adapter that leaves the embeddings frozen, so that the new "
+            "tokens would all stay the same; wanted them trained. Name embeddings and head in "
+            "adapter.modules_to_save, such as [embed_tokens, lm_head]."
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

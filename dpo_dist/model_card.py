@@ -58,8 +58,12 @@ def export_folders(config: RunConfig) -> dict[Kind, Path]:
 
 def base_model_name(config: RunConfig) -> str:
     """The hub id of the base model, or its folder's name: a card tells no paths."""
-    path = Path(config.model.path).expanduser()
-    return path.resolve().name if path.exists() else config.model.path
+    return _name_of(config.model.path)
+
+
+def _name_of(path: str) -> str:
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.exists() else path
 
 
 def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) -> str:
@@ -71,6 +75,7 @@ def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) ->
         f"---\n{yaml.safe_dump(_front_matter(config, kind, base), sort_keys=False)}---",
         f"# {config.run.dir.resolve().name}",
         _INTRODUCTION[kind].format(base=base)
+        + _start_of(config)
         + f" Weights are {dtype}, from step {training.step:,} ({training.epoch:.2f} epochs).",
         f"```python\n{loading}```",
         "## Data",
@@ -83,6 +88,18 @@ def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) ->
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _start_of(config: RunConfig) -> str:
+    """What training started from beside the base model, as sentences."""
+    said = ""
+    adapter, tokens = config.adapter, config.model.add_tokens
+    if adapter is not None and adapter.path is not None:
+        verb = {"continue": "went on from", "merge": "started from the merged"}[adapter.start]
+        said += f" Training {verb} adapter {_name_of(adapter.path)}."
+    if tokens:
+        said += f" Added tokens: {', '.join(f'`{token}`' for token in tokens)}."
+    return said
 
 
 def _front_matter(config: RunConfig, kind: Kind, base: str) -> dict[str, Any]:
@@ -116,7 +133,7 @@ def _settings(config: RunConfig) -> list[tuple[str, str]]:
     sections = {
         "objective": config.objective.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json", exclude_none=True),
-        "adapter": config.adapter.model_dump(mode="json") if config.adapter else {},
+        "adapter": _adapter_settings(config),
         "model": {"dtype": config.model.dtype},
         "run": {"seed": config.run.seed},
     }
@@ -125,6 +142,19 @@ def _settings(config: RunConfig) -> list[tuple[str, str]]:
         for section, values in sections.items()
         for key, value in values.items()
     ]
+
+
+def _adapter_settings(config: RunConfig) -> dict[str, Any]:
+    """What a fresh adapter was made with; one that was continued has settings of its own."""
+    adapter = config.adapter
+    if adapter is None:
+        return {}
+    values = adapter.model_dump(mode="json")
+    if adapter.path is None:
+        return {k: v for k, v in values.items() if k not in ("path", "start")}
+    values["path"] = _name_of(adapter.path)
+    kept = ("path", "start", "dropout") if adapter.start == "continue" else values
+    return {key: values[key] for key in kept}
 
 
 def _results(metrics: Sequence[Line], plots: Mapping[str, str]) -> Iterable[str]:

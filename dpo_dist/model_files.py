@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.adapter_files import ADAPTER_CONFIG_NAME, read_adapter_config
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.manifest import digest_of, digest_of_file, write_json
 
 HASH_THREADS = 8
+CONFIG_NAME = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -25,6 +27,7 @@ def resolve_model_dir(path: str, revision: str | None = None, allow_pickle: bool
     Raises ModelFilesError when it is neither, or when the hub does not answer.
     """
     folder = Path(path).expanduser()
+    _refuse_adapter(folder, path)
     if (folder / "config.json").is_file():
         return folder.resolve()
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -37,7 +40,7 @@ def resolve_model_dir(path: str, revision: str | None = None, allow_pickle: bool
 
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelFilesError(
@@ -45,6 +48,23 @@ def resolve_model_dir(path: str, revision: str | None = None, allow_pickle: bool
             "a model folder or a reachable hub id",
             "Correct model.path, download it where there is a network, or set HF_TOKEN.",
         ) from None
+    _refuse_adapter(folder, path)
+    return folder
+
+
+def _refuse_adapter(folder: Path, path: str) -> None:
+    """Raises ModelFilesError for an adapter's folder, also where a model lies beside it.
+
+    transformers would load the model that the adapter names, from wherever that is.
+    """
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        base = read_adapter_config(folder).get("base_model_name_or_path")
+        raise ModelFilesError(
+            f"{path} holds an adapter ({ADAPTER_CONFIG_NAME})",
+            "a whole model",
+            f"To train on from it, set adapter.path to {path} and model.path to its base model "
+            f"({base}).",
+        )
 
 
 def read_model_config(model_dir: Path) -> dict[str, Any]:
@@ -56,6 +76,44 @@ def read_model_config(model_dir: Path) -> dict[str, Any]:
         raise ModelFilesError(
             f"{path} is not readable ({error})", "a JSON file", "Download the model again."
         ) from None
+
+
+def model_config(base: dict[str, Any], dtype: str, breaks_ties: bool) -> dict[str, Any]:
+    """The base model's config.json for weights of `dtype`, untied if they are stored apart."""
+    config = {key: value for key, value in base.items() if key != "_name_or_path"}
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["dtype"] = dtype
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):  # the second is how transformers 4 spelled it
+            config[key] = dtype
+        elif key == "tie_word_embeddings" and breaks_ties:
+            config[key] = False
+        elif isinstance(value, dict) and "model_type" in value:  # the text part of a larger model
+            config[key] = model_config(value, dtype, breaks_ties)
+    if breaks_ties:
+        config["tie_word_embeddings"] = False  # the default of some families is true
+    return config
+
+
+def with_vocab_size(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """A config.json whose vocabulary has `size` tokens, also in the text part of a larger model."""
+    return {
+        key: size
+        if key == "vocab_size"
+        else with_vocab_size(value, size)
+        if isinstance(value, dict) and "model_type" in value
+        else value
+        for key, value in config.items()
+    }
+
+
+def vocab_size_of(model_dir: Path) -> int | None:
+    """Rows of the model's embeddings, None when its config does not tell."""
+    config = read_model_config(model_dir)
+    for section in (config, config.get("text_config") or {}):
+        if isinstance(section.get("vocab_size"), int):
+            return section["vocab_size"]
+    return None
 
 
 def weight_files(model_dir: Path, allow_pickle: bool = False) -> list[Path]:

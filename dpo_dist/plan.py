@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dpo_dist.adapter_files import check_named_base, digest_of_adapter, resolve_adapter_dir
 from dpo_dist.config import RunConfig
 from dpo_dist.data.keys import Keys
+from dpo_dist.manifest import digest_of, is_current, read_manifest
 from dpo_dist.model_files import digest_of_tokenizer, digest_of_weights, resolve_model_dir
 from dpo_dist.reference_store import ReferenceStore, ScoringContract, open_store
 from dpo_dist.run_dir import RunDir
@@ -30,6 +33,7 @@ class Stage:
     purpose: str
 
 
+BASE = "base"  # the base model that prepare makes when the config changes the one at model.path
 STAGES = (
     Stage("prepare", False, "preference rows -> tokenised pairs"),
     Stage("reference", True, "pairs -> reference log-probs"),
@@ -47,17 +51,90 @@ def stage_argv(stage: str, config_path: Path, overrides: Sequence[str] = ()) -> 
     return [sys.executable, "-m", "dpo_dist", stage, str(config_path), *overrides]
 
 
-def base_model_dir(config: RunConfig) -> Path:
-    """Local folder of the base model."""
+def source_model_dir(config: RunConfig) -> Path:
+    """Local folder of the model at model.path."""
     model = config.model
     return resolve_model_dir(model.path, model.revision, model.allow_pickle_weights)
 
 
+def makes_base(config: RunConfig) -> bool:
+    """Whether `prepare` makes a base model of this run's own, with more tokens or merged."""
+    merges = config.adapter is not None and config.adapter.path and config.adapter.start == "merge"
+    return bool(config.model.add_tokens or config.model.pad_vocab_to_multiple or merges)
+
+
+def base_settings(config: RunConfig) -> dict[str, Any]:
+    """What the run's own base model is made with."""
+    adapter, model = config.adapter, config.model
+    merged = adapter.path if adapter is not None and adapter.start == "merge" else None
+    return {
+        "model": model.path,
+        "add_tokens": list(model.add_tokens),
+        "pad_vocab_to_multiple": model.pad_vocab_to_multiple,
+        "merged_adapter": merged,
+        "dtype": model.dtype if merged is not None else "as stored",
+    }
+
+
+def base_model_dir(config: RunConfig) -> Path:
+    """Local folder of the base model: model.path, or what `prepare` made of it.
+
+    Raises ArtefactError when the run's own is not there, or was made with other settings.
+    """
+    if not makes_base(config):
+        return source_model_dir(config)
+    folder = RunDir(config.run.dir).base_dir
+    is_current(folder, BASE, base_settings(config), read_manifest(folder).inputs)
+    return folder
+
+
+def start_adapter_dir(config: RunConfig) -> Path | None:
+    """Local folder of the adapter that the policy continues; None when it starts without one.
+
+    Raises ModelFilesError when there is no such adapter or it names another base model.
+    """
+    adapter = config.adapter
+    if adapter is None or adapter.path is None or adapter.start != "continue":
+        return None
+    return named_adapter_dir(config)
+
+
+def named_adapter_dir(config: RunConfig) -> Path:
+    """Local folder of adapter.path, which must name model.path as its base."""
+    assert config.adapter is not None and config.adapter.path is not None
+    folder = resolve_adapter_dir(config.adapter.path)
+    check_named_base(folder, config.model.path)
+    return folder
+
+
+def start_digest(config: RunConfig) -> str:
+    """Identity of the policy as it starts: the base model's files, and the adapter's if any."""
+    base = digest_of_weights(base_model_dir(config), config.model.allow_pickle_weights)
+    start = start_adapter_dir(config)
+    if start is None:
+        return base
+    return digest_of({"base": base, "adapter": digest_of_adapter(start)})
+
+
 def reference_model_dir(config: RunConfig) -> Path:
-    """Local folder of the reference: the policy as it starts unless the config names another."""
+    """Local folder of the reference model: the policy's base unless the config names another.
+
+    The adapter that the policy continues belongs to the reference too: `reference_adapter_dir`.
+    """
     if config.reference.model is None:
         return base_model_dir(config)
     return resolve_model_dir(config.reference.model, allow_pickle=config.model.allow_pickle_weights)
+
+
+def reference_adapter_dir(config: RunConfig) -> Path | None:
+    """The adapter on the reference model: that of the policy's start, none on a named model."""
+    return start_adapter_dir(config) if config.reference.model is None else None
+
+
+def _reference_digest(config: RunConfig) -> str:
+    if config.reference.model is None:
+        return start_digest(config)
+    return digest_of_weights(reference_model_dir(config), config.model.allow_pickle_weights)
 
 
 def store_root(config: RunConfig) -> Path:
@@ -67,12 +144,11 @@ def store_root(config: RunConfig) -> Path:
 
 def scoring_contract(config: RunConfig, layout: str) -> ScoringContract:
     """Everything but the token ids that a reference log-prob of this run depends on."""
-    reference_dir = reference_model_dir(config)
     rule = MASK_RULES[layout]
     if config.objective.ld_alpha != 1.0:
         rule += f"; tokens past the shorter answer count {config.objective.ld_alpha:g}"
     return ScoringContract(
-        reference_digest=digest_of_weights(reference_dir, config.model.allow_pickle_weights),
+        reference_digest=_reference_digest(config),
         tokenizer_digest=digest_of_tokenizer(base_model_dir(config)),
         dtype=config.model.dtype,
         layout=layout,
@@ -105,7 +181,10 @@ def training_identity(config: RunConfig) -> dict[str, str]:
     sections = {
         "objective": config.objective.model_dump(mode="json"),
         "train": {k: v for k, v in config.train.model_dump(mode="json").items() if k not in free},
-        "adapter": config.adapter.model_dump(mode="json") if config.adapter else {"none": True},
+        # of the adapter it starts from the content counts, which is part of the model's digest
+        "adapter": config.adapter.model_dump(mode="json", exclude={"path"})
+        if config.adapter
+        else {"none": True},
         "model": {"dtype": config.model.dtype},
         "run": {"seed": config.run.seed},
     }

@@ -18,6 +18,11 @@ class RunDir:
         return self.root / "config.resolved.yaml"
 
     @property
+    def base_dir(self) -> Path:
+        """The base model, where it is not the one at model.path: more tokens, or merged."""
+        return self.root / "base"
+
+    @property
     def pairs_dir(self) -> Path:
         return self.root / "pairs"
 

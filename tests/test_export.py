@@ -17,8 +17,8 @@ from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.export import plan_model, write_adapter, write_adapter_settings, write_model
 from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.model_files import model_config
 from dpo_dist.sections.training import AdapterSection
-from dpo_dist.stages.export import model_config
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.trained_weights import InMemory, adapted, randomly_trained, save_base
 

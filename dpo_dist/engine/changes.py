@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dpo_dist.engine.adapters import ADAPTER_NAME
+from dpo_dist.engine.adapter_start import ADAPTER_NAME
 from dpo_dist.engine.base_weights import StoredModel
 from dpo_dist.errors import CheckpointError, ConfigError
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from dpo_dist.engine.adapters import ADAPTER_NAME, write_adapter_config
+from dpo_dist.adapter_files import ADAPTER_WEIGHTS_NAME
+from dpo_dist.engine.adapter_start import ADAPTER_NAME, name_in_file
+from dpo_dist.engine.adapters import write_adapter_config
 from dpo_dist.engine.base_weights import StoredModel, Tensors, WeightGroup
 from dpo_dist.engine.changes import POLICY, Adapted, Changes, Replaced, TrainedWeights
 from dpo_dist.engine.merge import merge_expert_lora_, merge_lora_
 from dpo_dist.engine.safetensors_stream import ShardedModel, TensorFile, TensorSpec, read_tensor
 from dpo_dist.errors import CheckpointError
 
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 Advance = Callable[[int], None]  # told the bytes of every tensor written
 
 
@@ -52,7 +53,7 @@ def write_adapter(
     """Writes adapter_model.safetensors under the names that peft saves and loads."""
     from peft import get_peft_model_state_dict
 
-    sources = {_name_in_adapter(name): name for name in trained.names_and_shapes}
+    sources = {name_in_file(name.removeprefix(POLICY)): name for name in trained.names_and_shapes}
     # peft would look the base model up on the hub to see whether the vocabulary grew
     wanted = get_peft_model_state_dict(policy, save_embedding_layers=False)
     assert set(wanted) == set(sources), sorted(set(wanted) ^ set(sources))[:3]
@@ -189,13 +190,3 @@ def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
                 "train again with a lower train.learning_rate.",
             )
     return tensor
-
-
-def _name_in_adapter(source: str) -> str:
-    """How peft calls a parameter in a file: without the adapter's name."""
-    name = source.removeprefix(POLICY)
-    name = name.replace(f".modules_to_save.{ADAPTER_NAME}.", ".")
-    name = name.replace(f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector")
-    if name.endswith(f".{ADAPTER_NAME}"):  # a parameter, not a layer: lora_embedding_A.default
-        return name.removesuffix(f".{ADAPTER_NAME}")
-    return name.replace(f".{ADAPTER_NAME}.weight", ".weight")

@@ -35,7 +35,7 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
     weight_files(model_dir, section.allow_pickle_weights)
-    with _partitioned_loading(zero3):
+    with partitioned_loading(zero3):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=getattr(torch, section.dtype),
@@ -67,7 +67,11 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _partitioned_loading(zero3: dict[str, Any] | None) -> Iterator[None]:
+def partitioned_loading(zero3: dict[str, Any] | None) -> Iterator[None]:
+    """Tells transformers and peft that parameters are, or are to be, in ZeRO-3 partitions.
+
+    peft gathers a weight only inside it, such as the one whose rows DoRA measures.
+    """
     if zero3 is None:
         yield
         return

@@ -15,18 +15,26 @@ from dpo_dist.sections.training import AdapterSection
 
 
 def count_model(
-    model_dir: Path, adapter: AdapterSection | None, trust_remote_code: bool = False
+    model_dir: Path,
+    adapter: AdapterSection | None,
+    trust_remote_code: bool = False,
+    *,
+    start: Path | None = None,
+    vocab_size: int | None = None,
 ) -> ModelShape:
     """Builds the model on torch's meta device, where tensors have no memory, and counts it.
 
-    The folder may hold config.json alone. Raises ModelFilesError when transformers cannot build a
-    causal LM from it, and ConfigError when the adapter does not suit the model.
+    The folder may hold config.json alone. `start` is the adapter that training continues, if any;
+    `vocab_size` the tokens of lengthened embeddings. Raises ModelFilesError when transformers
+    cannot build a causal LM from it, and ConfigError when the adapter does not suit the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read_model_config(model_dir)
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        if vocab_size is not None:
+            config.get_text_config().vocab_size = vocab_size
         with torch.device("meta"):
             policy: Any = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
@@ -40,7 +48,7 @@ def count_model(
         ) from None
     if adapter is not None:
         with torch.device("meta"):
-            policy = add_adapter(policy, adapter, str(model_dir))
+            policy = add_adapter(policy, adapter, str(model_dir), start)
     return shape_of(policy)
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from dpo_dist.engine import collectives, ds_config, zero
+from dpo_dist.engine.adapter_start import fill_adapter
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.backends import choose_backend
 from dpo_dist.engine.forward import Layout, PairScorer
 from dpo_dist.engine.layout import choose_layout
-from dpo_dist.engine.load import load_model, num_parameters
+from dpo_dist.engine.load import load_model, num_parameters, partitioned_loading
 from dpo_dist.errors import ConfigError
 from dpo_dist.sections.training import AdapterSection, ModelSection, TrainSection
 
@@ -31,13 +32,15 @@ def build_policy(
     num_steps: int,
     device: torch.device,
     seed: int,
+    start: Path | None = None,
 ) -> tuple[Any, PairScorer]:
-    """(DeepSpeed engine, the scorer inside it), in training mode, from the DeepSpeed config."""
+    """(DeepSpeed engine, the scorer inside it), in training mode, from the DeepSpeed config.
+
+    `start` is the folder of an adapter to train on; without it the adapter is a fresh one.
+    """
     set_seed(seed)
     zero3 = sharding if ds_config.zero_stage(sharding) == 3 else None
-    policy: Any = load_model(model_dir, model, device=device, zero3=zero3)
-    if adapter is not None:
-        policy = add_adapter(policy, adapter, str(model_dir))
+    policy: Any = load_policy(model_dir, model, adapter, device=device, zero3=zero3, start=start)
     if train.gradient_checkpointing:
         # ZeRO-3 with adapters gathers a recomputed layer only under the reentrant kind, which
         # in turn needs an input with a gradient when the embeddings are frozen.
@@ -52,6 +55,30 @@ def build_policy(
     engine = zero.start_training(scorer, sharding, train, num_steps)
     engine.train()
     return engine, scorer
+
+
+def load_policy(
+    model_dir: Path,
+    model: ModelSection,
+    adapter: AdapterSection | None,
+    *,
+    device: torch.device,
+    zero3: dict[str, Any] | None = None,
+    start: Path | None = None,
+) -> nn.Module:
+    """The policy before its first step: the base model and the run's adapter on it, if any.
+
+    `start` is the folder of an adapter that it continues; without it the adapter is a fresh one,
+    which changes nothing yet. `zero3` as for `load_model`.
+    """
+    policy = load_model(model_dir, model, device=device, zero3=zero3)
+    if adapter is None:
+        return policy
+    with partitioned_loading(zero3):
+        policy = add_adapter(policy, adapter, str(model_dir), start)
+        if start is not None:
+            fill_adapter(policy, start)
+    return policy
 
 
 def set_seed(seed: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.engine.export import ADAPTER_WEIGHTS_NAME
+from dpo_dist.adapter_files import ADAPTER_WEIGHTS_NAME
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.safetensors_stream import read_places, read_tensor
 from dpo_dist.errors import ArtefactError

@@ -21,6 +21,12 @@ class ModelSection(Section):
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto", description="auto packs with a shared prompt where the self-check at load allows."
     )
+    add_tokens: list[str] = Field(
+        [], description="Special tokens to add; their embeddings start as the mean of the others."
+    )
+    pad_vocab_to_multiple: PositiveInt | None = Field(
+        None, description="Lengthen the embeddings to a multiple of this many tokens."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     allow_pickle_weights: bool = Field(False, description="Load .bin weights (runs pickle code).")
 
@@ -46,6 +52,13 @@ class ReferenceSection(Section):
 
 
 class AdapterSection(Section):
+    path: str | None = Field(
+        None, description="Folder or hub id of a LoRA adapter to start from, such as after SFT."
+    )
+    start: Literal["continue", "merge"] = Field(
+        "continue",
+        description="Train on the adapter at path, or merge it and train a fresh one on that.",
+    )
     rank: PositiveInt = Field(16, description="LoRA rank r.")
     alpha: float = Field(32.0, gt=0, description="LoRA alpha; scale is alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
@@ -55,6 +68,16 @@ class AdapterSection(Section):
     use_rslora: bool = Field(False, description="Scale alpha / sqrt(r) (rsLoRA).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
     modules_to_save: list[str] = Field([], description="Modules trained in full beside LoRA.")
+    exclude_modules: list[str] = Field([], description="Module names that get no adapter.")
+    target_parameters: list[str] = Field(
+        [], description="Parameters to adapt that are no layer, such as mlp.experts.down_proj."
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        {}, description="Other ranks for names that end so: {down_proj: 32}."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        {}, description="Other alphas for names that end so: {down_proj: 64}."
+    )
 
 
 class TrainSection(Section):

@@ -45,8 +45,14 @@ from dpo_dist.manifest import (
 )
 from dpo_dist.metrics import read_lines
 from dpo_dist.model_card import Kind, Training, export_folders, model_card
-from dpo_dist.model_files import TOKENIZER_FILES, digest_of_weights, read_model_config
-from dpo_dist.plan import base_model_dir, training_identity
+from dpo_dist.model_files import CONFIG_NAME, TOKENIZER_FILES, model_config, read_model_config
+from dpo_dist.plan import (
+    base_model_dir,
+    makes_base,
+    start_adapter_dir,
+    start_digest,
+    training_identity,
+)
 from dpo_dist.plots import draw_plots, plot_path
 from dpo_dist.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
 from dpo_dist.stop_flag import StopFlag, Stopped
@@ -54,7 +60,6 @@ from dpo_dist.stop_flag import StopFlag, Stopped
 _logger = logging.getLogger(__name__)
 STAGE = "export"
 MIB = 1 << 20
-CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
@@ -111,7 +116,7 @@ def _open_job(config: RunConfig, paths: RunDir) -> Job:
     base_dir = base_model_dir(config)
     checkpoint_dir = _choose_checkpoint(config, paths)
     state = read_train_state(checkpoint_dir)
-    base_digest = digest_of_weights(base_dir, config.model.allow_pickle_weights)
+    base_digest = start_digest(config)
     _check_trained_here(config, base_dir, base_digest, checkpoint_dir, state)
     template = resolve_template(config.data.chat_template)
     inputs = {
@@ -159,7 +164,7 @@ def _check_trained_here(
             f"{checkpoint_dir} was trained from other weights than {base_dir} holds now "
             f"(digest {str(state.digests.get('model'))[:12]}, here {base_digest[:12]})",
             "the base model of the run",
-            "Set model.path and model.revision to it, or restore its files.",
+            "Set model.path, model.revision and adapter.path to it, or restore its files.",
         )
     trained, now = (
         {key: value for key, value in settings.items() if key.startswith("adapter.")}
@@ -210,9 +215,9 @@ def _write_adapter(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
     with _progress(job, folder, "adapter", num_elements * job.dtype.itemsize) as advance:
         weights.write_adapter(policy, trained, folder, job.dtype, advance)
     model = job.config.model
-    local = Path(model.path).expanduser().exists()
-    base_name = str(job.base_dir) if local else model.path
-    weights.write_adapter_settings(policy, folder, base_name, model.revision)
+    local = makes_base(job.config) or Path(model.path).expanduser().exists()
+    base_name, revision = (str(job.base_dir), None) if local else (model.path, model.revision)
+    weights.write_adapter_settings(policy, folder, base_name, revision)
 
 
 def _write_model(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
@@ -237,7 +242,7 @@ def _adapted_skeleton(job: Job) -> Any:
     adapter, model = job.config.adapter, job.config.model
     assert adapter is not None, "the run trains all parameters"
     skeleton = build_skeleton(job.base_dir, model.trust_remote_code)
-    return add_adapter(skeleton, adapter, str(job.base_dir))
+    return add_adapter(skeleton, adapter, str(job.base_dir), start_adapter_dir(job.config))
 
 
 @contextlib.contextmanager
@@ -272,23 +277,6 @@ def _named_errors(folder: Path) -> Iterator[None]:
             "a writable folder with free space",
             "Mend that and run `dpo-dist export` again; nothing half-written is left.",
         ) from error
-
-
-def model_config(base: dict[str, Any], dtype: str, breaks_ties: bool) -> dict[str, Any]:
-    """The base model's config.json for weights of `dtype`, untied if they are stored apart."""
-    config = {key: value for key, value in base.items() if key != "_name_or_path"}
-    if not {"dtype", "torch_dtype"} & set(config):
-        config["dtype"] = dtype
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):  # the second is how transformers 4 spelled it
-            config[key] = dtype
-        elif key == "tie_word_embeddings" and breaks_ties:
-            config[key] = False
-        elif isinstance(value, dict) and "model_type" in value:  # the text part of a larger model
-            config[key] = model_config(value, dtype, breaks_ties)
-    if breaks_ties:
-        config["tie_word_embeddings"] = False  # the default of some families is true
-    return config
 
 
 def _copy_tokenizer(base_dir: Path, folder: Path, template: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Answers of the base model and of the export to held-out prompts, side by side."""
+"""Answers of the policy as it started and of the export to held-out prompts, side by side."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.collectives import device_of
 from dpo_dist.engine.generate import answer
-from dpo_dist.engine.load import load_model
+from dpo_dist.engine.policy import load_policy
 from dpo_dist.engine.reload import load_export
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console
 from dpo_dist.manifest import write_json
-from dpo_dist.plan import base_model_dir
+from dpo_dist.plan import base_model_dir, start_adapter_dir
 from dpo_dist.run_dir import RunDir
 from dpo_dist.stages.inputs import distinct_prompts
 from dpo_dist.topology import from_environment
@@ -38,8 +38,10 @@ def run(config: RunConfig) -> Path:
     template = resolve_template(config.data.chat_template)
     tokenizer = load_tokenizer(base_dir, template, config.model.trust_remote_code)
     answers: list[list[str]] = []
+    start = start_adapter_dir(config)
+    adapter = None if start is None else config.adapter
     for load in (
-        lambda: load_model(base_dir, config.model, device=device),
+        lambda: load_policy(base_dir, config.model, adapter, device=device, start=start).eval(),
         lambda: load_export(paths, base_dir, config.model, device),
     ):
         torch.manual_seed(config.run.seed)

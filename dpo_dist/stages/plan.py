@@ -24,7 +24,7 @@ from dpo_dist.data.batches import (
 from dpo_dist.errors import ConfigError
 from dpo_dist.estimate import GIB, RESERVE_BYTES, Line, Memory, Setup, total
 from dpo_dist.local import LOOPBACK, count_gpus, count_workers
-from dpo_dist.plan import STAGES, scoring_budget, stage_argv
+from dpo_dist.plan import STAGES, scoring_budget, stage_argv, start_adapter_dir
 from dpo_dist.plan_report import Plan, Row, as_dict, as_text, in_gib
 from dpo_dist.remedies import Remedy, remedies
 from dpo_dist.sections.training import AdapterSection
@@ -125,10 +125,16 @@ def _fit_row(num_bytes: int, limit_gib: float | None) -> Row:
 def _run_rows(config: RunConfig, setup: Setup, ranks_why: str) -> list[Row]:
     shape, adapter = setup.shape, config.adapter
     trained = "all" if adapter is None else f"LoRA of rank {adapter.rank}"
+    if adapter is not None and adapter.rank_pattern:
+        trained += "".join(f", {name} {rank}" for name, rank in adapter.rank_pattern.items())
+    if start_adapter_dir(config) is not None and adapter is not None:
+        trained = f"the adapter {adapter.path}"
+    longer = config.model.add_tokens or config.model.pad_vocab_to_multiple
     return [
         Row("model", config.model.path),
         Row("num_parameters", shape.num_parameters),
         Row("num_trained_parameters", shape.num_trained, trained),
+        *([Row("vocab_size", shape.vocab_size, "with model.add_tokens")] if longer else []),
         Row("num_ranks", setup.world_size, ranks_why),
         Row("zero_stage", setup.sharding.stage, f"train.deepspeed {config.train.deepspeed}"),
         Row("dtype", config.model.dtype, f"{setup.dtype_bytes} bytes"),

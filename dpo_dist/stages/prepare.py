@@ -21,13 +21,14 @@ from rich.text import Text
 from dpo_dist.config import RunConfig
 from dpo_dist.data.columns import PairColumns, collect, truncate
 from dpo_dist.data.gate import apply_gate, choose_max_length
-from dpo_dist.data.pairs import SPLITS
+from dpo_dist.data.pairs import SPLITS, open_pairs
 from dpo_dist.data.preview import preview_pair
 from dpo_dist.data.reasons import DROP_REASONS, KEPT
 from dpo_dist.data.report import print_report, split_report
 from dpo_dist.data.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.templates import resolve_template, split_markers
 from dpo_dist.data.tokenize import PairTokenizer
+from dpo_dist.data.vocabulary import check_vocabulary
 from dpo_dist.data.worker import (
     Chunk,
     ChunkTokenizer,
@@ -46,10 +47,14 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_files import digest_of_tokenizer, read_model_config
+from dpo_dist.model_files import (
+    digest_of_tokenizer,
+    read_model_config,
+)
 from dpo_dist.plan import base_model_dir
 from dpo_dist.run_dir import PAIRS_REPORT_NAME, RunDir
 from dpo_dist.sections.data import SourceSection
+from dpo_dist.stages.base import make_base
 
 _logger = logging.getLogger(__name__)
 STAGE = "prepare"
@@ -64,6 +69,7 @@ def run(config: RunConfig) -> Path:
     other settings or data stands there.
     """
     folder = RunDir(config.run.dir).pairs_dir
+    make_base(config)
     model_dir = base_model_dir(config)
     template = resolve_template(config.data.chat_template)
     settings, inputs = _identity(config, model_dir, template)
@@ -78,6 +84,8 @@ def run(config: RunConfig) -> Path:
         details = _prepare(config, model_dir, template, partial, scratch)
         shutil.rmtree(scratch)
         write_manifest(partial, Manifest(STAGE, settings, inputs, details))
+        for split in SPLITS:
+            check_vocabulary(open_pairs(partial, split), model_dir, config.model.trust_remote_code)
     _logger.info("prepare: pairs in %s", folder)
     return folder
 

@@ -19,8 +19,7 @@ from dpo_dist.data.batches import Plan, plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine import collectives, ds_config, zero
 from dpo_dist.engine.forward import PairScorer
-from dpo_dist.engine.load import load_model
-from dpo_dist.engine.policy import settle_layout
+from dpo_dist.engine.policy import load_policy, settle_layout
 from dpo_dist.engine.scoring import score_on_all_ranks
 from dpo_dist.errors import ArtefactError
 from dpo_dist.logs import progress_bar
@@ -29,6 +28,7 @@ from dpo_dist.model_files import weight_files
 from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.plan import (
     complete_store,
+    reference_adapter_dir,
     reference_model_dir,
     scoring_budget,
     scoring_contract,
@@ -136,12 +136,19 @@ def _load_reference(
     whole, reason = collectives.broadcast(_fits_whole(config, model_dir, topology, device))
     if topology.rank == 0:
         _logger.info("reference: %s (%s)", "whole on every rank" if whole else "ZeRO-3", reason)
-    if whole:
-        scorer = PairScorer(load_model(model_dir, config.model, device=device))
+    start = reference_adapter_dir(config)
+    if topology.rank == 0 and start is not None:
+        _logger.info("reference: %s with the adapter %s", model_dir, start)
+    sharding = (
+        None if whole else ds_config.inference_config(config.model.dtype, topology.world_size)
+    )
+    policy = load_policy(
+        model_dir, config.model, config.adapter if start is not None else None,
+        device=device, zero3=sharding, start=start,
+    )  # fmt: skip
+    scorer = PairScorer(policy.requires_grad_(False).eval())
+    if sharding is None:
         return scorer, settle_layout(scorer, scorer, config.model, device), None
-    sharding = ds_config.inference_config(config.model.dtype, topology.world_size)
-    model = load_model(model_dir, config.model, device=device, zero3=sharding)
-    scorer = PairScorer(model)
     engine = zero.start_inference(scorer, sharding)
     return engine, settle_layout(engine, scorer, config.model, device), engine
 

@@ -11,12 +11,14 @@ from dpo_dist import estimate
 from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.data.vocabulary import extended_tokenizer
 from dpo_dist.engine.ds_config import read_sharding
 from dpo_dist.engine.model_shape import count_model
+from dpo_dist.engine.start_model import padded_size
 from dpo_dist.estimate import Line, ModelShape, Setup, Sharding
-from dpo_dist.model_files import resolve_model_dir
+from dpo_dist.model_files import TOKENIZER_FILES, resolve_model_dir, vocab_size_of
 from dpo_dist.objective.logprobs import LOGITS_BUDGET
-from dpo_dist.plan import scoring_budget, store_root
+from dpo_dist.plan import makes_base, scoring_budget, start_adapter_dir, store_root
 from dpo_dist.reference_parts import ROW_DTYPE
 from dpo_dist.run_dir import RunDir
 from dpo_dist.sections.training import AdapterSection
@@ -57,10 +59,26 @@ def read_sizes(name: str) -> Sharding:
 def count_shape(
     config: RunConfig, adapter: AdapterSection | None, path: str | None = None
 ) -> ModelShape:
-    """The shape of the base model, or of the one at `path`, with an adapter."""
-    revision = config.model.revision if path is None else None
-    model_dir = _config_dir(path or config.model.path, revision)
-    return count_model(model_dir, adapter, config.model.trust_remote_code)
+    """The shape of the run's base model, or of the one at `path`, with an adapter."""
+    remote = config.model.trust_remote_code
+    if path is not None:
+        return count_model(_config_dir(path, None), adapter, remote)
+    model_dir = _config_dir(config.model.path, config.model.revision)
+    start = start_adapter_dir(config) if adapter is not None else None
+    vocab_size = _vocab_size(config, model_dir)
+    return count_model(model_dir, adapter, remote, start=start, vocab_size=vocab_size)
+
+
+def _vocab_size(config: RunConfig, model_dir: Path) -> int | None:
+    """Rows of lengthened embeddings; without a tokenizer here as if every added token were new."""
+    model, num_rows = config.model, vocab_size_of(model_dir)
+    if num_rows is None or not (model.add_tokens or model.pad_vocab_to_multiple):
+        return None
+    num_tokens = num_rows + len(model.add_tokens)
+    if any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        _, vocabulary = extended_tokenizer(model_dir, model.add_tokens, model.trust_remote_code)
+        num_tokens = vocabulary.num_tokens
+    return padded_size(num_rows, num_tokens, model.pad_vocab_to_multiple)
 
 
 def _config_dir(path: str, revision: str | None) -> Path:
@@ -104,6 +122,11 @@ def disk_lines(config: RunConfig, setup: Setup, work: Work | None) -> list[Line]
             Line("pairs", size, "as prepared"),
             Line("reference_store", row_bytes * count, why),
         ]
+    if makes_base(config):
+        shape, each = setup.shape, DTYPE_BYTES[config.model.dtype]
+        base = shape.num_parameters - (shape.num_trained if config.adapter else 0)
+        why = f"{each} bytes x {base:,} parameters, in {RunDir(config.run.dir).base_dir}"
+        lines.append(Line("base_model", each * base, why))
     export, adapter = config.export, config.adapter is not None
     exported = estimate.export_lines(setup.shape, DTYPE_BYTES[export.dtype], adapter, export.merge)
     return [*lines, estimate.checkpoint_line(setup, config.checkpoint.keep), *exported]

@@ -45,12 +45,17 @@ from dpo_dist.errors import CheckpointError, DataError, DPODistError, GateError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import digest_of
 from dpo_dist.metrics import Kind, MetricsWriter
-from dpo_dist.model_files import digest_of_weights
 from dpo_dist.objective.mixture import pair_losses, step_gradient
 from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.objective.rewards import metric_means, metric_names, metric_sums
 from dpo_dist.objective.settings import Objective
-from dpo_dist.plan import base_model_dir, scoring_budget, training_identity
+from dpo_dist.plan import (
+    base_model_dir,
+    scoring_budget,
+    start_adapter_dir,
+    start_digest,
+    training_identity,
+)
 from dpo_dist.run_dir import RunDir, step_of
 from dpo_dist.stages.inputs import (
     IntArray,
@@ -137,6 +142,7 @@ def run(config: RunConfig) -> Path:
         engine, scorer = build_policy(
             base_model_dir(config), config.model, config.adapter, settings,
             sharding=sharding, num_steps=total, device=device, seed=config.run.seed,
+            start=start_adapter_dir(config),
         )  # fmt: skip
         layout = settle_layout(engine, scorer, config.model, device)
         objective = objective_of(config)
@@ -208,11 +214,7 @@ def _identity(job: Job) -> dict[str, str]:
 
 
 def _input_identity(config: RunConfig, pairs: Pairs) -> dict[str, str]:
-    model_dir = base_model_dir(config)
-    return training_identity(config) | {
-        "pairs": pairs.digest,
-        "model": digest_of_weights(model_dir, config.model.allow_pickle_weights),
-    }
+    return training_identity(config) | {"pairs": pairs.digest, "model": start_digest(config)}
 
 
 def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) -> int:

@@ -1,0 +1,87 @@
+"""A peft adapter on disk: where it is, what it says of itself, and its identity."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.errors import ModelFilesError
+from dpo_dist.manifest import digest_of, digest_of_file
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+_PATTERNS = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
+
+
+def resolve_adapter_dir(path: str) -> Path:
+    """The local folder of an adapter given as a folder or as a hub id (downloaded when needed).
+
+    Raises ModelFilesError when it is neither, or holds no adapter in safetensors.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and not path.startswith((".", "/", "~")) and path.count("/") == 1:
+        folder = _download(path)
+    missing = [name for name in _PATTERNS if not (folder / name).is_file()]
+    if missing:
+        raise ModelFilesError(
+            f"adapter.path {path} has no {missing[0]}",
+            f"the folder or hub id of a peft adapter, with {' and '.join(_PATTERNS)}",
+            "Correct adapter.path; pickled weights (adapter_model.bin) are not read: load the "
+            "adapter with peft and save_pretrained it.",
+        )
+    return folder.resolve()
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_PATTERNS)))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelFilesError(
+            f"adapter {hub_id!r} is not a folder here, and the hub gave none ({reason})",
+            "an adapter folder or a reachable hub id",
+            "Correct adapter.path, download it where there is a network, or set HF_TOKEN.",
+        ) from None
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder; raises ModelFilesError when it is missing or not JSON."""
+    path = folder / ADAPTER_CONFIG_NAME
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(
+            f"{path} is not readable ({error})", "a JSON file", "Copy the adapter again."
+        ) from None
+
+
+def digest_of_adapter(folder: Path) -> str:
+    """Identity of an adapter: SHA-256 of its settings and its weights."""
+    return digest_of({name: digest_of_file(folder / name) for name in _PATTERNS})
+
+
+def check_named_base(folder: Path, model_path: str) -> None:
+    """Raises ModelFilesError when an adapter names another base model than `model_path`.
+
+    A model is known by its folder or by the last part of its name, since the same one may lie on
+    the hub, in the hub's cache and in a folder of one's own. An adapter that names none passes;
+    names and shapes are compared when it is loaded.
+    """
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    if not named or _model_name(named) == _model_name(model_path):
+        return
+    raise ModelFilesError(
+        f"the adapter {folder} was trained on {named}, and model.path is {model_path}",
+        "the adapter's own base model",
+        f"Set model.path to {named}. If both are the same model under two names, put yours into "
+        f"base_model_name_or_path of {folder / ADAPTER_CONFIG_NAME}.",
+    )
+
+
+def _model_name(path: str) -> str:
+    """The model's own name in a hub id, a folder, or a snapshot of the hub's cache."""
+    folder = Path(path).expanduser()
+    parts = folder.resolve().parts if folder.exists() else folder.parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()
