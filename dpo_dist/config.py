@@ -86,6 +86,14 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         if wanted and best_by is None:
             yield f"{key} without checkpoint.best_by; wanted the metric to go by. Set it."
     yield from _adapter_contradictions(config.adapter, config.model)
+    for split, sections in (("train", config.data.train), ("eval", config.data.eval)):
+        for index, section in enumerate(sections):
+            if section.streaming and section.format == "labelled":
+                yield (
+                    f"data.{split}.{index}.streaming: true with format labelled; wanted a source "
+                    "that can be read by position, since a partner may stand anywhere. Remove "
+                    "streaming, or pair the rows beforehand."
+                )
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
         yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")

@@ -15,7 +15,8 @@ GPUs the most memory its process ever held |
 | consumed_pairs | pairs trained on since the start of the run |
 
 Evaluation metrics are `eval_<name>` in the JSONL file and `eval/<name>` in TensorBoard, training
-metrics `<name>` and `train/<name>`, as the transformers Trainer writes them.
+metrics `<name>` and `train/<name>`, as the transformers Trainer writes them. With held-out pairs of
+several sources each has them apart too, as `eval_<name>/<source>`.
 """
 
 # pyright: reportAttributeAccessIssue=false

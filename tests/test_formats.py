@@ -249,7 +249,8 @@ def test_a_column_map_to_a_name_that_is_not_ours() -> None:
         check_column_map({"answer": "x"}, "data.eval.0")
     assert str(caught.value) == (
         "data.eval.0.columns has 'answer'; wanted one of prompt, chosen, rejected, system, "
-        "question, response_j, response_k, tools. Write {our name: the file's name}."
+        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
+        "Write {our name: the file's name}."
     )
 
 
@@ -341,6 +342,10 @@ def test_the_rows_of_the_docs_are_of_the_format_they_stand_under() -> None:
         assert examples, row_format
         for example in examples:
             fields = json.loads(example)
+            if row_format == "labelled":  # never without being asked
+                with pytest.raises(DataError, match="Set k.format=labelled"):
+                    detect_format(row(**fields), "k")
+                continue
             assert detect_format(row(**fields), "k") == row_format
             assert not pair_of(**fields).has_empty_part
 

@@ -17,6 +17,7 @@ FACTS = {
     "model_files", "model_card", "reference_store", "reference_parts", "metrics", "estimate",
     "remedies", "local", "curves", "plots", "report_page", "report_sections",
     "best",
+    "svg", "html_page",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

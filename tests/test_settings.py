@@ -12,7 +12,6 @@ from dpo_dist.engine.generate import answer
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.policy import settle_layout
 from dpo_dist.errors import ConfigError
-from dpo_dist.sections.data import SourceSection
 from dpo_dist.sections.training import ModelSection
 
 CPU = torch.device("cpu")
@@ -89,26 +88,3 @@ def test_temperature_samples(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sampled = answer(model, tokenizer, prompts, max_new_tokens=8, temperature=5.0)
     assert sampled != greedy
-
-
-def test_hub_settings_reach_the_hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub itself is out of reach of a test: what is asked of its client is looked at."""
-    import datasets
-
-    from dpo_dist.data.sources import open_sources
-
-    asked: list[object] = []
-
-    def load_dataset(name: str, config: str | None, **settings: object) -> datasets.Dataset:
-        asked.append((name, config, settings))
-        return datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    plain = SourceSection(path="org/data")
-    named = SourceSection(path="org/data", config="small", split="test", revision="abc")
-    for section in (plain, named):
-        open_sources([section], "train", tmp_path)
-    assert asked == [
-        ("org/data", None, {"split": "train", "revision": None}),
-        ("org/data", "small", {"split": "test", "revision": "abc"}),
-    ]

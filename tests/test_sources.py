@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_dist.data.sources import Source, digest_of_source, open_sources, select_rows
+from dpo_dist.data.sources import Source, count_copies, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.sections.data import SourceSection
 
@@ -32,7 +32,7 @@ def opened(folder: Path, *sections: SourceSection) -> list[Source]:
 
 
 def prompts_of(source: Source) -> list[str]:
-    return [row.fields["prompt"] for row in source.rows.read(source.positions)]
+    return [row.fields["prompt"] for row in source.rows.read(source.positions())]
 
 
 def error_of(folder: Path, *sections: SourceSection) -> str:
@@ -61,33 +61,37 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "weight", "positions", "copies"),
+    ("weight", "copies"),
     [
-        (None, 1.0, [0, 1, 2, 3, 4, 5], [1] * 6),
-        (4, 1.0, [0, 1, 2, 3], [1] * 4),
-        (99, 1.0, [0, 1, 2, 3, 4, 5], [1] * 6),
-        (None, 0.5, [0, 2, 4], [1] * 3),
-        (None, 0.34, [0, 2], [1] * 2),
-        (None, 2.0, [0, 1, 2, 3, 4, 5], [2] * 6),
-        (None, 1.5, [0, 1, 2, 3, 4, 5], [2, 1, 2, 1, 2, 1]),
-        (4, 0.5, [0, 2], [1] * 2),
-        (None, 0.1, [], []),
+        (1.0, [1, 1, 1, 1, 1, 1]),
+        (0.5, [1, 0, 1, 0, 1, 0]),
+        (0.34, [1, 0, 1, 0, 0, 1]),
+        (2.0, [2, 2, 2, 2, 2, 2]),
+        (1.5, [2, 1, 2, 1, 2, 1]),
+        (0.1, [1, 0, 0, 0, 0, 0]),
     ],
 )
-def test_limit_and_weight(
-    limit: int | None, weight: float, positions: list[int], copies: list[int]
-) -> None:
-    taken = select_rows(6, limit, weight)
-    assert taken[0].tolist() == positions
-    assert taken[1].tolist() == copies
+def test_weight(weight: float, copies: list[int]) -> None:
+    assert count_copies(range(6), weight).tolist() == copies
+    assert count_copies(range(4), weight).tolist() == copies[:4]  # whatever follows
 
 
 @pytest.mark.parametrize("weight", [0.29, 0.7, 1 / 3, 1.1, 2.9])
 def test_weights_take_their_share_of_many_rows(weight: float) -> None:
-    positions, copies = select_rows(100, None, weight)
-    assert copies.sum() == int(round(weight * 100, 6))
+    copies = count_copies(range(100), weight)
+    assert copies.sum() == np.ceil(round(weight * 100, 6))
     assert copies.max() - copies.min() <= 1
-    assert np.diff(positions).max(initial=0) <= np.ceil(1 / weight)
+    assert np.diff(np.flatnonzero(copies)).max(initial=0) <= np.ceil(1 / weight)
+
+
+def test_limit_and_weight_of_every_kind_of_file(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "c"))
+    paths = (write_jsonl(tmp_path / "a.jsonl"), tmp_path / "b.parquet", tmp_path / "c")
+    for path in paths:
+        for limit, wanted in ((None, ["p0", "p2"]), (2, ["p0"]), (99, ["p0", "p2"])):
+            (source,) = opened(tmp_path, section(path, limit=limit, weight=0.5))
+            assert prompts_of(source) == wanted, (path, limit)
 
 
 def test_names_are_made_distinct(tmp_path: Path) -> None:
@@ -153,19 +157,12 @@ def test_no_rows(tmp_path: Path) -> None:
     )
 
 
-def test_a_weight_that_takes_nothing(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl")
-    assert error_of(tmp_path, section(path, weight=0.1)) == (
-        "data.train.0: weight 0.1 of 4 rows takes none; wanted at least one row. "
-        "Set data.train.0.weight to 0.25 or more."
-    )
-
-
 def test_a_misspelt_column_of_ours(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl")
     assert error_of(tmp_path, section(path), section(path, columns={"promt": "p"})) == (
         "data.train.1.columns has 'promt'; wanted one of prompt, chosen, rejected, system, "
-        "question, response_j, response_k, tools. Did you mean prompt?"
+        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
+        "Did you mean prompt?"
     )
 
 

@@ -44,14 +44,19 @@ def test_chunks_cover_the_taken_rows_of_every_source_once(
 ) -> None:
     monkeypatch.setattr(worker, "CHUNK_ROWS", 7)
     first, second = write_rows(tmp_path / "a.jsonl"), write_rows(tmp_path / "b.jsonl", 3)
-    chunks = make_chunks(job_of(tmp_path, first, second, weight=0.5).sources)
-    assert chunks == [Chunk(0, 0, 7), Chunk(0, 7, 14), Chunk(0, 14, 20), Chunk(1, 0, 1)]
+    chunks = list(make_chunks(job_of(tmp_path, first, second, weight=0.5).sources))
+    assert chunks == [
+        Chunk(0, [*range(0, 14, 2)]),
+        Chunk(0, [*range(14, 28, 2)]),
+        Chunk(0, [*range(28, 40, 2)]),
+        Chunk(1, [0, 2]),
+    ]
 
 
 def test_long_rows_come_in_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "a.jsonl")
     monkeypatch.setattr(worker, "CHUNK_BYTES", path.stat().st_size // 4)
-    sizes = [chunk.stop - chunk.start for chunk in make_chunks(job_of(tmp_path, path).sources)]
+    sizes = [len(chunk.positions) for chunk in make_chunks(job_of(tmp_path, path).sources)]
     assert sum(sizes) == NUM_ROWS and 4 <= len(sizes) <= 5
 
 
@@ -103,7 +108,7 @@ def test_processes_give_what_one_process_gives(
 ) -> None:
     monkeypatch.setattr(worker, "CHUNK_ROWS", 3)
     job = job_of(tmp_path, write_rows(tmp_path / "a.jsonl"))
-    tokenizer, chunks = job.load_tokenizer(), make_chunks(job.sources)
+    tokenizer, chunks = job.load_tokenizer(), list(make_chunks(job.sources))
     alone = [batch.to_pylist() for batch in tokenize_chunks(job, tokenizer, chunks, 1)]
     together = [batch.to_pylist() for batch in tokenize_chunks(job, tokenizer, chunks, 2)]
     assert together == alone and len(alone) == 14

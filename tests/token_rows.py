@@ -38,7 +38,8 @@ def columns_of(
         for start in range(0, len(rows), batch_rows)
     ]
     scratch_path = folder / "scratch.arrow"
-    return collect(batches, sources, scratch_path, lambda rows: None), scratch_path
+    found = collect(batches, sources, {"train": scratch_path}, lambda rows: None)
+    return found["train"], scratch_path
 
 
 def _fields(position: int, row: TokenRow, reason: str | None) -> dict[str, object]:
@@ -55,4 +56,6 @@ def _fields(position: int, row: TokenRow, reason: str | None) -> dict[str, objec
         "pair_key": pair_key(prompt, chosen, rejected),
         "swapped_key": pair_key(prompt, rejected, chosen),
         "prompt_key": pair_key(prompt, [], []),
+        "held_out": False,
+        "score_margin": None,
     }

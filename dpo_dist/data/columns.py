@@ -6,18 +6,20 @@ The token ids themselves stay in a scratch Arrow file. N rows read, in the order
 # pyright: basic
 # (pyarrow has no types)
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from dpo_dist.data.keys import KEY_BYTES, pair_key
-from dpo_dist.data.pairs import key_column, list_lengths
+from dpo_dist.data.pairs import Split, key_column, list_lengths
 from dpo_dist.data.reasons import NOTE_BITS, TRUNCATED
-from dpo_dist.data.sources import Source
+from dpo_dist.data.sources import Source, count_copies
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.bytes_]
@@ -34,6 +36,8 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),  # a refusing template's words
         ("pair_key", _KEY), ("swapped_key", _KEY),  # swapped: chosen and rejected exchanged
         ("prompt_key", _KEY),
+        ("held_out", pa.bool_()),  # of the eval split
+        ("score_margin", pa.float64()),  # null: no scores
     ]
 )  # fmt: skip
 
@@ -54,6 +58,7 @@ class PairColumns:
     pair_keys: KeyArray
     swapped_keys: KeyArray
     prompt_keys: KeyArray
+    score_margins: npt.NDArray[np.float64]  # (N,) NaN: no scores
     refusals: tuple[str, ...]  # `file:line: words of the template`, in row order
 
     def __len__(self) -> int:
@@ -72,24 +77,40 @@ class PairColumns:
 def collect(
     batches: Iterable[pa.RecordBatch],
     sources: Sequence[Source],
-    scratch_path: Path,
+    scratch_paths: Mapping[Split, Path],
     advance: Callable[[int], None],
-) -> PairColumns:
-    """Streams batches of SCHEMA to a scratch file and keeps their columns.
+) -> dict[Split, PairColumns]:
+    """Streams batches of SCHEMA to a scratch file a split and keeps their columns.
 
-    `advance` is called with the number of rows of each batch.
+    `advance` is called with the number of rows of each batch. A split without rows is left out.
     """
-    parts: list[dict[str, npt.NDArray]] = []
-    refusals: list[str] = []
-    with pa.OSFile(str(scratch_path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    parts: dict[Split, list[dict[str, npt.NDArray]]] = {split: [] for split in scratch_paths}
+    refusals: dict[Split, list[str]] = {split: [] for split in scratch_paths}
+    with contextlib.ExitStack() as stack:
+        writers: dict[Split, Any] = {
+            split: stack.enter_context(
+                pa.ipc.new_stream(stack.enter_context(pa.OSFile(str(path), "wb")), SCHEMA)
+            )
+            for split, path in scratch_paths.items()
+        }
         for batch in batches:
-            writer.write_batch(batch)
-            parts.append(_columns_of(batch))
-            refusals += batch["detail"].drop_null().to_pylist()
+            held_out = batch["held_out"].to_numpy(zero_copy_only=False)
+            for split, writer in writers.items():
+                part = batch.filter(pa.array(held_out == (split == "eval")))
+                if part.num_rows:
+                    writer.write_batch(part)
+                    parts[split].append(_columns_of(part))
+                    refusals[split] += part["detail"].drop_null().to_pylist()
             advance(batch.num_rows)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    copies = np.concatenate([source.copies for source in sources])
-    return PairColumns(sources=tuple(sources), copies=copies, refusals=tuple(refusals), **joined)
+    found: dict[Split, PairColumns] = {}
+    for split, columns in parts.items():
+        if columns:
+            joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+            copies = _copies(sources, split, joined["source"], joined["position"])
+            found[split] = PairColumns(
+                sources=tuple(sources), copies=copies, refusals=tuple(refusals[split]), **joined
+            )
+    return found
 
 
 def read_scratch(path: Path) -> Iterator[pa.RecordBatch]:
@@ -128,6 +149,18 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
     )
 
 
+def _copies(
+    sources: Sequence[Source], split: Split, source: IntArray, position: IntArray
+) -> IntArray:
+    """How often rows count; one that is held out of a training source counts once."""
+    copies = np.ones(len(source), dtype=np.int64)
+    for index, opened in enumerate(sources):
+        if opened.split == split:
+            rows = source == index
+            copies[rows] = count_copies(position[rows], opened.weight)
+    return copies
+
+
 def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
     columns: dict[str, npt.NDArray] = {
         f"{part}_lengths": list_lengths(batch[f"{part}_ids"])
@@ -136,6 +169,7 @@ def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
     for name, ours in (("reason", "reasons"), ("notes", "notes"), ("source", "source")):
         columns[ours] = batch[name].to_numpy().astype(np.int64)
     columns["position"] = batch["position"].to_numpy()
+    columns["score_margins"] = batch["score_margin"].to_numpy(zero_copy_only=False)
     for name in ("pair", "swapped", "prompt"):
         columns[f"{name}_keys"] = key_column(batch[f"{name}_key"])
     return columns

@@ -25,15 +25,17 @@ from dpo_dist.data.messages import (
     read_tools,
     text_of,
 )
-from dpo_dist.data.reasons import NO_SHARED_PROMPT
+from dpo_dist.data.reasons import NO_SHARED_PROMPT, UNPAIRED
 from dpo_dist.data.rows import Row
 from dpo_dist.errors import DataError
 from dpo_dist.sections.data import PreferenceFormat
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",
+    "chosen_score", "rejected_score", "completion", "label",
 )  # fmt: skip
-NoPair = Literal["no_shared_prompt"]  # the reason a row makes no pair
+LABELLED_COLUMNS = frozenset(("completion", "label"))
+NoPair = Literal["no_shared_prompt", "unpaired"]  # the reason a row makes no pair
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_START = re.compile(r"\s*Human:")
 
@@ -58,6 +60,13 @@ class Pair:
         if isinstance(self.prompt, str):
             return is_blank(self.prompt)
         return all(is_blank(m) for m in self.prompt if m["role"] not in SYSTEM_ROLES)
+
+    @property
+    def prompt_words(self) -> str:
+        """What the prompt says, in small letters: no markup, no spacing and no system message."""
+        turns = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        said = [t for t in turns if isinstance(t, str) or t["role"] not in SYSTEM_ROLES]
+        return " ".join(" ".join(map(text_of, said)).casefold().split())
 
     @property
     def answer_repeats_prompt(self) -> bool:
@@ -94,6 +103,12 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
     names = row.fields.keys()
     if {"question", "response_j", "response_k"} <= names:
         return "stack_exchange"
+    if not {"chosen", "rejected"} <= names and names >= LABELLED_COLUMNS:
+        raise DataError(
+            f"{row.origin} has the columns {', '.join(names)}: one answer and a label, as for KTO",
+            "two answers to a prompt, chosen and rejected",
+            f"Set {where}.format=labelled to pair good and bad answers to the same prompt.",
+        )
     if not {"chosen", "rejected"} <= names:
         raise DataError(
             f"{row.origin} has the columns {', '.join(names) or '(none)'}",
@@ -114,6 +129,8 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
 
 def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
     """The pair of a row, or the reason to drop it; raises DataError at a field that is unusable."""
+    if row.lacks_partner:
+        return UNPAIRED
     match row_format:
         case "standard":
             return _text_pair(row, source)
@@ -130,7 +147,7 @@ def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoP
         case "ultrafeedback" | "conversational":
             chosen, rejected = _dialogues(row)
             return _last_turn_pair(row, chosen, rejected, source)
-        case "auto":
+        case "auto" | "labelled":
             raise AssertionError("the format is settled before rows are read")
 
 

@@ -4,12 +4,14 @@ N rows of a split, after truncation unless said otherwise.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.columns import KeyArray, PairColumns
+from dpo_dist.data.pairs import SPLITS, Split
 from dpo_dist.data.reasons import (
     CODES,
     CONFLICT,
@@ -64,6 +66,35 @@ def choose_max_length(
             f"{model_limit:,} (auto: all positions of the model; {arithmetic} is {length:,})",
         )
     return length, f"{length:,} (auto: {arithmetic})"
+
+
+def describe_split(tokenized: Mapping[Split, PairColumns], section: DataSection) -> str | None:
+    """What eval_fraction did, in numbers; raises DataError when it left one side empty."""
+    fraction = section.eval_fraction
+    prompts: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    rows: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    for split, columns in tokenized.items():
+        is_train = np.array([source.split == "train" for source in columns.sources])
+        usable = is_train[columns.source] & (columns.reasons == KEPT)
+        prompts[split] = len(np.unique(columns.prompt_keys[usable]))
+        rows[split] = int(usable.sum())
+    total = sum(prompts.values())
+    if not fraction or (not total and "train" in tokenized):
+        return None  # without any usable row the gate says why
+    sides: tuple[tuple[Split, str, str], ...]
+    sides = (("train", "all", "Lower"), ("eval", "none", "Raise"))
+    for split, found, remedy in sides:
+        if not prompts[split]:
+            raise DataError(
+                f"data.eval_fraction {fraction} holds out {found} of {total:,} prompts",
+                "prompts on both sides",
+                f"{remedy} it, or set data.eval instead.",
+            )
+    return (
+        f"{prompts['eval']:,} of {total:,} prompts ({prompts['eval'] / total:.1%}) with "
+        f"{rows['eval']:,} of {sum(rows.values()):,} pairs "
+        f"(data.eval_fraction {fraction}, data.eval_seed {section.eval_seed})"
+    )
 
 
 def apply_gate(

@@ -16,6 +16,7 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,8 @@ from dpo_dist.errors import ArtefactError
 from dpo_dist.manifest import read_manifest
 
 IntArray = npt.NDArray[np.int64]
-SPLITS = ("train", "eval")
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 DATA_NAME = "data-00000-of-00001.arrow"
 
 _IDS = pa.list_(pa.int32())

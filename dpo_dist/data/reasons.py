@@ -14,7 +14,9 @@ class Reason:
     remedy: str
 
 
+UNPAIRED: Final = "unpaired"
 NO_SHARED_PROMPT: Final = "no_shared_prompt"
+LOW_MARGIN: Final = "low_margin"
 TEMPLATE: Final = "template"
 EMPTY: Final = "empty"
 PROMPT_FILLS: Final = "prompt_fills"
@@ -27,10 +29,22 @@ OVERLAP: Final = "overlap"
 # In the order they are looked at: a pair counts under the first that fits.
 DROP_REASONS = (
     Reason(
+        UNPAIRED,
+        None,
+        "no answer with the other label has its prompt",
+        "Take a source with good and bad answers to the same prompts.",
+    ),
+    Reason(
         NO_SHARED_PROMPT,
         None,
         "the dialogues share no turns that both answer",
         "Check that chosen and rejected answer the same prompt.",
+    ),
+    Reason(
+        LOW_MARGIN,
+        None,
+        "the scores are closer than the source's min_score_margin, or the other way round",
+        "Lower min_score_margin of the source.",
     ),
     Reason(
         TEMPLATE,

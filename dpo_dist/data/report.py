@@ -1,4 +1,7 @@
-"""The data report: what was read, kept, dropped and noted, by source; as JSON and as a table."""
+"""The data report: what was read, kept, dropped and noted, by source; as JSON and as a table.
+
+`report_html` shows the same as a page.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.data.columns import IntArray, PairColumns
+from dpo_dist.data.distributions import describe_bias, histograms, is_biased, length_bias
 from dpo_dist.data.reasons import CODES, DROP_REASONS, KEPT, NOTE_BITS, NOTES
 
 PERCENTILES = (50, 90, 99, 100)
@@ -23,15 +27,18 @@ def split_report(columns: PairColumns) -> dict[str, Any]:
         for lengths in (columns.prompt_lengths, columns.chosen_lengths, columns.rejected_lengths)
     )
     packed = prompt + chosen + rejected
+    source = np.repeat(columns.source[kept], columns.copies[kept])
     return {
         **_counts(columns, np.ones(len(columns), dtype=bool)),
         "sources": {
-            source.name: {
-                "path": source.rows.label,
-                "format": source.row_format,
+            opened.name: {
+                "path": opened.rows.label,
+                "format": opened.row_format,
                 **_counts(columns, columns.source == index),
+                "length_bias": length_bias(chosen[source == index], rejected[source == index]),
             }
-            for index, source in enumerate(columns.sources)
+            for index, opened in enumerate(columns.sources)
+            if (columns.source == index).any()
         },
         "first": _first_origins(columns),
         "refusals": list(columns.refusals[:NUM_REFUSALS]),
@@ -41,9 +48,21 @@ def split_report(columns: PairColumns) -> dict[str, Any]:
             "rejected": _percentiles(rejected),
             "prompt + chosen + rejected": _percentiles(packed),
         },
+        "length_bias": length_bias(chosen, rejected),
+        "histograms": histograms(columns),
         "tokens": int(packed.sum()),
         "tokens_saved_by_sharing": float(prompt.sum() / (packed.sum() + prompt.sum())),
     }
+
+
+def bias_warnings(split: str, report: dict[str, Any]) -> list[str]:
+    """What to warn of in a split's report: sources where length alone would tell the answers."""
+    return [
+        f"{split}, {name}: {describe_bias(counts['length_bias'])}. A model can learn this "
+        "instead of the preference: compare objective.loss sigmoid_norm, or balance the pairs"
+        for name, counts in report["sources"].items()
+        if is_biased(counts["length_bias"], counts["pairs"])
+    ]
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -52,6 +71,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(_source_table(splits))
     console.print(_length_table(splits))
     console.print(f"max_length: {report['max_length_reason']}", highlight=False, markup=False)
+    if report["held_out"]:
+        console.print(f"held out: {report['held_out']}", highlight=False, markup=False)
     for split, counts in splits.items():
         for line in _lines(split, counts):
             console.print(line, highlight=False, markup=False)
@@ -136,6 +157,8 @@ def _lines(split: str, report: dict[str, Any]) -> list[str]:
         f"{split}: {report['pairs']:,} pairs, {report['tokens']:,} tokens; sharing the prompt "
         f"saves {report['tokens_saved_by_sharing']:.0%}"
     ]
+    if report["length_bias"]:
+        lines.append(f"{split}: {describe_bias(report['length_bias'])}")
     for reason in DROP_REASONS:
         if number := report["dropped"][reason.name]:
             lines.append(

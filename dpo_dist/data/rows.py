@@ -13,6 +13,7 @@ class Row:
 
     fields: Mapping[str, Any]
     origin: str
+    lacks_partner: bool = False  # a labelled answer without one of the other label
 
     def field(self, name: str) -> Any:
         """A field that is there and not null; raises DataError otherwise."""

@@ -1,7 +1,8 @@
 """Where preference rows come from: files, folders and hub data sets, and which rows are taken.
 
-1. `open_sources` opens every source of a split as rows that can be read by position.
-2. `select_rows` applies `limit` and `weight`: the positions to read and how often each counts.
+1. `open_sources` opens every source of a split as rows that can be read by position, or, of a
+   stream, once in order; `limit` is applied here.
+2. `count_copies` applies `weight`: how often each row counts.
 """
 
 import contextlib
@@ -18,6 +19,10 @@ import numpy.typing as npt
 
 from dpo_dist.data.formats import check_column_map, detect_format, rename_columns
 from dpo_dist.data.json_rows import JsonRows, index_json
+from dpo_dist.data.labelled_rows import LabelledRows, pair_labels
+from dpo_dist.data.pairs import Split
+from dpo_dist.data.rows import Row
+from dpo_dist.data.stream_rows import StreamRows, digest_of_stream
 from dpo_dist.data.table_rows import (
     TableRows,
     digest_of_table,
@@ -31,6 +36,7 @@ from dpo_dist.manifest import digest_of_file
 from dpo_dist.sections.data import PreferenceFormat, SourceSection
 
 IntArray = npt.NDArray[np.int64]
+Rows = JsonRows | TableRows | LabelledRows | StreamRows
 Kind = Literal["json", "parquet", "csv", "folder", "hub"]
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "json",
@@ -44,67 +50,82 @@ FOLDER_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source; row `positions[i]` is read once and counts `copies[i]` times."""
+    """An opened source of a split."""
 
     name: str
-    rows: JsonRows | TableRows
+    split: Split
+    rows: Rows
     row_format: PreferenceFormat
     columns: dict[str, str]
-    positions: IntArray
-    copies: IntArray
+    weight: float = 1.0
+    min_score_margin: float | None = None
+
+    def positions(self) -> IntArray:
+        """The rows that are taken, ascending; of a stream they are known only as it is read."""
+        assert not isinstance(self.rows, StreamRows), self.name
+        return np.flatnonzero(count_copies(np.arange(len(self.rows)), self.weight))
 
 
-def open_sources(sections: Sequence[SourceSection], split: str, scratch_dir: Path) -> list[Source]:
+def open_sources(
+    sections: Sequence[SourceSection],
+    split: Split,
+    scratch_dir: Path,
+    taken_names: Sequence[str] = (),
+) -> list[Source]:
     """Opens the sources of a split; raises DataError, naming the config key or `file:line`."""
     sources: list[Source] = []
     for index, section in enumerate(sections):
         key = f"data.{split}.{index}"
         check_column_map(section.columns, key)
         rows = _open_rows(section, key, scratch_dir / f"{split}-{index}.arrow")
-        if len(rows) == 0:
+        first = _first_row(rows)
+        if first is None:
             raise DataError(f"{key}: {rows.label} has no rows", "preference rows", "Fill it.")
-        positions, copies = select_rows(len(rows), section.limit, section.weight)
-        if len(positions) == 0:
-            raise DataError(
-                f"{key}: weight {section.weight} of {len(rows)} rows takes none",
-                "at least one row",
-                f"Set {key}.weight to {1 / len(rows):.2g} or more.",
-            )
-        row_format = section.format
-        if row_format == "auto":
-            first = next(iter(rows.read(positions[:1])))
-            row_format = detect_format(rename_columns(first, section.columns), key)
-        name = _unique_name(section, [source.name for source in sources])
-        sources.append(Source(name, rows, row_format, section.columns, positions, copies))
+        columns, row_format = section.columns, section.format
+        if row_format == "labelled":
+            assert isinstance(rows, JsonRows | TableRows), "the config refuses labelled streams"
+            rows, row_format = pair_labels(rows, columns, key)
+            columns = {}
+        elif row_format == "auto":
+            row_format = detect_format(rename_columns(first, columns), key)
+        name = _unique_name(section, [*taken_names, *(source.name for source in sources)])
+        margin = section.min_score_margin
+        sources.append(Source(name, split, rows, row_format, columns, section.weight, margin))
     return sources
 
 
-def select_rows(num_rows: int, limit: int | None, weight: float) -> tuple[IntArray, IntArray]:
-    """Positions of the rows to take, ascending, and how often each counts.
+def count_copies(positions: npt.ArrayLike, weight: float) -> IntArray:
+    """How often the rows at these positions count: 0 or 1 below weight 1, else 1 or more.
 
-    Of the first `limit` rows, floor(rows * weight) are taken, evenly spread: the i-th is row
-    floor(i / weight). So 0.5 takes every second row and 2 takes all of them twice.
+    Row p counts as often as integers lie in [p * weight, (p + 1) * weight): 0.5 takes every second
+    row and 2 takes all of them twice. It depends on no other row, so data that grow at their end
+    keep the rows they had, and a stream takes what a file would.
     """
-    available = min(num_rows, limit or num_rows)
-    num_taken = int(available * weight + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    taken = (np.arange(num_taken) / weight + 1e-9).astype(np.int64)
-    positions, copies = np.unique(np.minimum(taken, available - 1), return_counts=True)
-    return positions, copies.astype(np.int64)
+    rows = np.asarray(positions, dtype=np.int64)
+    # without the small number 100 * 0.29 = 28.999999999999996 and its like decide
+    first, last = (np.ceil(edge * weight - 1e-6) for edge in (rows, rows + 1))
+    return (last - first).astype(np.int64)
 
 
 def digest_of_source(section: SourceSection, key: str) -> str:
     """Identity of what a source is read from: its bytes, not its name or its date."""
     path = Path(section.path).expanduser()
     kind = _kind(section, path, key)
+    if section.streaming:
+        return digest_of_stream(_stream(kind, section, path, key))
     if kind in ("folder", "hub"):
         return digest_of_table(_open_data_set(kind, section, path, key))
     with _readable(section, key):
         return digest_of_file(path)
 
 
-def _open_rows(section: SourceSection, key: str, scratch_path: Path) -> JsonRows | TableRows:
+def _open_rows(
+    section: SourceSection, key: str, scratch_path: Path
+) -> JsonRows | TableRows | StreamRows:
     path = Path(section.path).expanduser()
     kind = _kind(section, path, key)
+    if section.streaming:
+        return _stream(kind, section, path, key)
     with _readable(section, key):
         match kind:
             case "json":
@@ -114,7 +135,25 @@ def _open_rows(section: SourceSection, key: str, scratch_path: Path) -> JsonRows
             case "csv":
                 return open_csv(path, section.path, scratch_path, section.limit)
             case "folder" | "hub":
-                return _open_data_set(kind, section, path, key)
+                return _open_data_set(kind, section, path, key).first(section.limit)
+
+
+def _stream(kind: Kind, section: SourceSection, path: Path, key: str) -> StreamRows:
+    if kind != "hub":
+        raise DataError(
+            f"{key}.streaming is true, but {section.path} is a file or folder of this machine",
+            "a hub data set, or a folder of data files",
+            "Remove streaming: such rows are read where they lie.",
+        )
+    name = str(path) if path.is_dir() else section.path
+    revision = section.revision
+    return StreamRows(name, section.config, section.split, revision, section.limit, key)
+
+
+def _first_row(rows: JsonRows | TableRows | StreamRows) -> Row | None:
+    if isinstance(rows, StreamRows):
+        return next(iter(rows), None)
+    return next(iter(rows.read([0])), None) if len(rows) else None
 
 
 def _kind(section: SourceSection, path: Path, key: str) -> Kind:

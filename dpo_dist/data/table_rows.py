@@ -10,7 +10,7 @@ scratch folder, so that any process can read any row.
 import csv
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class TableRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def first(self, limit: int | None) -> "TableRows":
+        """The first `limit` rows."""
+        if limit is None or limit >= len(self):
+            return self
+        return replace(self, dataset=self.dataset.select(range(limit)))
+
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
         """The rows at these positions."""
         wanted = list(map(int, positions))
@@ -60,7 +66,7 @@ def open_parquet(path: Path, label: str, scratch_path: Path, limit: int | None) 
             _spool(scratch_path, file.schema_arrow, _first_rows(batches, limit))
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{label} is not readable as Parquet ({_first_line(error)})",
+            f"{label} is not readable as Parquet ({first_line(error)})",
             "a Parquet file",
             "Write it again, or give the file its right suffix.",
         ) from None
@@ -129,13 +135,18 @@ def open_hub(
     try:
         loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise DataError(
-            f"{key}.path {name!r} is no file here, and `datasets` loads no such data set "
-            f"({_first_line(error)})",
-            "a file, a folder, or the id, config and split of a hub data set",
-            f"Correct {key}, download the data where there is a network, or set HF_TOKEN.",
-        ) from None
+        raise hub_error(name, key, error) from None
     return TableRows(loaded, f"{name}[{split}]")
+
+
+def hub_error(name: str, key: str, error: Exception) -> DataError:
+    """What to tell when `datasets` does not load a data set; `key` names it in the config."""
+    return DataError(
+        f"{key}.path {name!r} is no file here, and `datasets` loads no such data set "
+        f"({first_line(error)})",
+        "a file, a folder, or the id, config and split of a hub data set",
+        f"Correct {key}, download the data where there is a network, or set HF_TOKEN.",
+    )
 
 
 def digest_of_table(rows: TableRows) -> str:
@@ -184,5 +195,6 @@ def _from_file(path: Path) -> Any:
     return datasets.Dataset.from_file(str(path))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (str(error).strip() or repr(error)).splitlines()[0]

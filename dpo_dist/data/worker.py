@@ -10,6 +10,7 @@ with different keys do not fit, and loses the `file:line` of an error.
 # (pyarrow has no types)
 
 import contextlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,8 +29,12 @@ from dpo_dist.data.columns import SCHEMA
 from dpo_dist.data.formats import Pair, read_pair, rename_columns
 from dpo_dist.data.json_rows import JsonRows
 from dpo_dist.data.keys import KEY_BYTES, pair_key
-from dpo_dist.data.reasons import CODES, EMPTY, KEPT, NO_SHARED_PROMPT, TEMPLATE
-from dpo_dist.data.sources import Source
+from dpo_dist.data.reasons import CODES, EMPTY, KEPT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.rows import Row
+from dpo_dist.data.scores import score_margin
+from dpo_dist.data.sources import Source, count_copies
+from dpo_dist.data.split import is_held_out
+from dpo_dist.data.stream_rows import StreamRows
 from dpo_dist.data.templates import TemplateRefusal, load_tokenizer
 from dpo_dist.data.tokenize import PairTokenizer, TokenPair
 from dpo_dist.errors import DataError
@@ -42,11 +47,16 @@ TOKENIZER_MODULE = "transformers.models.auto.tokenization_auto"  # seconds to im
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows start..stop of the taken positions of a source."""
+    """Some rows of a source; those of a stream travel with it, since only one process reads it."""
 
     source: int
-    start: int
-    stop: int
+    positions: list[int]
+    streamed: list[Row] | None = None
+
+    def first(self, count: int) -> "Chunk":
+        """Its first rows."""
+        streamed = None if self.streamed is None else self.streamed[:count]
+        return replace(self, positions=self.positions[:count], streamed=streamed)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class TokenizeJob:
     trust_remote_code: bool
     system_message: str | None
     sources: tuple[Source, ...]
+    eval_fraction: float = 0.0
+    eval_seed: int = 0
 
     def load_tokenizer(self) -> PairTokenizer:
         """The tokenizer with the job's template and system message."""
@@ -72,41 +84,63 @@ class ChunkTokenizer:
     job: TokenizeJob
     tokenizer: PairTokenizer
 
-    def read(self, chunk: Chunk) -> list[Pair | str]:
-        """The pairs of a chunk, or the name of the reason to drop a row."""
+    def read(self, chunk: Chunk) -> list[tuple[Pair | str, float | None]]:
+        """The pairs of a chunk, or a reason to drop the row, and their score margins."""
         source = self.job.sources[chunk.source]
-        rows = source.rows.read(source.positions[chunk.start : chunk.stop].tolist())
-        return [
-            read_pair(rename_columns(row, source.columns), source.row_format, source.name)
-            for row in rows
-        ]
+        if chunk.streamed is not None:
+            rows = iter(chunk.streamed)
+        else:
+            assert not isinstance(source.rows, StreamRows), "a stream is read by one process only"
+            rows = source.rows.read(chunk.positions)
+        return [_read_one(rename_columns(row, source.columns), source) for row in rows]
 
     def tokenize(self, chunk: Chunk) -> pa.RecordBatch:
         """The batch of a chunk: one row for every row read, dropped or not."""
         read = self.read(chunk)
-        encoded = iter(self.tokenizer.encode([pair for pair in read if isinstance(pair, Pair)]))
-        positions = self.job.sources[chunk.source].positions[chunk.start : chunk.stop]
-        rows = [
-            _dropped(NO_SHARED_PROMPT) if isinstance(pair, str) else _outcome(pair, next(encoded))
-            for pair in read
-        ]
-        for row, position in zip(rows, positions.tolist(), strict=True):
-            row.update(source=chunk.source, position=position)
+        encoded = iter(self.tokenizer.encode([pair for pair, _ in read if isinstance(pair, Pair)]))
+        rows: list[dict[str, object]] = []
+        for (pair, margin), position in zip(read, chunk.positions, strict=True):
+            row = _dropped(pair) if isinstance(pair, str) else _outcome(pair, next(encoded))
+            held_out = self._is_held_out(pair, chunk.source)
+            row.update(
+                source=chunk.source, position=position, held_out=held_out, score_margin=margin
+            )
+            rows.append(row)
         return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
+    def _is_held_out(self, pair: Pair | str, source: int) -> bool:
+        if self.job.sources[source].split == "eval":
+            return True
+        if isinstance(pair, str) or not self.job.eval_fraction:
+            return False
+        return is_held_out(pair.prompt_words, self.job.eval_fraction, self.job.eval_seed)
 
-def make_chunks(sources: Sequence[Source]) -> list[Chunk]:
+
+def make_chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
     """Cuts all taken rows into chunks of at most CHUNK_ROWS rows and about CHUNK_BYTES bytes."""
-    chunks: list[Chunk] = []
     for index, source in enumerate(sources):
-        start, size = 0, 0
-        for stop, position in enumerate(source.positions.tolist(), start=1):
+        if isinstance(source.rows, StreamRows):
+            yield from _stream_chunks(index, source.rows, source.weight)
+            continue
+        positions: list[int] = []
+        size = 0
+        for position in source.positions().tolist():
+            positions.append(position)
             if isinstance(source.rows, JsonRows):
                 size += int(source.rows.stops[position] - source.rows.starts[position])
-            if stop - start == CHUNK_ROWS or size >= CHUNK_BYTES or stop == len(source.positions):
-                chunks.append(Chunk(index, start, stop))
-                start, size = stop, 0
-    return chunks
+            if len(positions) == CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield Chunk(index, positions)
+                positions, size = [], 0
+        if positions:
+            yield Chunk(index, positions)
+
+
+def _stream_chunks(index: int, stream: StreamRows, weight: float) -> Iterator[Chunk]:
+    numbered = (
+        (position, row) for position, row in enumerate(stream) if count_copies(position, weight)
+    )
+    while taken := list(itertools.islice(numbered, CHUNK_ROWS)):
+        yield Chunk(index, [position for position, _ in taken], [row for _, row in taken])
 
 
 def tokenize_chunks(
@@ -172,6 +206,17 @@ def _dropped(reason: str, detail: str | None = None) -> dict[str, object]:
         "reason": CODES[reason], "notes": 0, "detail": detail,
         "pair_key": nothing, "swapped_key": nothing, "prompt_key": nothing,
     }  # fmt: skip
+
+
+def _read_one(row: Row, source: Source) -> tuple[Pair | str, float | None]:
+    pair = read_pair(row, source.row_format, source.name)
+    if isinstance(pair, str):
+        return pair, None
+    least = source.min_score_margin
+    margin = score_margin(row, required=least is not None)
+    # 7.3 - 7.2 is 0.0999..., which nobody means to be below 0.1
+    is_low = least is not None and margin is not None and margin < least - 1e-9
+    return (LOW_MARGIN if is_low else pair), margin
 
 
 def _outcome(pair: Pair, encoded: TokenPair | TemplateRefusal) -> dict[str, object]:

@@ -8,8 +8,9 @@ from dpo_dist.sections.section import Fraction, PositiveInt, Section
 
 Policy = Literal["drop", "raise", "keep"]
 PreferenceFormat = Literal[
-    "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange"
-]
+    "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
+    "labelled",
+]  # fmt: skip
 
 
 class SourceSection(Section):
@@ -22,15 +23,25 @@ class SourceSection(Section):
     config: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set or datasets folder.")
     revision: str | None = Field(None, description="Hub revision of the data set.")
+    streaming: bool = Field(
+        False, description="Read a hub data set once, row by row, and store nothing of it."
+    )
     limit: PositiveInt | None = Field(None, description="Take at most this many rows.")
     weight: float = Field(
         1.0, gt=0, description="Share of the source's rows taken: 0.5 every second, 2 all twice."
+    )
+    min_score_margin: float | None = Field(
+        None, description="Drop pairs with chosen_score - rejected_score below this."
     )
 
 
 class DataSection(Section):
     train: list[SourceSection] = Field(min_length=1, description="Sources of training pairs.")
     eval: list[SourceSection] = Field([], description="Sources of held-out pairs.")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of the training prompts held out, all their pairs."
+    )
+    eval_seed: int = Field(0, description="Seed of the choice of held-out prompts.")
     max_length: PositiveInt | Literal["auto"] = Field(
         "auto", description="Tokens of prompt + completion; auto: p99 rounded up to 8."
     )
@@ -52,3 +63,8 @@ class DataSection(Section):
     num_workers: PositiveInt | Literal["auto"] = Field(
         "auto", description="Tokenising processes; auto: one a core, at most 16."
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there will be held-out pairs."""
+        return bool(self.eval) or self.eval_fraction > 0

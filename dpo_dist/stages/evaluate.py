@@ -44,7 +44,7 @@ def run(config: RunConfig) -> Path:
         raise DataError(
             f"{paths.pairs_dir} has no held-out pairs",
             "at least one",
-            "Set data.eval and prepare the pairs in another run.dir.",
+            "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir.",
         )
     with collectives.process_group(topology) as device:
         model = load_export(paths, base_model_dir(config), config.model, device)

@@ -30,7 +30,7 @@ def run(config: RunConfig) -> Path:
         raise DataError(
             f"{paths.pairs_dir} has no held-out pairs",
             "prompts to answer",
-            "Set data.eval and prepare the pairs in another run.dir.",
+            "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir.",
         )
     prompts = distinct_prompts(pairs, settings.num_prompts)
     device = device_of(from_environment())

@@ -3,7 +3,7 @@
 N pairs of a split, B pairs in a micro-batch, K columns that a forward makes of a pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,19 @@ class ScoredPairs:
             mean_chosen_length=float(chosen.mean()),
             mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
         )
+
+    def by_source(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+        """What to put behind a metric's name, and which of `indices` it is of.
+
+        All of them under "", then, where there are several sources, each under "/NAME".
+        """
+        yield "", np.arange(len(indices))
+        sources = self.pairs.sources[indices]
+        names = np.unique(sources).tolist()
+        for name in names if len(names) > 1 else ():
+            yield f"/{name}", np.flatnonzero(sources == name)
 
 
 def objective_of(config: RunConfig) -> Objective:

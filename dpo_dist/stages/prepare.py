@@ -6,12 +6,14 @@
 4. Write the kept pairs, the report and the manifest; all of it appears at once.
 """
 
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from rich.text import Text
 
 from dpo_dist.config import RunConfig
 from dpo_dist.data.columns import PairColumns, collect, truncate
-from dpo_dist.data.gate import apply_gate, choose_max_length
-from dpo_dist.data.pairs import SPLITS, open_pairs
+from dpo_dist.data.gate import apply_gate, choose_max_length, describe_split
+from dpo_dist.data.pairs import SPLITS, Split, open_pairs
 from dpo_dist.data.preview import preview_pair
 from dpo_dist.data.reasons import DROP_REASONS, KEPT
-from dpo_dist.data.report import print_report, split_report
+from dpo_dist.data.report import bias_warnings, print_report, split_report
+from dpo_dist.data.report_html import report_page
 from dpo_dist.data.sources import Source, digest_of_source, open_sources
+from dpo_dist.data.stream_rows import StreamRows
 from dpo_dist.data.templates import resolve_template, split_markers
 from dpo_dist.data.tokenize import PairTokenizer
 from dpo_dist.data.vocabulary import check_vocabulary
@@ -44,6 +48,7 @@ from dpo_dist.manifest import (
     digest_of,
     is_current,
     read_manifest,
+    write_atomic,
     write_json,
     write_manifest,
 )
@@ -52,7 +57,7 @@ from dpo_dist.model_files import (
     read_model_config,
 )
 from dpo_dist.plan import base_model_dir
-from dpo_dist.run_dir import PAIRS_REPORT_NAME, RunDir
+from dpo_dist.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
 from dpo_dist.sections.data import SourceSection
 from dpo_dist.stages.base import make_base
 
@@ -105,8 +110,9 @@ def preview(config: RunConfig, num_pairs: int) -> None:
         chunks = ChunkTokenizer(job, job.load_tokenizer())
         for index, source in enumerate(sources):
             share = len(range(index, num_pairs, len(sources)))
-            if rows := min(share, len(source.positions)):
-                _preview_rows(chunks, Chunk(index, 0, rows), config.data.max_length, output)
+            for chunk in itertools.islice(make_chunks([source]), min(share, 1)):
+                first = replace(chunk.first(share), source=index)
+                _preview_rows(chunks, first, config.data.max_length, output)
 
 
 def _preview_rows(
@@ -169,22 +175,20 @@ def _prepare(
     config: RunConfig, model_dir: Path, template: str | None, partial: Path, scratch: Path
 ) -> dict[str, Any]:
     """Writes splits and report below `partial`; returns the manifest's details."""
-    tokenized: dict[str, PairColumns] = {}
-    tokenizer: PairTokenizer | None = None
-    for split, sections in _sections(config).items():
-        if not sections:
-            continue
-        sources = open_sources(sections, split, scratch)
-        job = _job(config, model_dir, template, sources)
-        tokenizer = tokenizer or job.load_tokenizer()
-        tokenized[split] = _tokenize(job, tokenizer, split, scratch, config.data.num_workers)
-    assert tokenizer is not None, "the config has at least one training source"
+    sources = open_sources(config.data.train, "train", scratch)
+    # what is held out of a training source is reported beside the held-out sources
+    names = [source.name for source in sources] if config.data.eval_fraction else []
+    sources += open_sources(config.data.eval, "eval", scratch, names)
+    job = _job(config, model_dir, template, sources)
+    tokenizer = job.load_tokenizer()
+    tokenized = _tokenize(job, tokenizer, scratch, config.data.num_workers)
+    held_out = describe_split(tokenized, config.data)
 
     max_length, reason = choose_max_length(
         tokenized["train"], config.data.max_length, _model_limit(model_dir)
     )
-    report: dict[str, Any] = {"max_length": max_length, "max_length_reason": reason, "splits": {}}
     details: dict[str, Any] = {"max_length": max_length, "max_length_reason": reason, "splits": {}}
+    report: dict[str, Any] = details | {"held_out": held_out, "splits": {}}
     trained_prompts = None
     for split in SPLITS:
         columns = tokenized.get(split)
@@ -196,8 +200,14 @@ def _prepare(
         digest = write_pairs(partial / split, columns, _scratch_path(scratch, split))
         num_pairs = report["splits"][split]["pairs"] if columns is not None else 0
         details["splits"][split] = {"num_pairs": num_pairs, "digest": digest}
-    report["hints"] = _hints(config, tokenizer, tokenized)
+    report["hints"] = _hints(config, tokenizer, sources)
+    report["warnings"] = [
+        text for split, counts in report["splits"].items() for text in bias_warnings(split, counts)
+    ]
+    for text in report["warnings"]:
+        _logger.warning("prepare: %s", text)
     write_json(partial / PAIRS_REPORT_NAME, report)
+    write_atomic(partial / PAIRS_PAGE_NAME, report_page(report))
     print_report(report, console)
     return details
 
@@ -211,51 +221,55 @@ def _job(
         trust_remote_code=config.model.trust_remote_code,
         system_message=config.data.system_message,
         sources=tuple(sources),
+        eval_fraction=config.data.eval_fraction,
+        eval_seed=config.data.eval_seed,
     )
 
 
 def _tokenize(
-    job: TokenizeJob, tokenizer: PairTokenizer, split: str, scratch: Path, workers: int | str
-) -> PairColumns:
-    """Tokenises all rows of a split into its scratch file."""
-    chunks = make_chunks(job.sources)
-    num_rows = sum(len(source.positions) for source in job.sources)
-    num_workers = min(_num_workers(workers, num_rows), len(chunks))
+    job: TokenizeJob, tokenizer: PairTokenizer, scratch: Path, workers: int | str
+) -> dict[Split, PairColumns]:
+    """Tokenises all rows into the scratch files of their splits."""
+    chunks: Iterable[Chunk] = make_chunks(job.sources)
+    num_rows = num_chunks = None
+    if not any(isinstance(source.rows, StreamRows) for source in job.sources):
+        chunks = list(chunks)
+        num_rows, num_chunks = sum(len(chunk.positions) for chunk in chunks), len(chunks)
+    num_workers = _num_workers(workers, num_rows, num_chunks)
     started = time.monotonic()
     with progress_bar("rows") as bar:
-        task = bar.add_task(f"prepare {split}", total=num_rows)
-        columns = collect(
+        task = bar.add_task("prepare", total=num_rows)
+        tokenized = collect(
             tokenize_chunks(job, tokenizer, chunks, num_workers),
             job.sources,
-            _scratch_path(scratch, split),
+            {split: _scratch_path(scratch, split) for split in SPLITS},
             lambda rows: bar.advance(task, rows),
         )
-    seconds = time.monotonic() - started
+    seconds, total = time.monotonic() - started, sum(map(len, tokenized.values()))
     _logger.info(
-        "prepare: %s %s rows tokenised in %.1f s, %s rows/s, %d processes",
-        f"{num_rows:,}", split, seconds, f"{num_rows / seconds:,.0f}", num_workers,
+        "prepare: %s rows tokenised in %.1f s, %s rows/s, %d processes",
+        f"{total:,}", seconds, f"{total / seconds:,.0f}", num_workers,
     )  # fmt: skip
-    return columns
+    return tokenized
 
 
 def _scratch_path(scratch: Path, split: str) -> Path:
     return scratch / f"{split}.tokens.arrow"
 
 
-def _num_workers(setting: int | str, num_rows: int) -> int:
+def _num_workers(setting: int | str, num_rows: int | None, num_chunks: int | None) -> int:
+    """Tokenising processes; rows and chunks are unknown of a stream."""
+    most = num_chunks or MAX_AUTO_WORKERS
     if setting != "auto":
-        return int(setting)
-    if num_rows < ROWS_FOR_WORKERS:
+        return min(int(setting), num_chunks or int(setting))
+    if num_rows is not None and num_rows < ROWS_FOR_WORKERS:
         return 1
-    return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS)
+    return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS, most)
 
 
-def _hints(
-    config: RunConfig, tokenizer: PairTokenizer, tokenized: dict[str, PairColumns]
-) -> list[str]:
+def _hints(config: RunConfig, tokenizer: PairTokenizer, sources: Sequence[Source]) -> list[str]:
     """What is allowed, yet seldom meant."""
     hints: list[str] = []
-    sources = [source for columns in tokenized.values() for source in columns.sources]
     plain = sorted({source.name for source in sources if source.row_format == "standard"})
     if plain and tokenizer.tokenizer.chat_template:
         hints.append(

@@ -43,7 +43,7 @@ def make_setup(config: RunConfig, world_size: int) -> Setup:
         world_size=world_size,
         dtype_bytes=DTYPE_BYTES[config.model.dtype],
         micro_batch_tokens=config.train.micro_batch_tokens,
-        scoring_tokens=scoring_budget(config) if config.data.eval else 0,
+        scoring_tokens=scoring_budget(config) if config.data.holds_out else 0,
         logits_per_chunk=LOGITS_BUDGET,
         checkpointing=config.train.gradient_checkpointing,
         dropout=config.adapter is not None and config.adapter.dropout > 0,

@@ -176,7 +176,7 @@ def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
             raise DataError(
                 f"{key} is {value}, and there are no held-out pairs",
                 "at least one",
-                f"Set data.eval and prepare the pairs in another run.dir, or set {key} to null.",
+                f"Set data.eval or data.eval_fraction and prepare the pairs in another run.dir, or set {key} to null.",
             )
 
 
@@ -341,7 +341,7 @@ def _window_metrics(job: Job, step: int, sums: torch.Tensor, seconds: float) -> 
 
 
 def _evaluate(job: Job) -> dict[str, float]:
-    """Metrics over all held-out pairs, as if they were one step."""
+    """Metrics over all held-out pairs, and of each source where there are several."""
     pairs = job.held_out.pairs
     scores, order = [], []
     for wave in plan_scoring_batches(
@@ -353,10 +353,14 @@ def _evaluate(job: Job) -> dict[str, float]:
         )
         order.append(indices)
         scores.append(columns)
-    columns = torch.from_numpy(np.concatenate(scores))
-    logps = job.held_out.logps(columns, np.concatenate(order), job.terms)
-    sums = metric_sums(logps, pair_losses(logps, job.objective), job.objective)
-    return metric_means(sums, job.metric_names)
+    columns, rows = torch.from_numpy(np.concatenate(scores)), np.concatenate(order)
+    means: dict[str, float] = {}
+    for suffix, of_source in job.held_out.by_source(rows):
+        logps = job.held_out.logps(columns[of_source], rows[of_source], job.terms)
+        sums = metric_sums(logps, pair_losses(logps, job.objective), job.objective)
+        found = metric_means(sums, job.metric_names)
+        means |= {f"{name}{suffix}": mean for name, mean in found.items()}
+    return means
 
 
 def _check_start(job: Job) -> None:
