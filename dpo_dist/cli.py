@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__, plan
+from dpo_dist.cli_judge import judge
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import explain_keys, to_yaml
 from dpo_dist.errors import ArtefactError, DPODistError
-from dpo_dist.ranks import launch, print_error, run_or_launch
+from dpo_dist.ranks import launch, print_error, run_or_launch, set_up_command
 from dpo_dist.run_dir import RunDir
 from dpo_dist.status import describe_status, read_status
 from dpo_dist.topology import SINGLE_PROCESS, launched
@@ -27,6 +29,7 @@ ConfigPath = Annotated[Path, typer.Argument(help="The run config.", metavar="RUN
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value", metavar="[SECTION.KEY=VALUE]...")
 ]
+AnswerFormat = StrEnum("AnswerFormat", ["jsonl", "fastchat"])
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -114,17 +117,71 @@ def reference(
 
 
 @app.command()
-def evaluate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Held-out accuracy and margin, per source, before and after."""
-    config = run_or_launch(plan.EVALUATE, config_path, overrides or [])
-    _show_result(config, "evaluate", RunDir(config.run.dir).evaluate_path, as_json)
+def evaluate(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Run these lm-eval tasks: a,b,c.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --harness: a folder of own task files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --harness: rows of each task.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --harness: apply the chat template.")
+    ] = False,
+    batch_size: Annotated[str, typer.Option(help="With --harness: rows at a time, or auto.")] = "8",
+    as_json: Json = False,
+) -> None:
+    """Held-out accuracy and margin, per source, before and after; or lm-eval's tasks."""
+    if harness is None:
+        config = run_or_launch(plan.EVALUATE, config_path, overrides or [])
+        _show_result(config, "evaluate", RunDir(config.run.dir).evaluate_path, as_json)
+        return
+    config = load_config(config_path, overrides or [])
+    set_up_command()
+    from dpo_dist.stages import harness as harness_stage
+
+    harness_stage.run(config, harness, include_path, limit, chat, batch_size)
+    _show_result(config, "harness", RunDir(config.run.dir).harness_path, as_json)
 
 
 @app.command()
-def generate(config_path: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Answers of base and export side by side."""
-    config = run_or_launch(plan.GENERATE, config_path, overrides or [])
-    _show_result(config, "generate", RunDir(config.run.dir).generate_path, as_json)
+def generate(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Answer this file's prompts: .txt, or JSON rows.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk to the model.")] = False,
+    model: Annotated[
+        str,
+        typer.Option(help="With these two: base, export, merged, full, adapter, or a path."),
+    ] = "export",
+    form: Annotated[
+        AnswerFormat, typer.Option("--format", help="With --prompts: of the answer file.")
+    ] = AnswerFormat.jsonl,
+    out: Annotated[
+        Path | None, typer.Option(help="With --prompts: the answer file; its stem is model_id.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answers of base and export side by side, to a file of prompts, or in a chat."""
+    if prompts is None and not chat:
+        config = run_or_launch(plan.GENERATE, config_path, overrides or [])
+        _show_result(config, "generate", RunDir(config.run.dir).generate_path, as_json)
+        return
+    config = load_config(config_path, overrides or [])
+    set_up_command()
+    if prompts is None:
+        import_module("dpo_dist.stages.chat").run(config, model)
+    else:
+        print(import_module("dpo_dist.stages.answers").run(config, prompts, model, form, out))
+
+
+app.command("judge")(judge)
 
 
 @app.command()

@@ -56,3 +56,11 @@ class VerificationError(DPODistError):
 
 class ClusterError(DPODistError):
     """A node, the network between nodes or the scheduler is not fit for the run."""
+
+
+class EndpointError(DPODistError):
+    """An API endpoint does not answer as it should."""
+
+
+class HarnessError(DPODistError):
+    """lm-eval is not installed, or cannot run a task."""

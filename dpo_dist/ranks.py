@@ -47,6 +47,12 @@ def launch(stage: plan.Stage, config: RunConfig, config_path: Path, overrides: l
     return run_ranks(plan.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
 
 
+def set_up_command() -> None:
+    """Prepares this process for work that a user's command does by itself, on no other rank."""
+    set_up_logging(0, None)
+    hush_libraries()
+
+
 def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
     """Runs a stage as one rank and leaves the process with its exit code."""
     topology = from_environment()

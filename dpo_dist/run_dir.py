@@ -69,6 +69,14 @@ class RunDir:
     def generate_path(self) -> Path:
         return self.root / "generate.json"
 
+    def answers_path(self, model_id: str, fastchat: bool) -> Path:
+        """Answers of a model to a file of prompts, in a folder that FastChat names so too."""
+        return self.root / ("model_answer" if fastchat else "answers") / f"{model_id}.jsonl"
+
+    @property
+    def harness_path(self) -> Path:
+        return self.root / "harness.json"
+
     @property
     def status_path(self) -> Path:
         return self.root / "status.json"
@@ -123,6 +131,35 @@ class RunDir:
         while self.log_dir(stage, attempt + 1).is_dir():
             attempt += 1
         return attempt
+
+
+@dataclass(frozen=True)
+class JudgedDir:
+    """Paths of one comparison of two answer files."""
+
+    root: Path
+
+    @property
+    def replies_path(self) -> Path:
+        return self.root / "replies.jsonl"
+
+    @property
+    def verdicts_path(self) -> Path:
+        return self.root / "verdicts.parquet"
+
+    @property
+    def result_path(self) -> Path:
+        return self.root / "result.json"
+
+
+def partial_path(path: Path) -> Path:
+    """A file of lines while it is being written."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def manifest_beside(path: Path) -> Path:
+    """The manifest of an artefact that is a single file."""
+    return path.with_name(f"{path.name}.manifest")
 
 
 def step_of(checkpoint_dir: Path) -> int | None:

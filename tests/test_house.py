@@ -18,6 +18,7 @@ FACTS = {
     "remedies", "local", "curves", "plots", "report_page", "report_sections",
     "best",
     "svg", "html_page",
+    "judging", "verdicts", "endpoint",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

@@ -184,6 +184,17 @@ def render_pair(
     )
 
 
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, system_message: str | None
+) -> str:
+    """A conversation that waits for its next answer, as `render_pair` renders a prompt.
+
+    Raises TemplateRefusal.
+    """
+    prompt = _with_system_message(conversation, system_message)
+    return _render(tokenizer, prompt, None, generation_prompt=True)
+
+
 def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a template writes before an answer, with the user turn before it; "" without one."""
     if not tokenizer.chat_template:

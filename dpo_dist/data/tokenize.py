@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_dist.data.formats import Pair
+from dpo_dist.data.messages import Conversation
 from dpo_dist.data.reasons import (
     ANSWER_IS_PROMPT,
     CUT_TO_SHARED,
@@ -35,7 +36,13 @@ from dpo_dist.data.reasons import (
     REWRITTEN_PROMPT,
     SPECIAL_IN_TEXT,
 )
-from dpo_dist.data.templates import RenderedPair, TemplateRefusal, generation_prompt, render_pair
+from dpo_dist.data.templates import (
+    RenderedPair,
+    TemplateRefusal,
+    generation_prompt,
+    render_pair,
+    render_prompt,
+)
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +87,16 @@ class PairTokenizer:
             item if isinstance(item, TemplateRefusal) else self._split(pair, item, ids)
             for pair, item in zip(pairs, rendered, strict=True)
         ]
+
+    def prompt_ids(self, prompt: str | Conversation) -> Ids:
+        """Ids of a prompt that waits for an answer, those that `encode` gives it in a pair.
+
+        Raises TemplateRefusal when the chat template does not take it.
+        """
+        if not isinstance(prompt, str):
+            return self._ids([render_prompt(self.tokenizer, prompt, self.system_message)])[0]
+        (ids,) = self._ids([prompt])
+        return ids if self._writes_bos(prompt) else self._bos_ids + ids
 
     def _texts(self, text: RenderedPair) -> tuple[str, ...]:
         """The texts whose ids `_split` needs: prompt, its end, its end with each answer."""

@@ -1,6 +1,7 @@
 """Loading an export as its users do, and saying what does not fit instead of passing it over."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from dpo_dist.adapter_files import ADAPTER_WEIGHTS_NAME
 from dpo_dist.engine.load import load_model
 from dpo_dist.engine.safetensors_stream import read_places, read_tensor
-from dpo_dist.errors import ArtefactError
-from dpo_dist.model_files import weight_files
+from dpo_dist.errors import ArtefactError, ModelFilesError
+from dpo_dist.manifest import digest_of, digest_of_file
+from dpo_dist.model_files import digest_of_weights, resolve_model_dir, weight_files
 from dpo_dist.run_dir import RunDir
 from dpo_dist.sections.training import ModelSection
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
@@ -22,26 +25,84 @@ def stored_names(model_dir: Path) -> dict[str, tuple[int, ...]]:
     return {name: place.spec.shape for name, place in read_places(weight_files(model_dir)).items()}
 
 
-def load_export(paths: RunDir, base_dir: Path, section: ModelSection, device: torch.device) -> Any:
-    """The exported model to use: full, merged, or the adapter on the base.
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model to use: a whole one, or an adapter on the run's base."""
 
-    Raises ArtefactError when nothing is exported or an adapter's file does not fit the base.
+    name: str
+    folder: Path
+    is_adapter: bool = False
+
+
+def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
+    """`base`, an exported `full`, `merged` or `adapter`, `export` (what there is), or a path.
+
+    A path is a folder of a whole model or of an adapter of this base, or a hub id. Raises
+    ArtefactError when it is not exported, ModelFilesError when a path holds no model.
     """
-    for merged in (True, False):
-        if (folder := paths.model_dir(merged)).is_dir():
-            return load_model(folder, section, device=device)
-    if not paths.adapter_dir.is_dir():
-        raise ArtefactError(
-            f"{paths.export_dir} holds no model", "an export", "Run `dpo-dist export` first."
+    exported = {
+        "merged": ModelChoice("merged", paths.model_dir(True)),
+        "full": ModelChoice("full", paths.model_dir(False)),
+        "adapter": ModelChoice("adapter", paths.adapter_dir, is_adapter=True),
+    }
+    there = [choice for choice in exported.values() if choice.folder.is_dir()]
+    if which == "base":
+        return ModelChoice("base", base_dir)
+    if which == "export":
+        if not there:
+            raise ArtefactError(
+                f"{paths.export_dir} holds no model", "an export", "Run `dpo-dist export` first."
+            )
+        return there[0]
+    if which in exported:
+        if exported[which] not in there:
+            names = ", ".join(choice.name for choice in there) or "nothing"
+            raise ArtefactError(
+                f"{paths.export_dir} holds {names}, not {which}",
+                f"an exported {which} model",
+                "Run `dpo-dist export`, or name another model.",
+            )
+        return exported[which]
+    folder = Path(which).expanduser()
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return ModelChoice(folder.name, folder.resolve(), is_adapter=True)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelFilesError(
+            f"{which} has neither config.json nor {ADAPTER_CONFIG_NAME}",
+            "the folder of a model or of an adapter",
+            "Name another folder, or base, export, merged, full or adapter.",
         )
-    model, problems = load_adapted(base_dir, paths.adapter_dir, section, device)
+    return ModelChoice(folder.name, resolve_model_dir(which))
+
+
+def load_chosen(
+    choice: ModelChoice, base_dir: Path, section: ModelSection, device: torch.device
+) -> Any:
+    """The model of a choice; raises ArtefactError when an adapter's file does not fit the base."""
+    if not choice.is_adapter:
+        return load_model(choice.folder, section, device=device)
+    model, problems = load_adapted(base_dir, choice.folder, section, device)
     if problems:
         raise ArtefactError(
-            f"{paths.adapter_dir} does not fit {base_dir}: {problems[0]} ({len(problems)} in all)",
+            f"{choice.folder} does not fit {base_dir}: {problems[0]} ({len(problems)} in all)",
             "the adapter of this base model",
-            f"Delete {paths.export_dir} and run `dpo-dist export` again.",
+            f"Delete {choice.folder.parent} and run `dpo-dist export` again.",
         )
     return model
+
+
+def digest_of_chosen(choice: ModelChoice, base_dir: Path, section: ModelSection) -> str:
+    """Identity of a choice's weights; an adapter's includes its base's."""
+    if not choice.is_adapter:
+        return digest_of_weights(choice.folder, section.allow_pickle_weights)
+    files = [choice.folder / name for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
+    base = digest_of_weights(base_dir, section.allow_pickle_weights)
+    return digest_of([base, *map(digest_of_file, files)])
+
+
+def load_export(paths: RunDir, base_dir: Path, section: ModelSection, device: torch.device) -> Any:
+    """The exported model to use: merged, full, or the adapter on the base."""
+    return load_chosen(choose_model("export", paths, base_dir), base_dir, section, device)
 
 
 def load_whole(

@@ -31,3 +31,7 @@ class GenerateSection(Section):
     num_prompts: PositiveInt = Field(3, description="Held-out prompts to answer.")
     max_new_tokens: PositiveInt = Field(128, description="Longest answer, tokens.")
     temperature: float = Field(0.0, ge=0, description="0 decodes greedily.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Nucleus sampling; null: as the model's generation_config."
+    )
+    batch_size: PositiveInt = Field(8, description="Prompts that are answered together.")

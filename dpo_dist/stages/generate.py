@@ -10,7 +10,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.collectives import device_of
-from dpo_dist.engine.generate import answer
+from dpo_dist.engine.generate import Answer, answer
 from dpo_dist.engine.policy import load_policy
 from dpo_dist.engine.reload import load_export
 from dpo_dist.errors import DataError
@@ -37,7 +37,7 @@ def run(config: RunConfig) -> Path:
     base_dir = base_model_dir(config)
     template = resolve_template(config.data.chat_template)
     tokenizer = load_tokenizer(base_dir, template, config.model.trust_remote_code)
-    answers: list[list[str]] = []
+    answers: list[list[Answer]] = []
     start = start_adapter_dir(config)
     adapter = None if start is None else config.adapter
     for load in (
@@ -49,10 +49,11 @@ def run(config: RunConfig) -> Path:
             answer(
                 load(), tokenizer, prompts,
                 max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                top_p=settings.top_p, batch_size=settings.batch_size,
             )
         )  # fmt: skip
     rows = [
-        {"prompt": tokenizer.decode(ids), "before": before, "after": after}
+        {"prompt": tokenizer.decode(ids), "before": before.text, "after": after.text}
         for ids, before, after in zip(prompts, *answers, strict=True)
     ]
     write_json(paths.generate_path, {"answers": rows} | settings.model_dump(mode="json"))

@@ -1,10 +1,12 @@
-"""What several stages open: prepared pairs beside their reference log-probs, the objective.
+"""What several stages open: pairs beside their reference log-probs, the objective, a tokenizer.
 
 N pairs of a split, B pairs in a micro-batch, K columns that a forward makes of a pair.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +14,14 @@ import torch
 
 from dpo_dist.config import RunConfig
 from dpo_dist.data.pairs import Pairs
+from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine import collectives
 from dpo_dist.errors import ReferenceStoreError
 from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
 from dpo_dist.objective.settings import Objective
 from dpo_dist.plan import scoring_contract, store_root
 from dpo_dist.reference_store import explain_miss, open_store
+from dpo_dist.run_dir import RunDir
 
 IntArray = npt.NDArray[np.int64]
 Indices = Sequence[int] | IntArray
@@ -113,3 +117,17 @@ def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
     received = collectives.broadcast(reference)
     assert received is not None, "rank 0 sent no reference log-probs"
     return ScoredPairs(pairs, torch.from_numpy(received))
+
+
+def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:
+    """The tokenizer to talk to a model with, under the template that the run was trained with.
+
+    A whole model from elsewhere keeps its own tokenizer, and its own template if it has one.
+    """
+    trusted, template = config.model.trust_remote_code, resolve_template(config.data.chat_template)
+    exports = RunDir(config.run.dir).export_dir.resolve()
+    ours = is_adapter or folder == base_dir or folder.resolve().is_relative_to(exports)
+    if not ours:
+        own = load_tokenizer(folder, None, trusted)
+        return own if own.chat_template else load_tokenizer(folder, template, trusted)
+    return load_tokenizer(base_dir, template, trusted)

@@ -176,7 +176,8 @@ def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
             raise DataError(
                 f"{key} is {value}, and there are no held-out pairs",
                 "at least one",
-                f"Set data.eval or data.eval_fraction and prepare the pairs in another run.dir, or set {key} to null.",
+                "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir, "
+                f"or set {key} to null.",
             )
 
 

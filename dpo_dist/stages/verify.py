@@ -232,8 +232,8 @@ def _answer(model: Any, folder: Path, config: RunConfig, probe: Probe) -> str:
     """Greedy generation runs."""
     tokenizer = load_tokenizer(folder, None, config.model.trust_remote_code)
     prompt = probe.pairs.token_ids(int(probe.indices[0]))[0]
-    (text,) = answer(model, tokenizer, [prompt], max_new_tokens=NUM_ANSWER_TOKENS, temperature=0.0)
-    return f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {text!r}"
+    (own,) = answer(model, tokenizer, [prompt], max_new_tokens=NUM_ANSWER_TOKENS, temperature=0.0)
+    return f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {own.text!r}"
 
 
 def _check_probe(
