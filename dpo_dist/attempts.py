@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
-from dpo_dist.plan import STAGES
+from dpo_dist.plan import PUSH, STAGES
 from dpo_dist.run_dir import RunDir, rank_log_path
 from dpo_dist.run_lock import refuse_if_held
 from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_status
 
 Verdict = Literal["next", "restart", "stop"]
-ORDER = tuple(stage.name for stage in STAGES)
+ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
 TAIL_LINES = 30
 DYING_S = 120.0  # the longest that a node's NFS locks outlive it
 NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
@@ -50,8 +50,8 @@ def begin(paths: RunDir, stage: str, caps: RestartSection, *, resubmitted: bool)
     status = read_status(paths.status_path)
     stages: dict[str, Any] = status.get("stages", {})
     state = stages.get(stage, {}).get("state")
-    done = stages.get(ORDER[-1], {}).get("state") == "finished"
-    if resubmitted and (done or (stage in ORDER and state == "finished")):
+    done = stages.get(STAGES[-1].name, {}).get("state") == "finished"
+    if resubmitted and (state == "finished" if stage in ORDER else done):
         return None
     restarts = dict(NO_RESTARTS)
     if resubmitted:

@@ -65,10 +65,33 @@ def run(
 
         plan_stage.print_dry_run(config, config_path, overrides or [])
         return
-    for stage in plan.STAGES:
+    for stage in plan.stages_of(config):
         code = launch(stage, config, config_path, overrides or [])
         if code:
             raise typer.Exit(code)
+
+
+@app.command()
+def sweep(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    train_only: Annotated[
+        bool, typer.Option("--train-only", help="End each point after training: no export.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only show what there is so far.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """A run for every combination of values such as objective.beta=0.05,0.1; one reference pass."""
+    from dpo_dist import sweep_here
+    from dpo_dist.sweep import plan_sweep
+
+    planned = plan_sweep(config_path, overrides or [], train_only=train_only)
+    if dry_run:
+        sweep_here.print_commands(planned, config_path)
+    elif code := (
+        sweep_here.show_sweep(planned) if table else sweep_here.run_sweep(planned, config_path)
+    ):
+        raise typer.Exit(code)
 
 
 def _stage_command(stage: plan.Stage) -> None:
@@ -114,6 +137,19 @@ def reference(
         _print_json(reference_stage.status(load_config(config_path, overrides or [])))
         return
     run_or_launch(plan.STAGES[1], config_path, overrides or [])
+
+
+@app.command()
+def push(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    what: Annotated[
+        str | None, typer.Option(help="full, merged or adapter, as export.hub_folder.")
+    ] = None,
+) -> None:
+    """Verified export -> the Hugging Face Hub (export.push_to_hub)."""
+    chosen = [f"export.hub_folder={what}"] if what else []
+    run_or_launch(plan.PUSH, config_path, [*(overrides or []), *chosen])
 
 
 @app.command()

@@ -94,6 +94,14 @@ def contradictions(config: RunConfig) -> Iterator[str]:
                     "that can be read by position, since a partner may stand anywhere. Remove "
                     "streaming, or pair the rows beforehand."
                 )
+    made = ["full"]
+    if config.adapter is not None:
+        made = ["adapter", "merged"] if config.export.merge else ["adapter"]
+    if config.export.hub_folder not in ("auto", *made):
+        yield (
+            f"export.hub_folder: {config.export.hub_folder}, which this run does not export; "
+            f"wanted auto or {' or '.join(made)}."
+        )
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
         yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")

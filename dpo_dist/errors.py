@@ -54,6 +54,10 @@ class VerificationError(DPODistError):
     exit_code: ClassVar[int] = 1
 
 
+class HubError(DPODistError):
+    """The Hugging Face Hub, or a logging service, does not take what it is sent."""
+
+
 class ClusterError(DPODistError):
     """A node, the network between nodes or the scheduler is not fit for the run."""
 

@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and TensorBoard events, under TRL's names.
+"""Metrics of a run as JSON lines, TensorBoard events and to W&B, under TRL's names.
 
 A line of the JSONL file is strict JSON: {"step": 200, "time": <Unix seconds>, name: number, ...}.
 
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist.manifest import write_atomic
+from dpo_dist.wandb_log import finish_run
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -44,7 +45,8 @@ class MetricsWriter:
 
     Answers to held-out prompts go to `samples_path` and, as text, to `tensorboard_dir`. What an
     earlier attempt wrote after `resume_step` is dropped from all of them, so a step appears once;
-    -1 drops everything. Nothing is written for TensorBoard when `tensorboard_dir` is None. Every
+    -1 drops everything. Nothing is written for TensorBoard when `tensorboard_dir` is None;
+    `wandb_run`, from wandb_log.start_run, gets the same names and is finished at the end. Every
     write is flushed: what was written survives a killed process.
     """
 
@@ -54,6 +56,7 @@ class MetricsWriter:
         tensorboard_dir: Path | None,
         resume_step: int = -1,
         samples_path: Path | None = None,
+        wandb_run: Any = None,
     ) -> None:
         jsonl_path.parent.mkdir(parents=True, exist_ok=True)
         _truncate(jsonl_path, resume_step)
@@ -61,6 +64,7 @@ class MetricsWriter:
         self._samples_path = samples_path
         if samples_path is not None:
             _truncate(samples_path, resume_step)
+        self._wandb = wandb_run
         self._events = None
         if tensorboard_dir is not None:
             self._events = _EventFile(tensorboard_dir, purge_step=resume_step + 1)
@@ -84,10 +88,11 @@ class MetricsWriter:
         if non_finite:
             line["non_finite"] = non_finite
         self._write_line(step, line)
+        tagged = {f"{kind}/{name}": value for name, value in metrics.items()}
         if self._events is not None:
-            self._events.add_scalars(
-                step, {f"{kind}/{name}": value for name, value in metrics.items()}
-            )
+            self._events.add_scalars(step, tagged)
+        if self._wandb is not None:
+            self._wandb.log(tagged, step=step)
 
     def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Writes (prompt, answer) texts: lines {"step", "time", "number", "prompt", "answer"}."""
@@ -105,6 +110,8 @@ class MetricsWriter:
         self._jsonl.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            finish_run(self._wandb)
 
     def _write_line(self, step: int, values: dict[str, Any]) -> None:
         line = {"step": step, "time": time.time(), **values}

@@ -58,6 +58,8 @@ def export_folders(config: RunConfig) -> dict[Kind, Path]:
 
 def base_model_name(config: RunConfig) -> str:
     """The hub id of the base model, or its folder's name: a card tells no paths."""
+    if config.export.base_model is not None:
+        return config.export.base_model
     return _name_of(config.model.path)
 
 

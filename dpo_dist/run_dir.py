@@ -62,6 +62,10 @@ class RunDir:
         return self.root / "verify.json"
 
     @property
+    def push_path(self) -> Path:
+        return self.root / "push.json"
+
+    @property
     def evaluate_path(self) -> Path:
         return self.root / "evaluate.json"
 
@@ -102,6 +106,14 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def wandb_dir(self) -> Path:
+        return self.root / "wandb"
+
+    @property
+    def wandb_id_path(self) -> Path:
+        return self.root / "wandb.json"
+
+    @property
     def logs_dir(self) -> Path:
         return self.root / "logs"
 
@@ -120,6 +132,26 @@ class RunDir:
     @property
     def doctor_path(self) -> Path:
         return self.root / "doctor.json"
+
+    @property
+    def sweep_dir(self) -> Path:
+        return self.root / "sweep"
+
+    def sweep_run_dir(self, name: str) -> Path:
+        """The run folder of one point of a sweep, or of inputs that points share."""
+        return self.sweep_dir / name
+
+    @property
+    def sweep_results_path(self) -> Path:
+        return self.sweep_dir / "results.json"
+
+    @property
+    def sweep_table_path(self) -> Path:
+        return self.sweep_dir / "results.csv"
+
+    @property
+    def sweep_plot_path(self) -> Path:
+        return self.sweep_dir / "results.png"
 
     def log_dir(self, stage: str, attempt: int) -> Path:
         """Logs of one attempt at a stage, counted from 1; `rankNNNN.log` each."""

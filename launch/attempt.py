@@ -24,12 +24,14 @@ def begin(stage: str, config_path: Path, overrides: list[str]) -> str:
     """The answer to `begin`; also writes the resolved config."""
     config = load_config(config_path, overrides)
     paths = RunDir(config.run.dir)
+    if stage == plan.PUSH.name and config.export.push_to_hub is None:
+        return "skip"
     resubmitted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     log_dir = attempts.begin(paths, stage, config.restart, resubmitted=resubmitted)
     if log_dir is None:
         return "skip"
     write_atomic(paths.config_path, to_yaml(config))
-    (found,) = (s for s in (plan.DOCTOR, *plan.STAGES) if s.name == stage)
+    (found,) = (s for s in (plan.DOCTOR, *plan.STAGES, plan.PUSH) if s.name == stage)
     return f"{'all' if found.distributed else '1'} {log_dir.absolute()}"
 
 

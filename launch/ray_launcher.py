@@ -40,7 +40,7 @@ from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import EXIT_RESTART, ClusterError, DPODistError
 from dpo_dist.local import die_with_parent
 from dpo_dist.manifest import write_atomic
-from dpo_dist.plan import DOCTOR, STAGES, Stage, stage_argv
+from dpo_dist.plan import DOCTOR, Stage, stage_argv, stages_of
 from dpo_dist.run_dir import RunDir, rank_log_path
 from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import read_status, update_stage
@@ -94,7 +94,7 @@ def run(config_path: Path, overrides: list[str]) -> int:
     write_atomic(paths.config_path, to_yaml(config))
     attempts.forget(paths)
     chosen = os.environ.get("DPO_STAGES", "").split()
-    for stage in (DOCTOR, *STAGES):
+    for stage in (DOCTOR, *stages_of(config)):
         if chosen and stage.name not in chosen:
             continue
         if stage.name == "reference" and config.ray.reference_tasks:

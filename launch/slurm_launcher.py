@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.errors import ClusterError, ConfigError, DPODistError
-from dpo_dist.plan import DOCTOR, STAGES
+from dpo_dist.plan import DOCTOR, stages_of
 from dpo_dist.sections.cluster import SlurmJobSection
 
 SCRIPT = Path(__file__).absolute().parent.parent / "slurm" / "dpo.sh"
@@ -45,7 +45,7 @@ def submit(config_path: Path, overrides: list[str], dry_run: bool) -> None:
     """
     config = load_config(config_path, overrides)
     job_ids: list[str] = []
-    for stage in (DOCTOR, *STAGES):
+    for stage in (DOCTOR, *stages_of(config)):
         command = sbatch_command(config, stage.name, config_path, overrides, job_ids)
         if dry_run:
             print(shlex.join(command))
@@ -74,7 +74,7 @@ def sbatch_command(
     job_ids: list[str],
 ) -> list[str]:
     """The sbatch command of one stage, after the last of `job_ids`."""
-    distributed = {s.name: s.distributed for s in (DOCTOR, *STAGES)}[stage]
+    distributed = {s.name: s.distributed for s in (DOCTOR, *stages_of(config))}[stage]
     section = config.slurm.model_dump(exclude={"stages"}, exclude_none=True)
     if not distributed:
         section |= ALONE.model_dump(exclude_none=True, exclude_defaults=True)

@@ -40,7 +40,7 @@ requeue() {
 }
 
 number=0 cpus=${SLURM_CPUS_PER_TASK:-1}
-for stage in ${DPO_STAGES:-doctor prepare reference train export verify}; do
+for stage in ${DPO_STAGES:-doctor prepare reference train export verify push}; do
     [ "$stopping" = 0 ] || requeue
     number=$((number + 1))
     # Jobs that share a node must not share a port, nor steps that follow each other.

@@ -46,7 +46,7 @@ def test_a_finished_run_does_nothing_when_resubmitted(tmp_path: Path) -> None:
     for stage in attempts.ORDER:
         attempts.begin(paths, stage, caps(), resubmitted=False)
         update_stage(paths.status_path, stage, "finished")
-    assert [again(paths, stage) for stage in ("doctor", *attempts.ORDER)] == [None] * 6
+    assert [again(paths, stage) for stage in ("doctor", *attempts.ORDER)] == [None] * 7
 
 
 def test_restarts_are_counted_until_a_cap(tmp_path: Path) -> None:

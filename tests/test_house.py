@@ -19,6 +19,7 @@ FACTS = {
     "best",
     "svg", "html_page",
     "judging", "verdicts", "endpoint",
+    "sweep", "sweep_results", "hub", "wandb_log",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

@@ -47,7 +47,8 @@ class SlurmJobSection(Section):
 
 class SlurmSection(SlurmJobSection):
     stages: dict[
-        Literal["doctor", "prepare", "reference", "train", "export", "verify"], SlurmJobSection
+        Literal["doctor", "prepare", "reference", "train", "export", "verify", "push"],
+        SlurmJobSection,
     ] = Field({}, description="Keys of this section for one stage, as {train: {nodes: 8}}.")
 
 

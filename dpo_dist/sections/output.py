@@ -16,6 +16,11 @@ class RunSection(Section):
 class LoggingSection(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     every_steps: PositiveInt = Field(1, description="Optimizer steps between metric lines.")
+    wandb: bool = Field(False, description="Send metrics to Weights & Biases too.")
+    wandb_project: str = Field("dpo-dist", description="Project there.")
+    wandb_name: str | None = Field(
+        None, description="Name of the run there; the run folder's by default."
+    )
 
 
 class ExportSection(Section):
@@ -25,6 +30,19 @@ class ExportSection(Section):
         "auto", description="Which to export; auto: best where checkpoint.best_by is set."
     )
     merge: bool = Field(True, description="After LoRA also write the merged model.")
+    base_model: str | None = Field(
+        None, description="Hub id that adapter and card name as base; model.path by default."
+    )
+    push_to_hub: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Push the verified export to this repository, owner/name; null: nowhere.",
+    )
+    hub_private: bool = Field(True, description="Make and want a private repository.")
+    hub_revision: str | None = Field(None, description="Branch to push to; main by default.")
+    hub_folder: Literal["auto", "full", "merged", "adapter"] = Field(
+        "auto", description="Export to push; auto: the whole model if there is one."
+    )
 
 
 class GenerateSection(Section):

@@ -180,6 +180,8 @@ def _check_trained_here(
 
 def _settings(job: Job, kind: Kind) -> dict[str, Any]:
     settings: dict[str, Any] = {"kind": kind, "dtype": job.config.export.dtype}
+    if job.config.export.base_model is not None:
+        settings["base_model"] = job.config.export.base_model
     if kind != "adapter":
         settings["max_shard_size_mib"] = job.config.export.max_shard_size_mib
     return settings
@@ -216,7 +218,8 @@ def _write_adapter(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
         weights.write_adapter(policy, trained, folder, job.dtype, advance)
     model = job.config.model
     local = makes_base(job.config) or Path(model.path).expanduser().exists()
-    base_name, revision = (str(job.base_dir), None) if local else (model.path, model.revision)
+    name, revision = (str(job.base_dir), None) if local else (model.path, model.revision)
+    base_name = job.config.export.base_model or name
     weights.write_adapter_settings(policy, folder, base_name, revision)
 
 

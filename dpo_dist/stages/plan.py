@@ -24,7 +24,7 @@ from dpo_dist.data.batches import (
 from dpo_dist.errors import ConfigError
 from dpo_dist.estimate import GIB, RESERVE_BYTES, Line, Memory, Setup, total
 from dpo_dist.local import LOOPBACK, count_gpus, count_workers
-from dpo_dist.plan import STAGES, scoring_budget, stage_argv, start_adapter_dir
+from dpo_dist.plan import scoring_budget, stage_argv, stages_of, start_adapter_dir
 from dpo_dist.plan_report import Plan, Row, as_dict, as_text, in_gib
 from dpo_dist.remedies import Remedy, remedies
 from dpo_dist.sections.training import AdapterSection
@@ -59,7 +59,7 @@ def print_dry_run(config: RunConfig, config_path: Path, overrides: Sequence[str]
     """Prints the resolved config, the plan on this machine, and the command of every stage."""
     plan = make_plan(config, None, None)
     print(f"{to_yaml(config)}\n{as_text(plan)}\n\ncommands")
-    for stage in STAGES:
+    for stage in stages_of(config):
         ranks = count_workers(config.local)[0] if stage.distributed else 1
         variables = Topology(0, ranks, 0, ranks, LOOPBACK, 0).environment()
         variables["MASTER_PORT"] = "PORT"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_dist import wandb_log
 from dpo_dist.best import Evaluation, early_stop, ranked_steps, record
 from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import (
@@ -132,6 +133,8 @@ def run(config: RunConfig) -> Path:
         if topology.rank == 0:
             _logger.info("train: finished, %s", ended)
         return ended
+    if config.logging.wandb:
+        wandb_log.check_installed()
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
@@ -467,11 +470,13 @@ def _sample(job: Job, writer: MetricsWriter | None, step: int) -> None:
 
 def _metrics_writer(job: Job, first_step: int) -> MetricsWriter:
     tensorboard_dir = job.paths.tensorboard_dir if job.config.logging.tensorboard else None
+    wandb_run = wandb_log.start_run(job.config) if job.config.logging.wandb else None
     return MetricsWriter(
         job.paths.metrics_path,
         tensorboard_dir,
         resume_step=first_step - 1 if first_step > 1 else -1,
         samples_path=job.paths.samples_path,
+        wandb_run=wandb_run,
     )
 
 

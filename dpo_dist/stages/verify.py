@@ -106,6 +106,7 @@ def run(config: RunConfig) -> Path:
         {
             "passed": not failed,
             "checkpoint": str(checkpoint_dir),
+            "exports": {k: digest_of_file(path / MANIFEST_NAME) for k, path in folders.items()},
             "num_probe_pairs": len(probe.indices),
             "checks": [asdict(check) for check in checks],
         },

@@ -1,0 +1,101 @@
+"""Verified export -> the Hugging Face Hub; only when asked, private unless said otherwise.
+
+1. Choose the folder: the whole model, or the adapter.
+2. See that `verify` passed for exactly these files: their manifest, and their content.
+3. Push them in one commit; push.json says where they went.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config import RunConfig
+from dpo_dist.engine.commit import FileRecord, find_changed
+from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.hub import push_folder
+from dpo_dist.manifest import digest_of_file, read_manifest, write_json
+from dpo_dist.model_card import Kind, export_folders
+from dpo_dist.run_dir import MANIFEST_NAME, RunDir
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+_logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> Path:
+    """Pushes one export folder and returns push.json.
+
+    Raises ConfigError without a repository, ArtefactError for an export that is missing, not
+    verified or changed since, and HubError when the hub refuses.
+    """
+    paths, export = RunDir(config.run.dir), config.export
+    if export.push_to_hub is None:
+        raise ConfigError(
+            "export.push_to_hub is not set",
+            "the repository to push to",
+            "For example dpo-dist push run.yaml export.push_to_hub=me/my-model.",
+        )
+    kind, folder = _choose(config)
+    files = _verified_files(paths, kind, folder)
+    if kind == "adapter":
+        _check_base_name(folder)
+    url = push_folder(
+        folder, files, export.push_to_hub,
+        private=export.hub_private, revision=export.hub_revision,
+        message=f"{config.run.dir.resolve().name}: {kind}, pushed by dpo-dist",
+    )  # fmt: skip
+    _logger.info("push: %s is at %s", folder, url)
+    write_json(
+        paths.push_path,
+        {
+            "repository": export.push_to_hub,
+            "revision": export.hub_revision or "main",
+            "private": export.hub_private,
+            "folder": kind,
+            "commit": url,
+            "files": files,
+        },
+    )
+    return paths.push_path
+
+
+def _choose(config: RunConfig) -> tuple[Kind, Path]:
+    """The whole model unless the config names a folder or there is only an adapter."""
+    folders = export_folders(config)
+    wanted = config.export.hub_folder
+    kind = list(folders)[-1] if wanted == "auto" else wanted
+    return kind, folders[kind]
+
+
+def _verified_files(paths: RunDir, kind: Kind, folder: Path) -> list[str]:
+    """Names of the folder's files, which are those that verify has passed."""
+    manifest = read_manifest(folder)
+    checked: dict[str, Any] = {}
+    if paths.verify_path.is_file():
+        checked = json.loads(paths.verify_path.read_text())
+    same = checked.get("exports", {}).get(kind) == digest_of_file(folder / MANIFEST_NAME)
+    if not (checked.get("passed") and same):
+        found = "failed verification" if same else "has not been verified"
+        raise ArtefactError(
+            f"{folder} {found}", "an export that reproduces the training run",
+            f"Run `dpo-dist verify`; {paths.verify_path} has its checks.",
+        )  # fmt: skip
+    records = {name: FileRecord(**record) for name, record in manifest.details["files"].items()}
+    missing = [f"{folder / name} is missing" for name in records if not (folder / name).is_file()]
+    if changed := missing or find_changed(folder, records, records):
+        raise ArtefactError(
+            changed[0], "the files that were verified",
+            f"Delete {folder}, then export and verify again.",
+        )  # fmt: skip
+    return sorted([*records, MANIFEST_NAME])
+
+
+def _check_base_name(folder: Path) -> None:
+    """Raises when an adapter names a folder of this machine as its base model."""
+    base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
+    if Path(base).is_absolute():
+        raise ArtefactError(
+            f"{folder / ADAPTER_CONFIG_NAME} names the base model by a folder of this machine",
+            "its hub id, with which others can load the adapter",
+            f"Delete {folder}, set export.base_model=owner/name, then export and verify again.",
+        )

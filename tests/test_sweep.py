@@ -1,0 +1,263 @@
+"""Sweeps: their points and names, what is shared, what a rerun does, the table and the plot."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import dpo_dist, make_run, metrics_of, succeed
+
+from dpo_dist import sweep_results
+from dpo_dist.config_keys import to_yaml
+from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.manifest import write_atomic
+from dpo_dist.status import update_stage
+from dpo_dist.sweep import Point, Sweep, link_pairs, plan_sweep, split_values, state_of
+
+BETAS = "objective.beta=0.05,0.1"
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    config = {
+        "run": {"dir": str(tmp_path / "out")},
+        "model": {"path": "m"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def refused(run_yaml: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(run_yaml, overrides)
+    return str(error.value)
+
+
+def finish(point: Point, *, accuracy: float | None, margin: float = 0.0) -> None:
+    """Leaves what a finished training leaves."""
+    update_stage(point.paths.status_path, "train", "finished")
+    write_atomic(point.paths.config_path, to_yaml(point.config))
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "time": 0, "loss": 0.7, "rewards/accuracies": 0.5, "rewards/margins": 0.0,
+         "pairs_per_second": 1.0, "consumed_pairs": 8.0},
+        {"step": 2, "time": 1, "loss": 0.6, "rewards/accuracies": 0.6, "rewards/margins": margin,
+         "pairs_per_second": 2.0, "consumed_pairs": 16.0},
+    ]  # fmt: skip
+    if accuracy is not None:
+        held_out = {"rewards/accuracies": accuracy, "rewards/margins": margin, "loss": 0.5}
+        lines.append({"step": 2, "time": 2} | {f"eval_{k}": v for k, v in held_out.items()})
+    write_atomic(point.paths.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0.05,0.1, 5e-7", ["0.05", "0.1", "5e-7"]),
+        ("0.1", ["0.1"]),
+        ("", [""]),
+        ("[q_proj,v_proj]", ["[q_proj,v_proj]"]),
+        ("[q_proj],[q_proj,v_proj],all-linear", ["[q_proj]", "[q_proj,v_proj]", "all-linear"]),
+        ("null,{rank: 8, alpha: 4}", ["null", "{rank: 8, alpha: 4}"]),
+        ("'a,b',c", ["'a,b'", "c"]),
+    ],
+)
+def test_values_are_apart_at_commas_outside_brackets_and_quotes(
+    text: str, values: list[str]
+) -> None:
+    assert split_values(text) == values
+
+
+def test_the_product_of_the_values_in_their_order(run_yaml: Path, tmp_path: Path) -> None:
+    sweep = plan_sweep(
+        run_yaml, ["train.num_epochs=2", BETAS, "train.learning_rate=5e-7,1e-6"]
+    )  # fmt: skip
+    assert [point.name for point in sweep.points] == [
+        "beta=0.05,learning_rate=5e-07", "beta=0.05,learning_rate=1e-06",
+        "beta=0.1,learning_rate=5e-07", "beta=0.1,learning_rate=1e-06",
+    ]  # fmt: skip
+    last = sweep.points[-1]
+    assert last.values == {"objective.beta": 0.1, "train.learning_rate": 1e-6}
+    assert (last.config.objective.beta, last.config.train.learning_rate) == (0.1, 1e-6)
+    assert {point.config.train.num_epochs for point in sweep.points} == {2}
+    assert last.config.run.dir == tmp_path / "out" / "sweep" / last.name
+    assert len(sweep.inputs) == 1
+    stores = {point.config.reference.store_dir for point in (*sweep.points, *sweep.inputs)}
+    assert stores == {tmp_path / "out" / "reference"}
+
+
+def test_points_share_inputs_unless_pairs_or_model_differ(run_yaml: Path) -> None:
+    sweep = plan_sweep(run_yaml, ["data.max_length=64,128", BETAS])
+    assert len(sweep.inputs) == 2
+    assert [len(sweep.points_of(inputs)) for inputs in sweep.inputs] == [2, 2]
+    for point in sweep.points:
+        assert point.inputs.config.data == point.config.data
+    stores = {point.config.reference.store_dir for point in sweep.points}
+    assert len(stores) == 1, "rows are keyed by their tokens, so what is equal is scored once"
+
+
+def test_names_are_safe_and_distinct(run_yaml: Path) -> None:
+    keys = ("model.path=a/b,a-b", "reference.model=null,../m", "data.train.0.path=/x/y.jsonl,z")
+    points = plan_sweep(run_yaml, keys).points
+    names = {point.name for point in points}
+    assert len(names) == 8 and not any("/" in name or " " in name for name in names)
+    assert all("model.path=" in name and "data.train.0.path=" in name for name in names), (
+        "two keys end in path"
+    )
+    long = plan_sweep(run_yaml, [f"model.path={'m' * 300},{'m' * 299}"]).points
+    assert max(len(point.name) for point in long) < 80 and len({p.name for p in long}) == 2
+
+
+def test_all_points_are_checked_before_any_starts(run_yaml: Path, tmp_path: Path) -> None:
+    said = refused(run_yaml, "objective.beta=0.1,-1", "train.learning_rat=1,2", "run.seed=1,x")
+    assert said.startswith("8 of the sweep's 8 points are not usable:\n  ")
+    assert "train.learning_rat: unknown key; did you mean learning_rate? (8 of the points)" in said
+    assert "objective.beta: -1; input should be greater than 0 (4 of the points)" in said
+    assert "run.seed: 'x'; " in said
+    assert said.endswith("Correct the lines above; nothing was started.")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective.beta=0.1"], "no key has several values; wanted at least one such as"),
+        (["objective.beta=0.1,1e-1"], "objective.beta=0.1 stands in the sweep twice; wanted"),
+        (["run.dir=a,b"], "run.dir cannot be swept; wanted keys that differ between runs"),
+        ([BETAS, "objective.beta=1,2"], "objective.beta is swept twice; wanted keys"),
+        ([BETAS, "export.push_to_hub=me/x"], "export.push_to_hub is set: all points would go"),
+        (["objective.beta=0.1,,2"], "values '0.1,,2' are not a YAML list ("),
+        (["objective.beta=[0.1"], "values '[0.1' are not a YAML list ("),
+    ],
+)
+def test_what_is_no_sweep_is_refused(run_yaml: Path, overrides: list[str], words: str) -> None:
+    assert words in refused(run_yaml, *overrides)
+
+
+def test_a_folder_whose_name_is_no_plain_yaml(run_yaml: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "a: b #1"
+    sweep = plan_sweep(run_yaml, [BETAS, f"run.dir={json.dumps(str(strange))}"])
+    assert sweep.points[0].config.run.dir == strange / "sweep" / "beta=0.05"
+
+
+def test_states_come_from_what_the_runs_left(run_yaml: Path) -> None:
+    sweep = plan_sweep(run_yaml, [BETAS])
+    point, other = sweep.points
+    assert state_of(point, "train").name == "waiting"
+    update_stage(point.inputs.paths.status_path, "reference", "failed", error="out of memory")
+    assert state_of(point, "train").error == "reference: out of memory"
+    for state, wanted in (("started", "running"), ("running", "running"), ("stopped", "stopped")):
+        update_stage(point.paths.status_path, "train", state)
+        assert state_of(point, "train").name == wanted
+    update_stage(point.paths.status_path, "train", "failed", error="not finite")
+    assert (state_of(point, "train").name, state_of(point, "train").error) == (
+        "failed", "train: not finite",
+    )  # fmt: skip
+    finish(point, accuracy=0.5)
+    assert state_of(point, "train").name == "done"
+    assert state_of(point, "verify").name == "waiting", "trained, but not exported yet"
+    changed = plan_sweep(run_yaml, [BETAS, "train.num_epochs=3"]).points[0]
+    assert state_of(changed, "train").name == "waiting", "done with other settings is not done"
+
+
+def test_pairs_are_linked_by_a_relative_name(run_yaml: Path) -> None:
+    point, other = plan_sweep(run_yaml, [BETAS]).points
+    for _ in range(2):
+        link_pairs(point)
+        assert point.paths.pairs_dir.readlink() == Path("..") / point.inputs.name / "pairs"
+    other.paths.pairs_dir.mkdir(parents=True)
+    with pytest.raises(ArtefactError) as error:
+        link_pairs(other)
+    assert str(error.value) == (
+        f"{other.paths.pairs_dir} is a folder of its own; wanted a link to "
+        f"{other.inputs.paths.pairs_dir}. A sweep did not make this folder: move it away."
+    )
+
+
+def test_the_table_is_sorted_by_held_out_accuracy_then_margin(run_yaml: Path) -> None:
+    sweep = plan_sweep(run_yaml, ["objective.beta=0.1,0.2,0.3,0.4"], train_only=True)
+    first, second, third, _ = sweep.points
+    finish(first, accuracy=0.6, margin=0.1)
+    finish(second, accuracy=0.6, margin=0.3)
+    finish(third, accuracy=0.7, margin=0.2)
+    rows = sweep_results.collect(sweep)
+    assert [row["values"]["objective.beta"] for row in rows] == [0.3, 0.2, 0.1, 0.4]
+    assert [row["state"] for row in rows] == ["done", "done", "done", "waiting"]
+    best = rows[0]
+    assert (best["eval_accuracy"], best["eval_loss"], best["train_loss"]) == (0.7, 0.5, 0.6)
+    assert best["pairs_per_second"] == pytest.approx(16 / 12), "16 pairs in 8 s and 4 s"
+    sweep_results.write_results(sweep, rows)
+    with sweep.root.sweep_table_path.open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [line["objective.beta"] for line in table] == ["0.3", "0.2", "0.1", "0.4"]
+    assert json.loads(sweep.root.sweep_results_path.read_text())["points"][0]["name"] == "beta=0.3"
+    assert sweep.root.sweep_plot_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_held_out_pairs_training_metrics_sort(run_yaml: Path) -> None:
+    sweep = plan_sweep(run_yaml, [BETAS], train_only=True)
+    finish(sweep.points[0], accuracy=None, margin=0.1)
+    finish(sweep.points[1], accuracy=None, margin=0.3)
+    rows = sweep_results.collect(sweep)
+    assert [row["values"]["objective.beta"] for row in rows] == [0.1, 0.05]
+    sweep_results.write_results(sweep, rows)
+
+
+def attempts_at(sweep: Sweep, stage: str) -> list[int]:
+    return [point.paths.count_attempts(stage) for point in sweep.points]
+
+
+def test_two_points_of_which_one_fails(tmp_path: Path) -> None:
+    """Real training of both; what failed is recorded and does not stop the rest."""
+    path = make_run(tmp_path)
+    arguments = [path, "train.learning_rate=1e-3,1e30", "local.workers=1", "train.max_steps=3"]
+    said = succeed("sweep", *arguments, "--train-only", "--dry-run").stdout.splitlines()
+    assert [line.split()[:2] for line in said] == [
+        ["dpo-dist", "prepare"], ["dpo-dist", "reference"],
+        *[["ln", "-s"], ["dpo-dist", "train"]] * 2,
+    ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+    done = dpo_dist("sweep", *arguments, "--train-only")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    root = tmp_path / "out" / "sweep"
+    result = json.loads((root / "results.json").read_text())
+    good, bad = result["points"]
+    assert (good["state"], good["step"], bad["state"]) == ("done", 3, "failed")
+    assert good["eval_accuracy"] is not None
+    assert "train: step 3: the loss or a reward is not finite" in bad["error"]
+    assert bad["error"] in done.stderr
+    sweep = plan_sweep(path, [*map(str, arguments[1:])], train_only=True)
+    assert attempts_at(sweep, "train") == [1, 1]
+    assert attempts_at(sweep, "prepare") == attempts_at(sweep, "reference") == [0, 0]
+    (inputs,) = sweep.inputs
+    assert inputs.paths.count_attempts("reference") == 1
+
+
+@pytest.mark.slow
+def test_a_point_is_the_run_with_its_settings(tmp_path: Path) -> None:
+    path = make_run(tmp_path)
+    assert succeed("sweep", path, "objective.beta=0.1,0.5", "train.max_steps=4").returncode == 0
+    for beta in ("0.1", "0.5"):
+        alone = tmp_path / f"alone{beta}"
+        succeed("run", path, f"objective.beta={beta}", "train.max_steps=4", f"run.dir={alone}")
+        point = tmp_path / "out" / "sweep" / f"beta={beta}"
+        assert metrics_of(point) == metrics_of(alone)
+        assert json.loads((point / "verify.json").read_text())["passed"]
+    said = succeed("sweep", path, "objective.beta=0.1,0.5", "train.max_steps=4")
+    assert said.stderr.count("beta=0.1: done") == 1 and "step 1/4" not in said.stderr
+    grown = succeed("sweep", path, "objective.beta=0.1,0.2,0.5", "train.max_steps=4")
+    assert "beta=0.5: done" in grown.stderr and "reference: current" in grown.stderr
+
+
+@pytest.mark.slow
+def test_the_same_command_again_tries_what_failed(tmp_path: Path) -> None:
+    path = make_run(tmp_path)
+    arguments = ["train.learning_rate=1e30,1e-3", "local.workers=1", "train.max_steps=3"]
+    sweep = plan_sweep(path, arguments, train_only=True)
+    for attempt in (1, 2):
+        assert dpo_dist("sweep", path, *arguments, "--train-only").returncode == 1
+        assert attempts_at(sweep, "train") == [attempt, 1]
