@@ -12,8 +12,9 @@ import typer
 from dpo_dist import __version__, plan
 from dpo_dist.cli_judge import judge
 from dpo_dist.config import RunConfig, load_config
-from dpo_dist.config_keys import explain_keys, to_yaml
-from dpo_dist.errors import ArtefactError, DPODistError
+from dpo_dist.config_keys import explain_keys, override_names, to_yaml
+from dpo_dist.errors import ArtefactError, ConfigError, DPODistError
+from dpo_dist.manifest import write_atomic
 from dpo_dist.ranks import launch, print_error, run_or_launch, set_up_command
 from dpo_dist.run_dir import RunDir
 from dpo_dist.status import describe_status, read_status
@@ -26,9 +27,19 @@ app = typer.Typer(
 )  # fmt: skip
 
 ConfigPath = Annotated[Path, typer.Argument(help="The run config.", metavar="RUN.YAML")]
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    return [name for name in override_names() if name.startswith(incomplete)]
+
+
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value", metavar="[SECTION.KEY=VALUE]...")
-]
+    list[str] | None,
+    typer.Argument(
+        help="section.key=value", metavar="[SECTION.KEY=VALUE]...",
+        autocompletion=_complete_override,
+    ),
+]  # fmt: skip
 AnswerFormat = StrEnum("AnswerFormat", ["jsonl", "fastchat"])
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -300,6 +311,34 @@ def config_command(
     else:
         for key, kind, default, description in explain_keys():
             print(f"{key}  ({kind}{', default ' + default if default else ''})\n    {description}")
+
+
+@app.command("import-trl")
+def import_trl_command(
+    path: Annotated[Path, typer.Argument(help="A YAML for TRL's dpo script.", metavar="TRL.YAML")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys of TRL.", metavar="[KEY=VALUE]...")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the TRL run; its batch depends on them.")
+    ] = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option(help="Accelerate's YAML: processes, ZeRO stage.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write here; printed by default.")] = None,
+) -> None:
+    """TRL's DPOConfig YAML -> run.yaml; every key taken, or listed with what to do instead."""
+    from dpo_dist.trl_import.run_yaml import import_trl
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists", "a new file", "Name another, or remove it.")
+    imported = import_trl(path, overrides or [], num_processes, accelerate_config)
+    if out is None:
+        print(imported.text, end="")
+    else:
+        write_atomic(out, imported.text)
+    for line in (imported.arithmetic, *(f"not taken: {note}" for note in imported.differs)):
+        print(line, file=sys.stderr)
 
 
 def _show_result(config: RunConfig, stage: str, path: Path, as_json: bool) -> None:

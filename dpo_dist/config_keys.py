@@ -25,6 +25,13 @@ def explain_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterat
         yield f"{prefix}{name}", type_name(info.annotation), default, info.description or ""
 
 
+def override_names() -> Iterator[str]:
+    """`section.key=` of every key, as it stands behind a run.yaml; of a list its first entry."""
+    for key, kind, *_ in explain_keys():
+        if kind != "section" and ".NAME." not in key:
+            yield f"{key.replace('[]', '.0')}="
+
+
 def type_name(annotation: Any) -> str:
     """A reader's name of a key's type: `drop | raise | keep`, `int`, `list of str`."""
     if annotation is type(None):

@@ -9,7 +9,7 @@ import dpo_dist as package
 
 COMMANDS = (
     "run", "prepare", "reference", "train", "export", "verify", "evaluate", "generate", "plan",
-    "config", "doctor", "status", "report", "judge",
+    "config", "doctor", "status", "report", "judge", "import-trl",
 )  # fmt: skip
 
 

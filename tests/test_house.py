@@ -20,6 +20,7 @@ FACTS = {
     "svg", "html_page",
     "judging", "verdicts", "endpoint",
     "sweep", "sweep_results", "hub", "wandb_log",
+    "trl_import",
 }  # fmt: skip
 ROOMS = ("data", "objective", "engine", "stages")
 # room -> the rooms it may import beside itself and the facts

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.cuda.nccl as nccl
 from rich.table import Table
 
 from dpo_dist.config import RunConfig
@@ -33,7 +34,8 @@ from dpo_dist.topology import Topology, from_environment, node_names
 
 _logger = logging.getLogger(__name__)
 PACKAGES = (
-    "dpo-dist", "torch", "deepspeed", "transformers", "peft", "datasets", "accelerate",
+    "dpo-dist", "torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets",
+    "accelerate", "huggingface-hub", "numpy", "pyarrow", "pydantic", "safetensors", "tensorboard",
     "flash-attn", "ray",
 )  # fmt: skip
 ARRIVAL_S = 120.0
@@ -82,7 +84,9 @@ def look(folder: Path, topology: Topology) -> Facts:
         "address": collectives.own_address(topology.master_addr),
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "time": time.time(),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {p: _version(p) for p in PACKAGES}
+        | _gpu_versions(),
         "gpus": [{"name": gpu.name, "gib": round(gpu.total_memory / GIB, 1)} for gpu in gpus],
         "free_gpu_gib": [
             round(torch.cuda.mem_get_info(i)[0] / GIB, 1) for i in range(torch.cuda.device_count())
@@ -98,6 +102,12 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
+
+
+def _gpu_versions() -> dict[str, str]:
+    """What torch was built with; nodes that differ in NCCL do not understand each other."""
+    found = ".".join(map(str, nccl.version())) if torch.cuda.is_available() else "none"
+    return {"cuda": torch.version.cuda or "none", "nccl": found}
 
 
 def _arrival_path(paths: RunDir, rank: int) -> Path:

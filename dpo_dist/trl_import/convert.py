@@ -1,0 +1,166 @@
+"""The keys of TRL about model, adapter, loss and data that are more than a change of name."""
+
+from typing import Any
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.trl_import import keys
+from dpo_dist.trl_import.convert_train import put_every
+from dpo_dist.trl_import.settings import Run
+
+# PEFT's own choice for llama, mistral, mixtral, gemma, gemma2, qwen2, qwen3, opt and more
+TARGETS_OF_PEFT = ["q_proj", "v_proj"]
+
+
+def convert_model(run: Run) -> None:
+    """run, model, adapter and objective."""
+    settings = run.settings
+    path, output = settings.get("model_name_or_path"), settings.get("output_dir")
+    if path is None:
+        raise ConfigError(
+            "model_name_or_path is missing",
+            "the model that TRL trained",
+            "Put model_name_or_path=MODEL behind the file.",
+        )
+    run.put("run.dir", output or "trainer_output", settings.why("output_dir"))
+    run.put("model.path", path, settings.why("model_name_or_path"))
+    revision = settings.get("model_revision")
+    if revision != "main":
+        run.put("model.revision", revision, settings.why("model_revision"))
+    run.copy(keys.SAME)
+    if settings.get("weight_decay") > 0:
+        why = settings.why("weight_decay", "TRL leaves biases and norms out, dpo-dist does not")
+        run.put("train.weight_decay", settings.get("weight_decay"), why)
+    _precision(run)
+    _adapter(run)
+    _objective(run)
+
+
+def _precision(run: Run) -> None:
+    settings = run.settings
+    half, dtype = settings.get("fp16"), str(settings.get("dtype"))
+    mixed = settings.get("bf16") if settings.given("bf16") else not half
+    if half:
+        run.differs.append("fp16: true; float16 needs loss scaling, model.dtype is bfloat16")
+    if dtype.endswith("float16") and not dtype.endswith("bfloat16"):
+        run.differs.append(f"dtype: {dtype}; model.dtype is bfloat16")
+    if mixed or half or not dtype.endswith("float32"):
+        why = settings.why("bf16", "the optimizer keeps float32 copies")
+        run.put("model.dtype", "bfloat16", why)
+    else:
+        run.put("model.dtype", "float32", "bf16 is false")
+
+
+def _adapter(run: Run) -> None:
+    settings = run.settings
+    if not settings.get("use_peft"):
+        return
+    run.copy(keys.SAME_OF_ADAPTER)
+    # the scale depends on both, so they are always shown
+    run.put("adapter.rank", settings.get("lora_r"), settings.why("lora_r"))
+    run.put("adapter.alpha", settings.get("lora_alpha"), settings.why("lora_alpha"))
+    dropout = settings.get("lora_dropout")
+    if settings.get("disable_dropout"):
+        why = f"lora_dropout is {dropout}, but TRL's disable_dropout is true, LoRA's included"
+        run.put("adapter.dropout", 0.0, why)
+    else:
+        run.put("adapter.dropout", dropout, settings.why("lora_dropout"))
+    targets = settings.get("lora_target_modules")
+    if targets is None:
+        why = "PEFT's own choice for llama, mistral, gemma and qwen; correct it for other models"
+        run.put("adapter.target_modules", TARGETS_OF_PEFT, why)
+    else:
+        names = [targets] if isinstance(targets, str) else list(targets)
+        value = "all-linear" if names == ["all-linear"] else names
+        run.put("adapter.target_modules", value, settings.why("lora_target_modules"))
+    saved = settings.get("lora_modules_to_save")
+    if saved:
+        names = [saved] if isinstance(saved, str) else list(saved)
+        run.put("adapter.modules_to_save", names, settings.why("lora_modules_to_save"))
+
+
+def _objective(run: Run) -> None:
+    settings = run.settings
+    losses = settings.get("loss_type")
+    names = [losses] if isinstance(losses, str) else list(losses)
+    value = names[0] if len(names) == 1 else names
+    run.put("objective.loss", value, settings.why("loss_type"))
+    smoothing = settings.get("label_smoothing")
+    if smoothing and not {"robust", "exo_pair"} & set(names):
+        run.differs.append(
+            f"label_smoothing: {smoothing}; TRL reads it for robust and exo_pair only, so it did "
+            "nothing; objective.label_smoothing makes sigmoid conservative DPO"
+        )
+    elif smoothing:
+        run.put("objective.label_smoothing", smoothing, settings.why("label_smoothing"))
+
+
+def convert_data(run: Run) -> None:
+    """data and eval."""
+    settings = run.settings
+    mixture, name = settings.get("datasets"), settings.get("dataset_name")
+    if not mixture and name is None:
+        raise ConfigError(
+            "neither dataset_name nor datasets is there",
+            "the preference rows that TRL read",
+            "Put dataset_name=NAME behind the file.",
+        )
+    evaluated = settings.get("eval_strategy") != "no"
+    if mixture:
+        run.put("data.train", _mixture(run, mixture), "datasets")
+    else:
+        config = settings.get("dataset_config")
+        train, test = settings.get("dataset_train_split"), settings.get("dataset_test_split")
+        run.put("data.train", [_source(name, config, train)], "dataset_name, dataset_train_split")
+        if evaluated:
+            source = _source(name, config, test)
+            run.put("data.eval", [source], "dataset_name, dataset_test_split")
+    if evaluated:
+        put_every(run, "eval.every_steps", "eval_strategy", "eval_steps", "logging_steps")
+    longest = settings.get("max_length")
+    if "max_length" in settings.values and settings.values["max_length"] is None:
+        note = "max_length: null; nothing is cut in TRL, data.max_length auto cuts the longest 1 %"
+        run.differs.append(note)
+    else:
+        why = settings.why("max_length", "the ends of answers are cut, prompts are not")
+        run.put("data.max_length", longest, why)
+    if settings.get("truncation_mode") != "keep_start":
+        run.differs.append("truncation_mode: keep_end; answers are cut at their end")
+    if settings.given("dataset_num_proc"):
+        workers = settings.get("dataset_num_proc")
+        run.put("data.num_workers", workers, settings.why("dataset_num_proc"))
+
+
+def _source(path: str, config: str | None, split: str) -> dict[str, Any]:
+    return {"path": path} | ({"config": config} if config else {}) | {"split": split}
+
+
+def _mixture(run: Run, mixture: Any) -> list[dict[str, Any]]:
+    known = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+    if not isinstance(mixture, list) or not all(isinstance(entry, dict) for entry in mixture):
+        raise ConfigError(
+            f"datasets: {mixture!r}", f"a list of mappings of {', '.join(known)}", "Correct it."
+        )
+    sources: list[dict[str, Any]] = []
+    for number, entry in enumerate(mixture):
+        unknown = [key for key in entry if key not in known]
+        if unknown or "path" not in entry:
+            found = f"datasets.{number}: {', '.join(unknown) or 'no path'}"
+            raise ConfigError(found, f"a path, and of {', '.join(known)}", "Correct the YAML.")
+        files = entry.get("data_files")
+        if isinstance(files, str) and entry["path"] in ("json", "csv", "parquet"):
+            sources.append(_source(files, None, entry.get("split") or "train"))
+        else:
+            split = entry.get("split") or "train"
+            sources.append(_source(entry["path"], entry.get("name"), split))
+            for key in ("data_dir", "data_files"):
+                if entry.get(key):
+                    run.differs.append(
+                        f"datasets.{number}.{key}: {entry[key]}; a source is a file, a folder or a "
+                        f"hub id: name the file in data.train[{number}].path"
+                    )
+        if entry.get("fraction") is not None and len(mixture) > 1:
+            run.differs.append(
+                f"datasets.{number}.fraction: {entry['fraction']}; TRL's share of the mixture, "
+                f"while data.train[{number}].weight is the share of the source's own rows"
+            )
+    return sources

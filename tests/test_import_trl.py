@@ -1,0 +1,327 @@
+"""`dpo-dist import-trl`: every key of TRL is known, and the result is a run config."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import dpo_dist, succeed
+
+from dpo_dist.config import RunConfig, load_config
+from dpo_dist.config_keys import explain_keys
+from dpo_dist.errors import ConfigError
+from dpo_dist.trl_import import keys
+from dpo_dist.trl_import.run_yaml import Imported, import_trl
+
+NEEDED = {"model_name_or_path": "m", "dataset_name": "d/prefs", "output_dir": "out"}
+TABLES = (keys.SAME, keys.SAME_OF_ADAPTER, keys.CONVERTED, keys.DIFFERS, keys.NOT_NEEDED)
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "trl.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def convert(
+    folder: Path, *, processes: int | None = 1, **values: Any
+) -> tuple[RunConfig, Imported]:
+    """The run config of a TRL YAML with these keys, through a file as a user has it."""
+    imported = import_trl(write(folder, NEEDED | values), (), processes, None)
+    (folder / "run.yaml").write_text(imported.text)
+    return load_config(folder / "run.yaml"), imported
+
+
+def fields_of_trl() -> dict[str, Any]:
+    from trl import DPOConfig, ModelConfig, ScriptArguments
+    from trl.scripts.utils import DatasetMixtureConfig
+
+    return {
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+        for owner in (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+        for field in dataclasses.fields(owner)
+    }
+
+
+def test_every_field_of_trl_has_one_entry() -> None:
+    known = [key for table in TABLES for key in table]
+    assert sorted(known) == sorted(fields_of_trl())
+
+
+def test_defaults_are_trls() -> None:
+    fields = fields_of_trl()
+    fields["loss_type"] = ["sigmoid"]
+    ours = {key: default for key, default in keys.DEFAULTS.items() if key in fields}
+    ours |= {key: default for key, (default, _) in keys.DIFFERS.items()}
+    enums = {key: getattr(value, "value", value) for key, value in fields.items()}
+    assert {k: (v, enums[k]) for k, v in ours.items() if v != enums[k]} == {}
+
+
+def test_former_keys_are_gone_from_trl() -> None:
+    assert not {*keys.RENAMED, *keys.FORMER, *keys.CONVERTED_FORMER} & set(fields_of_trl())
+
+
+def test_targets_are_keys_of_the_run_config() -> None:
+    ours = {key for key, *_ in explain_keys()}
+    targets = [key for table in (keys.SAME, keys.SAME_OF_ADAPTER) for key, _ in table.values()]
+    assert [key for key in targets if key not in ours] == []
+
+
+def test_a_key_left_out_has_trls_default(tmp_path: Path) -> None:
+    config, imported = convert(tmp_path)
+    train = config.train
+    assert (train.learning_rate, train.num_epochs, train.lr_schedule) == (1e-6, 3.0, "linear")
+    assert (train.warmup_ratio, config.data.max_length) == (0.0, 1024)
+    assert (train.global_batch_size, train.micro_batch_tokens) == (8, 8 * 2 * 1024)
+    assert config.adapter is None and not config.data.eval and imported.differs == []
+    assert "learning_rate: 1.0e-06  # TRL's default of learning_rate" in imported.text
+
+
+@pytest.mark.parametrize("key", [*keys.SAME, *keys.SAME_OF_ADAPTER])
+def test_copied_keys_arrive(tmp_path: Path, key: str) -> None:
+    ours, default = (keys.SAME | keys.SAME_OF_ADAPTER)[key]
+    other = (not default) if isinstance(default, bool) else (default or 0.02) / 2
+    if isinstance(default, int) and not isinstance(default, bool):
+        other = int(other)
+    config, _ = convert(tmp_path, use_peft=True, **{key: other})
+    section, name = ours.split(".")
+    assert getattr(getattr(config, section), name) == other
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "trl.yaml"
+    path.write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\nbeta: '0.2'\n")
+    config = yaml.safe_load(import_trl(path, (), 1, None).text)
+    assert (config["train"]["learning_rate"], config["objective"]["beta"]) == (5e-7, 0.2)
+
+
+def test_the_batch_with_its_arithmetic(tmp_path: Path) -> None:
+    config, imported = convert(
+        tmp_path, processes=8, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        max_length=512,
+    )  # fmt: skip
+    assert (config.train.global_batch_size, config.train.micro_batch_tokens) == (64, 4096)
+    assert imported.arithmetic == (
+        "per_device_train_batch_size 4 x gradient_accumulation_steps 2 x num_processes 8 = "
+        "train.global_batch_size 64"
+    )
+    assert "  # 4 a device x 2 accumulated x 8 processes" in imported.text
+
+
+def test_an_accelerate_config(tmp_path: Path) -> None:
+    accelerate = tmp_path / "accelerate.yaml"
+    launcher = {"zero_stage": 3, "offload_optimizer_device": "cpu"}
+    accelerate.write_text(yaml.safe_dump({"num_processes": 16, "deepspeed_config": launcher}))
+    imported = import_trl(write(tmp_path, NEEDED), (), None, accelerate)
+    train = yaml.safe_load(imported.text)["train"]
+    assert (train["global_batch_size"], train["deepspeed"]) == (128, "zero3_offload")
+
+
+@pytest.mark.parametrize(("given", "sharding"), [
+    ({"zero_optimization": {"stage": 2}}, "zero2"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "zero3_offload"),
+    ({}, "zero0"),
+])  # fmt: skip
+def test_a_deepspeed_config(tmp_path: Path, given: dict[str, Any], sharding: str) -> None:
+    assert convert(tmp_path, deepspeed=given)[0].train.deepspeed == sharding
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    config, imported = convert(
+        tmp_path, use_peft=True, lora_r=8, lora_alpha=64, lora_dropout=0.1, use_rslora=True,
+        lora_modules_to_save=["lm_head"],
+    )  # fmt: skip
+    adapter = config.adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.alpha, adapter.use_rslora) == (8, 64, True)
+    assert (adapter.target_modules, adapter.modules_to_save) == (["q_proj", "v_proj"], ["lm_head"])
+    assert adapter.dropout == 0  # TRL turns LoRA's dropout off with the model's
+    assert "lora_dropout is 0.1, but TRL's disable_dropout is true" in imported.text
+    kept = convert(tmp_path, use_peft=True, lora_dropout=0.1, disable_dropout=False)[0].adapter
+    every = convert(tmp_path, use_peft=True, lora_target_modules=["all-linear"])[0].adapter
+    assert kept and kept.dropout == 0.1 and every and every.target_modules == "all-linear"
+
+
+def test_trl_turns_the_dropout_of_an_adapter_off() -> None:
+    """What the conversion of lora_dropout rests on."""
+    import peft
+    from tiny_models import tiny_model
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model: Any = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
+    )
+    disable_dropout_in_model(model)
+    assert "p=0.5" not in str(model) and "p=0" in str(model)
+
+
+def test_pefts_own_targets() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    families = ("llama", "mistral", "mixtral", "gemma", "gemma2", "qwen2", "qwen3")
+    assert {tuple(TARGETS[family]) for family in families} == {("q_proj", "v_proj")}
+
+
+def test_steps_and_warm_up(tmp_path: Path) -> None:
+    config, _ = convert(tmp_path, max_steps=200, warmup_steps=50, lr_scheduler_type="cosine")
+    assert (config.train.max_steps, config.train.warmup_ratio) == (200, 0.25)
+    assert config.train.num_epochs == 1000  # TRL repeats the data until then
+    assert convert(tmp_path, warmup_steps=0.1)[0].train.warmup_ratio == 0.1
+    assert convert(tmp_path, warmup_ratio=0.2)[0].train.warmup_ratio == 0.2
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0.3}
+    assert convert(tmp_path, **constant)[0].train.warmup_ratio == 0
+    _, unknown = convert(tmp_path, warmup_steps=100)
+    assert unknown.differs == [
+        "warmup_steps: 100; set train.warmup_ratio to 100 / the steps that `dpo-dist plan` shows "
+        "once the pairs are prepared"
+    ]
+    _, other = convert(tmp_path, lr_scheduler_type="reduce_lr_on_plateau")
+    assert other.differs[0].startswith("lr_scheduler_type: reduce_lr_on_plateau; train.lr_schedule")
+
+
+@pytest.mark.parametrize(("given", "dtype"), [
+    ({}, "bfloat16"), ({"bf16": True}, "bfloat16"), ({"bf16": False}, "float32"),
+    ({"fp16": True}, "bfloat16"), ({"bf16": False, "dtype": "bfloat16"}, "bfloat16"),
+    ({"bf16": False, "torch_dtype": "bfloat16"}, "bfloat16"),
+])  # fmt: skip
+def test_precision(tmp_path: Path, given: dict[str, Any], dtype: str) -> None:
+    config, imported = convert(tmp_path, **given)
+    assert config.model.dtype == dtype
+    assert bool(imported.differs) == ("fp16" in given)
+
+
+def test_data_and_evaluation(tmp_path: Path) -> None:
+    config, _ = convert(
+        tmp_path, dataset_train_split="train_prefs", dataset_test_split="test_prefs",
+        dataset_config="default", eval_strategy="steps", eval_steps=50,
+    )  # fmt: skip
+    (train,), (held_out,) = config.data.train, config.data.eval
+    assert (train.path, train.config, train.split) == ("d/prefs", "default", "train_prefs")
+    assert (held_out.split, config.eval.every_steps) == ("test_prefs", 50)
+
+
+def test_a_mixture(tmp_path: Path) -> None:
+    mixture = [
+        {"path": "a/b", "name": "c", "split": "train_prefs", "fraction": 0.5, "columns": ["x"]},
+        {"path": "json", "data_files": "rows.jsonl", "fraction": 0.5},
+        {"path": "d/e", "data_dir": "data/rl", "fraction": 0.5},
+    ]
+    config, imported = convert(tmp_path, dataset_name=None, datasets=mixture)
+    assert [(s.path, s.config, s.split) for s in config.data.train] == [
+        ("a/b", "c", "train_prefs"), ("rows.jsonl", None, "train"), ("d/e", None, "train"),
+    ]  # fmt: skip
+    assert sum("fraction" in note for note in imported.differs) == 3
+    assert any(note.startswith("datasets.2.data_dir: data/rl") for note in imported.differs)
+    with pytest.raises(ConfigError, match=r"datasets.0: pth; wanted a path, and of path, name"):
+        convert(tmp_path, datasets=[{"pth": "a"}])
+
+
+def test_checkpoints_and_logging(tmp_path: Path) -> None:
+    config, _ = convert(
+        tmp_path, save_steps=0.25, max_steps=40, save_total_limit=1, logging_steps=5,
+        report_to=["tensorboard", "wandb"],
+    )  # fmt: skip
+    assert (config.checkpoint.every_steps, config.checkpoint.keep) == (10, 2)
+    assert (config.logging.every_steps, config.logging.tensorboard) == (5, True)
+    _, imported = convert(tmp_path, save_strategy="epoch", save_steps=5)
+    assert imported.differs == ["save_strategy: epoch; checkpoint.every_steps counts steps"]
+
+
+def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
+    assert convert(tmp_path, loss_type="ipo")[0].objective.loss == "ipo"
+    assert convert(tmp_path, loss_type=["hinge"])[0].objective.loss == "hinge"
+    config, imported = convert(tmp_path, label_smoothing=0.1)
+    assert config.objective.label_smoothing == 0  # as in TRL, whose sigmoid does not read it
+    assert imported.differs[0].startswith("label_smoothing: 0.1; TRL reads it for robust and")
+
+
+def test_what_is_not_taken_says_what_to_do(tmp_path: Path) -> None:
+    _, imported = convert(tmp_path, **dict.fromkeys(keys.DIFFERS, "another"))
+    wanted = [f"{key}: another; {remedy}" for key, (_, remedy) in sorted(keys.DIFFERS.items())]
+    assert imported.differs == wanted
+    assert all(f"\n#   {note}\n" in imported.text for note in wanted)
+    defaults = {key: default for key, (default, _) in keys.DIFFERS.items() if default is not None}
+    assert convert(tmp_path, **defaults)[1].differs == []
+
+
+def test_what_is_not_needed_is_listed(tmp_path: Path) -> None:
+    notes = keys.NOT_NEEDED | keys.FORMER
+    text = convert(tmp_path, **dict.fromkeys(notes, "x"))[1].text
+    assert [key for key in notes if f"\n#   {key}: " not in text] == []
+
+
+def test_an_adapters_keys_without_use_peft_are_listed(tmp_path: Path) -> None:
+    config, imported = convert(tmp_path, lora_r=8)
+    assert config.adapter is None
+    assert "#   lora_r: without effect beside the other keys" in imported.text
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"learnin_rate": 1, "zzz": 2}, "has 2 unknown keys:\n  learnin_rate: unknown key; did you "
+     "mean learning_rate?\n  zzz: unknown key; nothing of that name is near\n ; wanted keys of "),
+    ({"model_name_or_path": None}, "model_name_or_path is missing; wanted the model that TRL"),
+    ({"dataset_name": None}, "neither dataset_name nor datasets is there; wanted the preference"),
+    ({"learning_rate": "fast"}, "learning_rate: 'fast'; wanted a number. Correct the YAML."),
+    ({"use_peft": "maybe"}, "use_peft: 'maybe'; wanted true or false. Correct the YAML."),
+    ({"datasets": ["a"]}, "datasets: ['a']; wanted a list of mappings of path, name, "),
+    ({"loss_type": "dpoo"}, "what became of "),
+])  # fmt: skip
+def test_errors(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        convert(tmp_path, **values)
+    assert said in str(error.value)
+
+
+def test_the_number_of_processes_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        convert(tmp_path, processes=None)
+    assert str(error.value) == (
+        "the number of processes is not in TRL's YAML; wanted it, because "
+        "per_device_train_batch_size x gradient_accumulation_steps x num_processes = "
+        "train.global_batch_size. Add --num-processes N, the GPUs of the TRL run, or "
+        "--accelerate-config FILE."
+    )
+
+
+def test_files_that_are_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file or directory; wanted a YAML"):
+        import_trl(tmp_path / "nowhere.yaml", (), 1, None)
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(
+        ConfigError, match="holds a list; wanted a YAML for TRL's dpo script, a map"
+    ):
+        import_trl(path, (), 1, None)
+    with pytest.raises(ConfigError, match="'beta'; wanted KEY=VALUE with a key of TRL"):
+        import_trl(write(tmp_path, NEEDED), ["beta"], 1, None)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path, out = write(tmp_path, NEEDED | {"sync_ref_model": True}), tmp_path / "run.yaml"
+    command = ("import-trl", path, "beta=0.3", "--num-processes", "2")
+    printed = succeed(*command)
+    assert succeed(*command, "--out", out).stdout == "" and out.read_text() == printed.stdout
+    assert load_config(out).objective.beta == 0.3
+    assert printed.stderr.splitlines() == [
+        "per_device_train_batch_size 8 x gradient_accumulation_steps 1 x num_processes 2 = "
+        "train.global_batch_size 16",
+        "not taken: sync_ref_model: True; the reference is scored once and stays as it is",
+    ]
+    again = dpo_dist(*command, "--out", out)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {out} exists; wanted a new file. Name another, or remove it.\n"
+
+
+def test_neither_trl_nor_torch_is_needed(tmp_path: Path) -> None:
+    path = write(tmp_path, NEEDED)
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(('trl', 'torch', 'transformers', 'peft'))\n"
+        "from dpo_dist.cli import app\n"
+        f"app(['import-trl', {str(path)!r}, '--num-processes', '1'])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True)
