@@ -105,6 +105,21 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
         yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")
+    if config.model.quantization is not None and config.adapter is None:
+        yield (
+            f"model.quantization: {config.model.quantization} without an adapter section; wanted "
+            "one, because quantised weights are frozen. Add `adapter: {}`."
+        )
+    elif config.model.quantization is not None and config.adapter and config.adapter.use_dora:
+        yield (
+            "adapter.use_dora: true with model.quantization; wanted LoRA. DoRA trains the lengths "
+            "of the quantised rows, which the full-precision rows of the merge do not have."
+        )
+    if config.train.optimizer == "muon" and config.train.max_grad_norm > 0:
+        yield (
+            f"train.max_grad_norm: {config.train.max_grad_norm} with train.optimizer muon; wanted "
+            "0. ZeRO would clip the orthogonalised step, not the gradient."
+        )
 
 
 def _adapter_contradictions(adapter: AdapterSection | None, model: ModelSection) -> Iterator[str]:

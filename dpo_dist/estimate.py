@@ -18,6 +18,14 @@ from typing import Any
 
 GIB = 2**30
 RESERVE_BYTES = 2 * GIB  # assumed: CUDA context, NCCL's buffers, fragmentation of the allocator
+NF4_BLOCK, NF4_SCALES_A_BLOCK = 64, 256  # weights of a scale, scales of a scale of scales
+STATE_BYTES = {  # of an optimizer, of a trained parameter
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 2 * 4 / 256,  # a float32 scale of 256 values, for both moments
+    "paged_adamw": 8.0,
+    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "muon": 4.0,  # a momentum; one moment more of what it leaves to AdamW
+}
 GPUS_PER_NODE = 8  # assumed where nothing says otherwise
 
 
@@ -40,6 +48,10 @@ class ModelShape:
     head_trained: bool
     adapter_ranks: int  # ranks of a layer's adapters, summed
     adapter_inputs: int  # widths of their inputs, summed
+    num_quantized: int = 0  # of num_parameters, those that are held in NF4
+    largest_quantized: int = 0  # of one layer
+    num_factors: int = 0  # rows and columns of the trained matrices, which Adafactor keeps
+    num_without_muon: int = 0  # of num_trained, what Muon leaves to AdamW
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class Setup:
     checkpointing: bool
     dropout: bool = False  # of an adapter's input
     padded: bool = False
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -134,16 +147,14 @@ def estimate(setup: Setup) -> Memory:
 def state_lines(setup: Setup) -> Iterator[Line]:
     """Parameters, gradients, optimizer and buckets: there from the first step to the last."""
     shape, sharding, d = setup.shape, setup.sharding, setup.dtype_bytes
-    yield _share("parameters", d, shape.num_parameters, "", _ranks(setup, from_stage=3))
+    yield from parameter_lines(setup)
     if sharding.secondary_ranks > 1:
         ranks = min(sharding.secondary_ranks, setup.world_size)
-        yield _share("second_parameters", d, shape.num_parameters, "", ranks, "ranks of a node")
+        held = _held_parameters(shape, d)
+        yield _share("second_parameters", d, held, "", ranks, "ranks of a node")
     if not sharding.offload_optimizer:
         yield _share("gradients", d, shape.num_trained, "trained ", _ranks(setup, from_stage=2))
-        # AdamW's two moments, and a float32 copy of the parameters: DeepSpeed keeps one beside
-        # float32 parameters too, unless it does not shard at all.
-        each = 8 if sharding.stage == 0 and d == 4 else 12
-        yield _share("optimizer", each, shape.num_trained, "trained ", _ranks(setup, from_stage=1))
+        yield from _optimizer_lines(setup)
     if sharding.stage:
         count = sharding.num_buckets
         yield Line(
@@ -151,6 +162,42 @@ def state_lines(setup: Setup) -> Iterator[Line]:
             count * d * sharding.reduce_bucket,
             f"{count} x {d} bytes x {_count(sharding.reduce_bucket)} elements",
         )
+
+
+def parameter_lines(setup: Setup) -> Iterator[Line]:
+    """The parameters: in dtype, or in NF4 with the scales of their blocks.
+
+    Two weights lie in a byte; the scale of a block is a byte too, and those have float32 scales of
+    their own. ZeRO-3 shards the weights and not the scales.
+    """
+    shape, d = setup.shape, setup.dtype_bytes
+    packed, ranks = shape.num_quantized, _ranks(setup, from_stage=3)
+    kind = "unquantised " if packed else ""
+    yield _share("parameters", d, shape.num_parameters - packed, kind, ranks)
+    if packed:
+        yield _share("nf4_parameters", 0.5, packed, "quantised ", ranks)
+        scale = f"1/{NF4_BLOCK} + 4/{NF4_BLOCK * NF4_SCALES_A_BLOCK}"
+        num_bytes = packed * (1 + 4 / NF4_SCALES_A_BLOCK) / NF4_BLOCK
+        text = f"({scale}) bytes x {_count(packed)} quantised parameters, on every rank"
+        yield Line("nf4_scales", round(num_bytes), text)
+
+
+def _optimizer_lines(setup: Setup) -> Iterator[Line]:
+    """The optimizer's state, with the float32 copy of the parameters that DeepSpeed keeps.
+
+    It keeps one beside float32 parameters too, unless it does not shard at all.
+    """
+    shape, stage, trained = setup.shape, setup.sharding.stage, setup.shape.num_trained
+    copy = 0 if stage == 0 and setup.dtype_bytes == 4 else 4
+    if setup.optimizer == "adafactor":
+        text = f"4 bytes x {_count(shape.num_factors)} rows and columns of trained matrices"
+        yield Line("optimizer", 4 * shape.num_factors, text)
+        return
+    each, ranks = STATE_BYTES[setup.optimizer] + copy, _ranks(setup, from_stage=1)
+    yield _share("optimizer", each, trained, "trained ", ranks)
+    if setup.optimizer == "muon" and shape.num_without_muon:
+        kind = "embedding, head and vector "
+        yield _share("second_moment", 4, shape.num_without_muon, kind, ranks)
 
 
 def host_lines(setup: Setup) -> Iterator[Line]:
@@ -221,22 +268,22 @@ def flops_per_token(shape: ModelShape, checkpointing: bool) -> tuple[int, int]:
 def reference_lines(setup: Setup, sharding: Sharding) -> tuple[Line, ...]:
     """Memory of a rank in the reference pass: the parameters and a forward without gradients."""
     scoring = replace(setup, sharding=sharding)
-    return next(state_lines(scoring)), *scoring_lines(scoring)
+    return *parameter_lines(scoring), *scoring_lines(scoring)
 
 
 def checkpoint_line(setup: Setup, num_kept: int) -> Line:
     """Checkpoints on disk while one more than `num_kept` is being written.
 
-    Of a trained parameter AdamW's moments and the float32 copy, below ZeRO-3 also the parameter as
-    it is trained; of a frozen one nothing.
+    Of a trained parameter the optimizer's state and the float32 copy, below ZeRO-3 also the
+    parameter as it is trained; of a frozen one nothing.
     """
     d, sharding, trained = setup.dtype_bytes, setup.sharding, setup.shape.num_trained
     has_copy = sharding.stage == 3 or (sharding.stage == 0 and d == 4)
-    each = 12 if has_copy else 12 + d
+    each = STATE_BYTES.get(setup.optimizer, 0) + (4 if has_copy else 4 + d)
     return Line(
         "checkpoints",
-        (num_kept + 1) * each * trained,
-        f"{num_kept + 1} x {each} bytes x {_count(trained)} trained parameters",
+        round((num_kept + 1) * each * trained),
+        f"{num_kept + 1} x {each:g} bytes x {_count(trained)} trained parameters",
     )
 
 
@@ -305,11 +352,15 @@ def _gathered(setup: Setup) -> Iterator[Line]:
     DeepSpeed fetches the module it runs beyond max_live, and copies what it fetched ahead.
     """
     shape, sharding, d = setup.shape, setup.sharding, setup.dtype_bytes
+    if shape.num_quantized:
+        largest = shape.largest_quantized
+        text = f"{d} bytes x {_count(largest)} of the largest quantised layer"
+        yield Line("unpacked_layer", d * largest, text)
     if sharding.stage == 3 and setup.world_size > 1:
-        head = shape.vocab_size * shape.hidden_size
-        module = max(head, (shape.num_parameters - head) // shape.num_layers)
-        live = min(shape.num_parameters, sharding.max_live + module)
-        fetched = min(shape.num_parameters, sharding.prefetch_bucket)
+        head, held = shape.vocab_size * shape.hidden_size, _held_parameters(shape, d)
+        module = max(head, (held - head) // shape.num_layers)
+        live = min(held, sharding.max_live + module)
+        fetched = min(held, sharding.prefetch_bucket)
         yield Line(
             "gathered_parameters",
             d * (live + fetched),
@@ -333,9 +384,14 @@ def _ranks(setup: Setup, from_stage: int) -> int:
     return setup.world_size if setup.sharding.stage >= from_stage else 1
 
 
-def _share(name: str, each: int, count: int, kind: str, ranks: int, of: str = "ranks") -> Line:
-    text = f"{each} bytes x {_count(count)} {kind}parameters"
-    return Line(name, each * count // ranks, text if ranks == 1 else f"{text} / {ranks} {of}")
+def _held_parameters(shape: ModelShape, d: int) -> int:
+    """Elements of dtype in memory: those in NF4 are packed into fewer."""
+    return shape.num_parameters - shape.num_quantized + shape.num_quantized // (2 * d)
+
+
+def _share(name: str, each: float, count: int, kind: str, ranks: int, of: str = "ranks") -> Line:
+    text = f"{each:g} bytes x {_count(count)} {kind}parameters"
+    return Line(name, int(each * count) // ranks, text if ranks == 1 else f"{text} / {ranks} {of}")
 
 
 def _count(number: int) -> str:

@@ -157,6 +157,7 @@ def scoring_contract(config: RunConfig, layout: str) -> ScoringContract:
         reference_digest=_reference_digest(config),
         tokenizer_digest=digest_of_tokenizer(base_model_dir(config)),
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         layout=layout,
         mask_rule=rule,
     )
@@ -191,7 +192,7 @@ def training_identity(config: RunConfig) -> dict[str, str]:
         "adapter": config.adapter.model_dump(mode="json", exclude={"path"})
         if config.adapter
         else {"none": True},
-        "model": {"dtype": config.model.dtype},
+        "model": {"dtype": config.model.dtype, "quantization": config.model.quantization},
         "run": {"seed": config.run.seed},
     }
     return {

@@ -52,11 +52,13 @@ class ScoringContract:
     dtype: str  # of the forward pass
     layout: str  # how a pair lies in a row of tokens
     mask_rule: str  # which positions count
+    quantization: str | None = None  # of the reference's linear layers
     schema_version: int = SCHEMA_VERSION
 
     def digest(self) -> str:
-        """Hex SHA-256 of the fields."""
-        return digest_of(dataclasses.asdict(self))
+        """Hex SHA-256 of the fields that are set."""
+        fields = dataclasses.asdict(self)
+        return digest_of({name: value for name, value in fields.items() if value is not None})
 
 
 @dataclass(frozen=True)

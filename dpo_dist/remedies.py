@@ -26,11 +26,13 @@ def remedies(
     shardings: Mapping[str, Sharding],
     with_adapter: ModelShape | None,
     longest_pair: int,
+    quantized: ModelShape | None = None,
 ) -> list[Remedy]:
     """Single changes that lower the peak: those that fit first, then by the peak.
 
     `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
-    LoRA, None when there is one already. A micro-batch stays at or above `longest_pair` tokens.
+    LoRA, None when there is one already; `quantized` the shape on NF4, None without an adapter. A
+    micro-batch stays at or above `longest_pair` tokens.
     """
     chains = [
         _checkpointed(setup),
@@ -41,6 +43,8 @@ def remedies(
         ),
         _more_ranks(setup),
         _adapted(setup, with_adapter),
+        _quantized(setup, quantized),
+        _smaller_states(setup),
     ]
     found = [remedy for chain in chains for remedy in _first_that_fits(chain, limit_bytes)]
     now = estimate(setup).peak_bytes
@@ -79,6 +83,16 @@ def _more_ranks(setup: Setup) -> Iterator[Change]:
     for times in range(1, DOUBLINGS + 1):
         ranks = setup.world_size << times
         yield f"{ranks} ranks", replace(setup, world_size=ranks)
+
+
+def _quantized(setup: Setup, quantized: ModelShape | None) -> Iterator[Change]:
+    if quantized is not None:
+        yield "model.quantization=nf4 (QLoRA)", replace(setup, shape=quantized)
+
+
+def _smaller_states(setup: Setup) -> Iterator[Change]:
+    if setup.optimizer == "adamw" and not setup.sharding.offload_optimizer:
+        yield "train.optimizer=adamw_8bit", replace(setup, optimizer="adamw_8bit")
 
 
 def _adapted(setup: Setup, with_adapter: ModelShape | None) -> Iterator[Change]:

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from dpo_dist.config import RunConfig, parse_config
 from dpo_dist.config_keys import explain_keys
 from dpo_dist.data.batches import num_steps, plan_micro_batches, step_pair_indices
-from dpo_dist.engine import ds_config, zero
+from dpo_dist.engine import ds_config, optimizers, zero
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.local import count_workers
 from dpo_dist.objective.losses import LOSSES, PairLogps
@@ -32,6 +32,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "run.dir": ("test_pipeline.py", 'f"run.dir={other}"'),
     "model.path": ("test_prepare.py", '"model"'),
     "model.revision": ("test_export.py", "revision"),
+    "model.quantization": ("test_qlora.py", "model.quantization=nf4"),
     "model.attention": ("test_attention.py", '"torch"'),
     "model.layout": ("test_settings.py", "model.layout is packed"),
     "model.add_tokens": ("test_start_model.py", "add_tokens="),
@@ -129,10 +130,11 @@ def adapted(config: RunConfig) -> dict[str, Any]:
 
 
 def optimizer_of(config: RunConfig) -> dict[str, Any]:
-    """The settings of the optimizer's parameter group."""
+    """The kind of the optimizer and the settings of its parameter group."""
     sharding = ds_config.training_config(config.train, config.model.dtype, 1)
-    optimizer = zero.make_optimizer([torch.nn.Parameter(torch.ones(2))], sharding, config.train)
-    return {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer = optimizers.make_optimizer(torch.nn.Linear(2, 2), sharding, config.train)
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    return settings | {"kind": type(optimizer).__name__}
 
 
 def learning_rates(config: RunConfig) -> list[float]:
@@ -195,6 +197,7 @@ FLIPPED: dict[str, tuple[Any, Callable[[RunConfig], Any]]] = {
     "train.max_steps": (3, steps_of),
     "train.global_batch_size": (32, plan_of),
     "train.micro_batch_tokens": (2000, plan_of),
+    "train.optimizer": ("adamw_8bit", optimizer_of),
     "train.learning_rate": (1e-3, optimizer_of),
     "train.lr_schedule": ("linear", learning_rates),
     "train.warmup_ratio": (0.5, learning_rates),

@@ -377,6 +377,7 @@ def test_remedies_lower_the_peak_and_those_that_fit_come_first() -> None:
     assert [remedy.fits for remedy in found] == sorted((r.fits for r in found), reverse=True)
     changes = {remedy.change: remedy.fits for remedy in found}
     assert changes["train.deepspeed=zero3_offload"] and changes["adapter.rank=16 (LoRA)"]
+    assert "train.optimizer=adamw_8bit" in changes
     assert changes["4 ranks"] and "2 ranks" not in changes  # the fewest that fit
     assert not changes["train.micro_batch_tokens=1024"]  # the smallest is not enough
     assert "train.deepspeed=zero3" not in changes  # changes nothing

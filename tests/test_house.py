@@ -76,11 +76,11 @@ def test_stages_do_not_import_each_other(path: Path) -> None:
     assert all(n.startswith(shared) for n in stages), stages
 
 
-def test_only_the_engine_names_deepspeed_and_peft() -> None:
+def test_only_the_engine_names_deepspeed_peft_and_bitsandbytes() -> None:
     for path in MODULES:
         if room_of(path) != "engine":
             libraries = {name.split(".")[0] for name in imports_of(path)}
-            assert not libraries & {"deepspeed", "peft"}, path
+            assert not libraries & {"deepspeed", "peft", "bitsandbytes"}, path
 
 
 def test_data_and_facts_do_not_know_torch() -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dpo_dist.engine import ds_config, zero
+from dpo_dist.engine.optimizers import make_optimizer
 from dpo_dist.sections.training import TrainSection
 
 GLOBAL_BATCH = 6  # rows a step, divisible by 1, 2 and 3 ranks
@@ -57,21 +58,24 @@ def start_engine(
     universal: bool = False,
     width: int = 7,
     depth: int = 1,
+    optimizer: str = "adamw",
 ) -> Any:
     """A fresh engine; the same weights on every call."""
     import deepspeed
 
     torch.manual_seed(0)
     scorer = Scorer(TinyPolicy(adapter, width, depth)).to(getattr(torch, dtype))
-    train = TrainSection(deepspeed=f"zero{stage}")  # pyright: ignore[reportCallIssue]
+    train = TrainSection.model_validate(
+        {"deepspeed": f"zero{stage}", "learning_rate": 1e-2, "weight_decay": 0.1}
+        | {"optimizer": optimizer, "max_grad_norm": 0.0 if optimizer == "muon" else 1.0}
+    )
     config = ds_config.training_config(train, dtype, dist.get_world_size(), universal=universal)
     if stage == 3:
         config["zero_optimization"] |= {"sub_group_size": SUB_GROUP_ELEMENTS * width // 7}
-    trainable = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     # Not zero.start_training, whose schedules cost every rank of every test seconds of imports.
     engine, *_ = deepspeed.initialize(
         model=scorer,
-        optimizer=torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1),
+        optimizer=make_optimizer(scorer, config, train),
         lr_scheduler=_decaying,
         config=config,
         dist_init_required=False,

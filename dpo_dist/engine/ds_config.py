@@ -90,13 +90,37 @@ def training_config(
     as their tokens allow, and the accumulation boundary is set by hand.
     """
     config = read_sharding(train.deepspeed)
+    check_optimizer(train, dtype, config)
+    if train.optimizer == "muon":  # needs whole gradients, and DeepSpeed refuses it otherwise
+        config["zero_optimization"] |= {"reduce_scatter": False}
     config |= _without_batch_arithmetic(world_size) | {
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,  # check_optimizer knows which were tested
     }
     if universal:
         config["checkpoint"] = {"load_universal": True}
     return config
+
+
+def check_optimizer(train: TrainSection, dtype: str, sharding: dict[str, Any]) -> None:
+    """Raises ConfigError when the optimizer is not right under this sharding."""
+    if train.optimizer == "adamw":
+        return
+    where = f"train.optimizer: {train.optimizer} with train.deepspeed {train.deepspeed}"
+    if "offload_optimizer" in sharding["zero_optimization"]:
+        raise ConfigError(
+            f"{where}, which keeps the optimizer in host memory",
+            "adamw, the only optimizer that DeepSpeed updates there",
+            "Choose train.optimizer=adamw, or a train.deepspeed without offload.",
+        )
+    if train.optimizer == "adafactor" and (zero_stage(sharding) > 0 or dtype != "float32"):
+        raise ConfigError(
+            f"{where} and model.dtype {dtype}, where DeepSpeed hands it vectors, not matrices",
+            "zero0 and float32, because on a vector it has no rows and columns to factor: it would "
+            "save little and step differently on another number of ranks",
+            "Choose train.optimizer=adamw_8bit to save memory under ZeRO.",
+        )
 
 
 def inference_config(dtype: str, world_size: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_dist.engine.quantized import quantization_arguments, settle_quantized, true_numel
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files import weight_files
 from dpo_dist.sections.training import ModelSection
@@ -23,25 +24,30 @@ def load_model(
     device: torch.device,
     zero3: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A causal LM in `section.dtype` with its dropout off, in eval mode.
+    """A causal LM in `section.dtype`, its linear layers quantised if so set, in eval mode.
 
-    With `zero3`, the DeepSpeed config of stage 3, every parameter is partitioned as it is loaded
-    and stays where DeepSpeed puts it; otherwise the model goes to `device` whole. Raises
-    ModelFilesError when a weight is missing or has another shape: transformers would only warn
-    and leave random numbers in its place.
+    Its dropout is off. With `zero3`, the DeepSpeed config of stage 3, every parameter is
+    partitioned as it is loaded and stays where DeepSpeed puts it; otherwise, and when it is
+    quantised, the model goes to `device` whole. Raises ModelFilesError when a weight is missing or
+    has another shape: transformers would only warn and leave random numbers in its place.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     weight_files(model_dir, section.allow_pickle_weights)
+    dtype, quantized = getattr(torch, section.dtype), {}
+    if section.quantization is not None:
+        # DeepSpeed shards a quantised model when its engine starts: it can be packed only whole.
+        quantized, zero3 = quantization_arguments(dtype, device), None
     with partitioned_loading(zero3):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
-            dtype=getattr(torch, section.dtype),
+            dtype=dtype,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=not section.allow_pickle_weights,
             output_loading_info=True,
+            **quantized,
         )
     model, report = loaded
     wrong = [
@@ -61,7 +67,8 @@ def load_model(
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
-    if zero3 is None:
+    settle_quantized(model)
+    if zero3 is None and not quantized:
         model.to(device)
     return model.eval()
 
@@ -87,6 +94,6 @@ def partitioned_loading(zero3: dict[str, Any] | None) -> Iterator[None]:
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameter counts, also when they are partitioned."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) parameter counts, also when they are partitioned or packed."""
+    sizes = [(true_numel(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

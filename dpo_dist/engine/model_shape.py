@@ -1,5 +1,7 @@
 """What memory and work depend on in a model and its adapter, counted without weights."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch import nn
 
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.model_parts import base_of, output_module
+from dpo_dist.engine.optimizers import split_for_muon
+from dpo_dist.engine.quantized import count_quantized
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.estimate import ModelShape
 from dpo_dist.model_files import read_model_config
@@ -21,6 +25,7 @@ def count_model(
     *,
     start: Path | None = None,
     vocab_size: int | None = None,
+    quantized: bool = False,
 ) -> ModelShape:
     """Builds the model on torch's meta device, where tensors have no memory, and counts it.
 
@@ -46,10 +51,12 @@ def count_model(
             "a causal language model",
             "Check model.path, or upgrade transformers.",
         ) from None
+    packed = count_quantized(policy) if quantized else (0, 0)
     if adapter is not None:
         with torch.device("meta"):
             policy = add_adapter(policy, adapter, str(model_dir), start)
-    return shape_of(policy)
+    shape = shape_of(policy)
+    return replace(shape, num_quantized=packed[0], largest_quantized=packed[1])
 
 
 def shape_of(policy: nn.Module) -> ModelShape:
@@ -80,6 +87,16 @@ def shape_of(policy: nn.Module) -> ModelShape:
         head_trained=head.requires_grad,
         adapter_ranks=sum(shape[0] for shape in inputs) // layers,
         adapter_inputs=sum(shape[1] for shape in inputs) // layers,
+        num_factors=_count_factors(policy),
+        num_without_muon=sum(p.numel() for p in split_for_muon(policy)[False]),
+    )
+
+
+def _count_factors(policy: nn.Module) -> int:
+    """Elements of a second moment kept as rows and columns; of a vector, all."""
+    shapes = [p.shape for p in policy.parameters() if p.requires_grad]
+    return sum(
+        math.prod(s[:-1]) + math.prod(s[:-2]) * s[-1] if len(s) > 1 else s.numel() for s in shapes
     )
 
 

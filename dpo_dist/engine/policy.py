@@ -16,6 +16,7 @@ from dpo_dist.engine.backends import choose_backend
 from dpo_dist.engine.forward import Layout, PairScorer
 from dpo_dist.engine.layout import choose_layout
 from dpo_dist.engine.load import load_model, num_parameters, partitioned_loading
+from dpo_dist.engine.quantized import refuse_trained_quantized
 from dpo_dist.errors import ConfigError
 from dpo_dist.sections.training import AdapterSection, ModelSection, TrainSection
 
@@ -41,6 +42,8 @@ def build_policy(
     set_seed(seed)
     zero3 = sharding if ds_config.zero_stage(sharding) == 3 else None
     policy: Any = load_policy(model_dir, model, adapter, device=device, zero3=zero3, start=start)
+    if adapter is not None:
+        refuse_trained_quantized(policy)
     if train.gradient_checkpointing:
         # ZeRO-3 with adapters gathers a recomputed layer only under the reentrant kind, which
         # in turn needs an input with a gradient when the embeddings are frozen.
@@ -74,7 +77,7 @@ def load_policy(
     policy = load_model(model_dir, model, device=device, zero3=zero3)
     if adapter is None:
         return policy
-    with partitioned_loading(zero3):
+    with partitioned_loading(None if model.quantization else zero3):
         policy = add_adapter(policy, adapter, str(model_dir), start)
         if start is not None:
             fill_adapter(policy, start)

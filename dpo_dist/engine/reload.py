@@ -80,6 +80,9 @@ def load_chosen(
 ) -> Any:
     """The model of a choice; raises ArtefactError when an adapter's file does not fit the base."""
     if not choice.is_adapter:
+        if choice.folder != base_dir:
+            # quantised is what it was trained beside, not what was exported
+            section = section.model_copy(update={"quantization": None})
         return load_model(choice.folder, section, device=device)
     model, problems = load_adapted(base_dir, choice.folder, section, device)
     if problems:

@@ -60,9 +60,16 @@ class ShardWriter:
         """Writes one shard, without the second names of frozen parameters."""
         if "module" in state_dict:
             weights = state_dict["module"]
-            kept = {name: weights[name] for name in weights if name not in self._frozen_names}
+            kept = {name: weights[name] for name in weights if not self._is_frozen(name)}
             state_dict = state_dict | {"module": kept}
         self.write(Path(path), lambda stream: torch.save(state_dict, stream))
+
+    def _is_frozen(self, name: str) -> bool:
+        """Also of the scales that a quantised weight brings along: `...weight.absmax`."""
+        owner, separator, _ = name.partition(".weight.")
+        return name in self._frozen_names or bool(
+            separator and f"{owner}.weight" in self._frozen_names
+        )
 
     def commit(self, info: Any) -> bool:
         """Called after the last file; the commit proper is agreed between the ranks."""

@@ -29,18 +29,30 @@ ERROR_LINE = re.compile(r"[\w.]*(Error|Exception): ")
 # Each extracting process holds the optimizer shard of one rank, each merging one a parameter.
 EXTRACTING_PROCESSES = 2
 MERGING_PROCESSES = 2
+CONVERTIBLE = "adamw"  # its two moments are what the converter looks for, by name
 
 
 def needs_conversion(step_dir: Path | None, world_size: int) -> bool:
     """Whether `world_size` ranks can read this checkpoint only after a conversion.
 
     The DeepSpeed config then needs checkpoint.load_universal before the engine is built. Stage 0
-    has no shards, so any number of ranks reads it.
+    has no shards, so any number of ranks reads it. Raises CheckpointError when the state of the
+    optimizer cannot be converted.
     """
     if step_dir is None:
         return False
     state = read_train_state(step_dir)
-    return state.zero_stage > 0 and state.world_size != world_size
+    if state.zero_stage == 0 or state.world_size == world_size:
+        return False
+    optimizer = state.digests.get("train.optimizer", CONVERTIBLE)
+    if optimizer != CONVERTIBLE:
+        raise CheckpointError(
+            f"{step_dir} holds the state of {optimizer} on {state.world_size} ranks, and DeepSpeed "
+            f"converts that of {CONVERTIBLE} only",
+            f"{state.world_size} ranks, not {world_size}",
+            f"Continue on {state.world_size} ranks.",
+        )
+    return True
 
 
 def prepare_universal(step_dir: Path) -> Path:

@@ -2,25 +2,24 @@
 
 import gc
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from dpo_dist.engine.optimizers import make_optimizer
 from dpo_dist.sections.training import TrainSection
 
 
 def start_training(
     module: nn.Module, ds_config: dict[str, Any], train: TrainSection, num_steps: int
 ) -> Any:
-    """A DeepSpeed engine around `module` with AdamW and the learning-rate schedule."""
+    """A DeepSpeed engine around `module` with the optimizer and the learning-rate schedule."""
     import deepspeed
 
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=make_optimizer(trainable, ds_config, train),
+        optimizer=make_optimizer(module, ds_config, train),
         lr_scheduler=lambda optimizer: make_schedule(optimizer, train, num_steps),
         config=ds_config,
         dist_init_required=False,
@@ -44,24 +43,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, num_ste
     warmup = math.ceil(num_steps * train.warmup_ratio)
     name = {"constant": "constant_with_warmup"}.get(train.lr_schedule, train.lr_schedule)
     return get_scheduler(name, optimizer, warmup, num_steps)
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], ds_config: dict[str, Any], train: TrainSection
-) -> torch.optim.Optimizer:
-    """AdamW with the run's settings; DeepSpeed's own for the CPU when its state is offloaded."""
-    settings: dict[str, Any] = {
-        "lr": train.learning_rate,
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "eps": train.adam_eps,
-        "weight_decay": train.weight_decay,
-    }
-    offloaded = "offload_optimizer" in ds_config["zero_optimization"]
-    if offloaded and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(list(parameters), **settings)
-    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **settings)
 
 
 def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:

@@ -15,6 +15,9 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the forward; the optimizer keeps float32 copies."
     )
+    quantization: Literal["nf4"] | None = Field(
+        None, description="nf4: QLoRA, the frozen base in 4 bits (needs adapter and bitsandbytes)."
+    )
     attention: Literal["auto", "sdpa", "torch", "flash_attn"] = Field(
         "auto", description="Attention backend; auto takes the fastest that the model allows."
     )
@@ -89,12 +92,15 @@ class TrainSection(Section):
     micro_batch_tokens: PositiveInt = Field(
         8192, description="Packed tokens of one forward on one rank; changes memory, not numbers."
     )
+    optimizer: Literal[
+        "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon"
+    ] = Field("adamw", description="docs/memory.md says what each holds, and where it works.")
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape after warm-up; cosine and linear end at 0."
     )
     warmup_ratio: Fraction = Field(0.1, description="Share of the steps that warm up linearly.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")

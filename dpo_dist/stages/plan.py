@@ -235,10 +235,18 @@ def _disk_rows(config: RunConfig, setup: Setup, work: Work | None) -> list[Row]:
 
 
 def _remedies(config: RunConfig, setup: Setup, work: Work | None, limit_gib: float) -> list[Remedy]:
+    names = {"adamw": ("zero3", "zero3_offload"), "adafactor": ()}  # of the others zero3 alone
+    quantized = None
+    if config.adapter is not None and not config.adapter.use_dora:
+        model = config.model.model_copy(update={"quantization": "nf4"})
+        quantized = count_shape(config.model_copy(update={"model": model}), config.adapter)
     return remedies(
         setup,
         round(limit_gib * GIB),
-        shardings={name: read_sizes(name) for name in ("zero3", "zero3_offload")},
+        shardings={
+            name: read_sizes(name) for name in names.get(config.train.optimizer, ("zero3",))
+        },
+        quantized=quantized,
         with_adapter=count_shape(config, AdapterSection.model_validate({}))
         if config.adapter is None
         else None,

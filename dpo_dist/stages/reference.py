@@ -6,6 +6,7 @@
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.policy import load_policy, settle_layout
 from dpo_dist.engine.scoring import score_on_all_ranks
 from dpo_dist.errors import ArtefactError
+from dpo_dist.estimate import GIB, parameter_lines, total
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import write_json
 from dpo_dist.model_files import weight_files
@@ -36,6 +38,7 @@ from dpo_dist.plan import (
 )
 from dpo_dist.reference_store import ReferenceStore, explain_miss, open_store
 from dpo_dist.run_dir import RunDir
+from dpo_dist.stages.sizes import count_shape, make_setup, read_sizes
 from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
 from dpo_dist.topology import Topology, from_environment
@@ -159,8 +162,7 @@ def _fits_whole(
     """Whether every rank can hold all weights, and why."""
     if config.reference.sharding != "auto":
         return config.reference.sharding == "whole", "reference.sharding"
-    stored = sum(path.stat().st_size for path in weight_files(model_dir, True))
-    weights_gib = stored / 2**30 * (2 if config.model.dtype == "float32" else 1)
+    weights_gib = _weights_gib(config, model_dir)
     if device.type == "cuda":
         memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     else:
@@ -170,6 +172,19 @@ def _fits_whole(
         f"weights {weights_gib:.1f} GiB, {WHOLE_MODEL_SHARE:.0%} of a rank's "
         f"{memory_gib:.1f} GiB is {limit_gib:.1f} GiB"
     )
+
+
+def _weights_gib(config: RunConfig, model_dir: Path) -> float:
+    """Weights of the reference as they lie in memory."""
+    if config.model.quantization is not None:
+        setup = replace(
+            make_setup(config, 1),
+            shape=count_shape(config, None, str(model_dir)),
+            sharding=read_sizes("zero0"),
+        )
+        return total(list(parameter_lines(setup))) / GIB
+    stored = sum(path.stat().st_size for path in weight_files(model_dir, True))
+    return stored / GIB * (2 if config.model.dtype == "float32" else 1)
 
 
 def _score_wave(

@@ -12,7 +12,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.data.vocabulary import extended_tokenizer
-from dpo_dist.engine.ds_config import read_sharding
+from dpo_dist.engine.ds_config import check_optimizer, read_sharding
 from dpo_dist.engine.model_shape import count_model
 from dpo_dist.engine.start_model import padded_size
 from dpo_dist.estimate import Line, ModelShape, Setup, Sharding
@@ -36,18 +36,21 @@ class Work:
 
 
 def make_setup(config: RunConfig, world_size: int) -> Setup:
-    """What the memory of a rank of this run depends on."""
+    """What the memory of a rank of this run depends on; ConfigError when it could not train."""
+    settings, dtype = config.train, config.model.dtype
+    check_optimizer(settings, dtype, read_sharding(settings.deepspeed))
     return Setup(
         shape=count_shape(config, config.adapter),
-        sharding=read_sizes(config.train.deepspeed),
+        sharding=read_sizes(settings.deepspeed),
         world_size=world_size,
-        dtype_bytes=DTYPE_BYTES[config.model.dtype],
-        micro_batch_tokens=config.train.micro_batch_tokens,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        micro_batch_tokens=settings.micro_batch_tokens,
         scoring_tokens=scoring_budget(config) if config.data.holds_out else 0,
         logits_per_chunk=LOGITS_BUDGET,
-        checkpointing=config.train.gradient_checkpointing,
+        checkpointing=settings.gradient_checkpointing,
         dropout=config.adapter is not None and config.adapter.dropout > 0,
         padded=config.model.layout == "padded",
+        optimizer=settings.optimizer,
     )
 
 
@@ -60,13 +63,15 @@ def count_shape(
     config: RunConfig, adapter: AdapterSection | None, path: str | None = None
 ) -> ModelShape:
     """The shape of the run's base model, or of the one at `path`, with an adapter."""
-    remote = config.model.trust_remote_code
+    remote, quantized = config.model.trust_remote_code, config.model.quantization is not None
     if path is not None:
-        return count_model(_config_dir(path, None), adapter, remote)
+        return count_model(_config_dir(path, None), adapter, remote, quantized=quantized)
     model_dir = _config_dir(config.model.path, config.model.revision)
     start = start_adapter_dir(config) if adapter is not None else None
     vocab_size = _vocab_size(config, model_dir)
-    return count_model(model_dir, adapter, remote, start=start, vocab_size=vocab_size)
+    return count_model(
+        model_dir, adapter, remote, start=start, vocab_size=vocab_size, quantized=quantized
+    )
 
 
 def _vocab_size(config: RunConfig, model_dir: Path) -> int | None:

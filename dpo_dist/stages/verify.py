@@ -11,7 +11,7 @@ K probe pairs.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ LogpArray = npt.NDArray[np.float32]
 # Largest difference of a log-prob per square root of its tokens, whose rounding errors add up
 # like a random walk. docs/export.md has the figures behind them.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
+# Nats per token between a policy on its quantised base and the same merged onto the full one: no
+# rounding error but another model, so only a sign that it is still the same model at all.
+QUANTIZED_BOUND = 3.0
 NUM_ANSWER_TOKENS = 16
 NUM_SHOWN = 3  # problems that a check names
 GPU_SHARE = 0.8  # of its free memory for weights; a model that needs more is verified on the CPU
@@ -151,6 +154,14 @@ def _check_folder(
     if kind != "adapter":
         yield _check(f"{kind}: names and shapes", lambda: _names(folder, base_dir))
     device = _device_for(folder, base_dir)
+    wanted = probe
+    if kind == "merged" and config.model.quantization is not None:
+        # before the merged model, so that only one of them is in memory
+        try:
+            wanted = replace(probe, logps=_unquantized(config, probe, device))
+        except DPODistError as error:
+            yield Check(f"{kind}: adapter on the full-precision base", False, error.found)
+            return
     loaded: list[Any] = []
 
     def load() -> str:
@@ -170,7 +181,7 @@ def _check_folder(
     yield _check(f"{kind}: tokenizer", lambda: _tokenizer(config, folder, base_dir, probe))
     # before scoring, which changes the model's attention
     yield _check(f"{kind}: answer", lambda: _answer(model, folder, config, probe))
-    yield from _check_probe(kind, model, config, probe, device)
+    yield from _check_probe(kind, model, config, probe, wanted, device)
 
 
 def _check(name: str, work: Callable[[], str]) -> Check:
@@ -238,9 +249,13 @@ def _answer(model: Any, folder: Path, config: RunConfig, probe: Probe) -> str:
 
 
 def _check_probe(
-    kind: Kind, model: Any, config: RunConfig, probe: Probe, device: torch.device
+    kind: Kind, model: Any, config: RunConfig, probe: Probe, wanted: Probe, device: torch.device
 ) -> Iterator[Check]:
-    """The probe in the layout that training scored in, and through the model's own logits."""
+    """The probe in the layout that training scored in, and through the model's own logits.
+
+    `wanted` are the same pairs with what this folder must compute; after QLoRA the merged model
+    is none that was trained, and how far it is from that is told first.
+    """
     scorer = PairScorer(model).eval()
     try:
         layout = settle_layout(scorer, scorer, config.model, device)
@@ -256,8 +271,33 @@ def _check_probe(
     indices, scores = score(scorer, batches, probe.pairs.token_ids, device)
     order = {int(index): position for position, index in enumerate(indices)}
     scores = scores[[order[int(index)] for index in probe.indices]]
-    yield _compare(f"{kind}: probe, {layout} forward", scores, config, probe)
-    yield _compare(f"{kind}: probe, plain forward", _plain(scorer, probe, device), config, probe)
+    if wanted is not probe:
+        yield _compare_quantized(scores, config, probe)
+    yield _compare(f"{kind}: probe, {layout} forward", scores, config, wanted)
+    yield _compare(f"{kind}: probe, plain forward", _plain(scorer, probe, device), config, wanted)
+
+
+def _unquantized(config: RunConfig, probe: Probe, device: torch.device) -> LogpArray:
+    """What the merged model must compute: peft's adapter, unmerged, on the full-precision base."""
+    section = config.model.model_copy(update={"quantization": None})
+    folder = export_folders(config)["adapter"]
+    policy, problems = load_adapted(base_model_dir(config), folder, section, device)
+    _refuse(problems)
+    return _plain(PairScorer(policy).eval(), probe, device)
+
+
+def _compare_quantized(scores: LogpArray, config: RunConfig, probe: Probe) -> Check:
+    """What leaving quantisation behind does to the probe, per token; reported, hardly judged."""
+    per_token = np.abs(scores - probe.logps) / probe.lengths
+    (own, merged) = (logps[:, 0] - logps[:, 1] for logps in (probe.logps, scores))
+    detail = (
+        f"per token {per_token.mean():.3f} nats on average, {per_token.max():.3f} at most, from "
+        f"the {config.model.quantization} policy that was trained; chosen - rejected "
+        f"{merged.mean():.3f} on average instead of {own.mean():.3f}"
+    )
+    largest = float(per_token.max())
+    passed = bool(largest <= QUANTIZED_BOUND)
+    return Check("merged: against quantised training", passed, detail, largest, QUANTIZED_BOUND)
 
 
 @torch.no_grad()
