@@ -89,14 +89,6 @@ def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
         assert f"{key} without checkpoint.best_by; wanted the metric to go by. Set it." in message
 
 
-def test_label_smoothing_needs_a_loss_that_has_it(tmp_path: Path) -> None:
-    bad = MINIMAL | {"objective": {"loss": "ipo", "label_smoothing": 0.1}}
-    assert (
-        "objective.label_smoothing: 0.1 with loss ipo; wanted 0, or loss sigmoid or sigmoid_norm. "
-        "Only these two are defined with smoothed labels."
-    ) in error_of(bad, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,7 +1,6 @@
 """Every config key has an effect: each is flipped, here or in the test that is named here."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from dpo_dist.data.batches import num_steps, plan_micro_batches, step_pair_indic
 from dpo_dist.engine import ds_config, optimizers, zero
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.local import count_workers
-from dpo_dist.objective.losses import LOSSES, PairLogps
+from dpo_dist.objective.mixture import pair_losses
+from dpo_dist.objective.pair_logps import PairLogps
 from dpo_dist.plan import scoring_budget, store_root
 from dpo_dist.sections.training import AdapterSection
+from dpo_dist.stages.inputs import objective_of
 
 TESTS = Path(__file__).parent
 BASE: dict[str, Any] = {
@@ -150,10 +151,16 @@ def learning_rates(config: RunConfig) -> list[float]:
 
 
 def loss_of(config: RunConfig) -> list[float]:
-    settings = config.objective
     vectors = [torch.tensor([v]) for v in (-5.0, -9.0, -6.0, -8.0)]
-    logps = PairLogps(*vectors, torch.tensor([4]), torch.tensor([7]))
-    return LOSSES[settings.loss](logps, settings.beta, settings.label_smoothing).tolist()
+    logps = PairLogps(
+        *vectors,
+        torch.tensor([4]),
+        torch.tensor([7]),
+        sum_sq_logps=torch.tensor([[-3.0, -7.0]]),
+        expert_counts=torch.tensor([[5.0, 3.0]]),
+        expert_probs=torch.tensor([[4.5, 3.5]]),
+    )
+    return pair_losses(logps, objective_of(config)).tolist()
 
 
 def plan_of(config: RunConfig) -> Any:
@@ -173,7 +180,8 @@ def sharding_of(config: RunConfig) -> Any:
 
 
 # Keys that are flipped here: key -> another value, and what has to change with it.
-FLIPPED: dict[str, tuple[Any, Callable[[RunConfig], Any]]] = {
+# A third entry holds keys without which the key would be refused.
+FLIPPED: dict[str, tuple[Any, ...]] = {
     "run.seed": (7, plan_of),
     "model.dtype": ("float32", sharding_of),
     "reference.store_dir": ("shared", store_root),
@@ -193,6 +201,22 @@ FLIPPED: dict[str, tuple[Any, Callable[[RunConfig], Any]]] = {
     "objective.loss": ("ipo", loss_of),
     "objective.beta": (0.5, loss_of),
     "objective.label_smoothing": (0.2, loss_of),
+    "objective.loss_weights": ([0.5], loss_of),
+    "objective.f_divergence_type": ("js_divergence", loss_of),
+    "objective.f_alpha_divergence_coef": (
+        2.0,
+        loss_of,
+        {"objective.f_divergence_type": "alpha_divergence"},
+    ),
+    "objective.discopop_tau": (0.5, loss_of, {"objective.loss": "discopop"}),
+    "objective.simpo_gamma": (1.0, loss_of, {"objective.loss": "simpo"}),
+    "objective.ld_alpha": (0.5, lambda config: objective_of(config).terms()),
+    "objective.use_weighting": (True, loss_of),
+    "objective.router_aux_loss_coef": (
+        0.1,
+        loss_of,
+        {"train.gradient_checkpointing": False},
+    ),
     "train.num_epochs": (2.0, steps_of),
     "train.max_steps": (3, steps_of),
     "train.global_batch_size": (32, plan_of),
@@ -213,14 +237,21 @@ FLIPPED: dict[str, tuple[Any, Callable[[RunConfig], Any]]] = {
 
 @pytest.mark.parametrize("key", sorted(FLIPPED))
 def test_flipping_a_key_changes_something(key: str) -> None:
-    value, effect = FLIPPED[key]
-    *parents, leaf = key.split(".")
-    flipped = {k: dict(v) if isinstance(v, dict) else v for k, v in BASE.items()}
-    target = flipped
-    for parent in parents:
-        target = target.setdefault(parent, {})
-    target[leaf] = value
-    assert effect(parse_config(flipped)) != effect(parse_config(BASE))
+    value, effect, *others = FLIPPED[key]
+    others = dict(*others)
+    assert effect(config_with(others | {key: value})) != effect(config_with(others))
+
+
+def config_with(values: dict[str, Any]) -> RunConfig:
+    """BASE with some keys set."""
+    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in BASE.items()}
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        target = raw
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = value
+    return parse_config(raw)
 
 
 def test_every_key_is_flipped_somewhere() -> None:

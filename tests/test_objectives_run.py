@@ -70,7 +70,8 @@ def test_pairs_of_a_step_are_coupled_whatever_ranks_and_packing(llama: Path) -> 
     assert_same(one, two)
 
 
-def test_a_mixture_of_weighted_losses_per_token_whatever_ranks_and_packing(llama: Path) -> None:
+@pytest.mark.slow
+def test_a_mixture_of_weighted_losses_whatever_ranks_and_packing(llama: Path) -> None:
     objective = (
         "objective.loss=[sigmoid,bco_pair]", "objective.loss_weights=[0.8,0.2]",
         "objective.use_weighting=true",
@@ -92,24 +93,36 @@ def test_dropout_is_the_same_in_both_forwards(llama: Path) -> None:
     assert_same(sorted_alone, alone)
 
 
-def test_without_a_reference_there_is_no_pass_and_a_gate(tmp_path: Path) -> None:
-    run_yaml = make_run(tmp_path)
-    told = succeed("run", run_yaml, "objective.loss=simpo", "objective.beta=2.0", *OVERRIDES)
+SIMPO = ("objective.loss=simpo", "objective.beta=2.0")
+
+
+def test_without_a_reference_there_is_no_pass_and_a_gate(llama: Path) -> None:
+    out = llama.parent / "simpo"
+    shutil.copytree(llama.parent / "out" / "pairs", out / "pairs")
+    told = succeed("run", llama, f"run.dir={out}", *SIMPO, *OVERRIDES)
     assert "reference: not needed, objective.loss simpo has no reference" in told.stderr
     assert "largest difference from the model's own logits" in told.stderr
-    out = run_yaml.parent / "out"
     assert not (out / "reference").exists()
     assert json.loads((out / "verify.json").read_text())["passed"]
     first, *_ = metrics_of(out)
     assert -20 < first["logps/chosen"] < 0  # of a token
     assert first["rewards/chosen"] == pytest.approx(2.0 * first["logps/chosen"])
-    status = succeed("reference", run_yaml, "--status", "objective.loss=simpo")
+
+
+@pytest.mark.slow
+def test_status_and_evaluation_without_a_reference(llama: Path) -> None:
+    run_yaml, out = llama, llama.parent / "simpo-evaluated"
+    shutil.copytree(llama.parent / "out" / "pairs", out / "pairs")
+    succeed("run", run_yaml, f"run.dir={out}", *SIMPO, *OVERRIDES)
+    status = succeed("reference", run_yaml, "--status", f"run.dir={out}", *SIMPO)
     assert json.loads(status.stdout) == {"not_needed": "objective.loss simpo"}
-    succeed("evaluate", run_yaml, "objective.loss=simpo", "objective.beta=2.0", *OVERRIDES)
+    shown = succeed("evaluate", run_yaml, f"run.dir={out}", *SIMPO, *OVERRIDES)
+    assert "rewards/margins after" in shown.stdout + shown.stderr
     evaluation = json.loads((out / "evaluate.json").read_text())
     assert "before" not in evaluation and evaluation["after"]["rewards/chosen"] < 0
 
 
+@pytest.mark.slow
 def test_orpo_whatever_ranks_and_packing(llama: Path) -> None:
     one = trained(llama, 1, "orpo-1", "objective.loss=orpo")
     two = trained(llama, 2, "orpo-2", "objective.loss=orpo", "train.micro_batch_tokens=100")
@@ -118,3 +131,32 @@ def test_orpo_whatever_ranks_and_packing(llama: Path) -> None:
     assert first["loss"] == pytest.approx(
         first["nll_loss"] - 0.5 * first["log_odds_ratio"], abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_routers_are_balanced_over_a_step_whatever_ranks_and_packing(tmp_path: Path) -> None:
+    mixtral = prepared(tmp_path, "mixtral")
+    plain = trained(mixtral, 1, "plain")
+    one = trained(mixtral, 1, "aux-1", "objective.router_aux_loss_coef=0.5")
+    two = trained(
+        mixtral, 2, "aux-2", "objective.router_aux_loss_coef=0.5", "train.micro_batch_tokens=100"
+    )
+    assert_same(one, two)
+    first, *_ = metrics_of(one)
+    without, *_ = metrics_of(plain)
+    assert first["loss"] == pytest.approx(without["loss"] + 0.5 * first["aux_loss"], abs=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(one, plain)
+
+
+@pytest.mark.slow
+def test_answers_past_the_shorter_one_count_less_in_policy_and_reference(llama: Path) -> None:
+    run_yaml, settings = llama, ("objective.ld_alpha=0.2", "train.micro_batch_tokens=100")
+    out = run_yaml.parent / "ld-2"
+    shutil.copytree(run_yaml.parent / "out", out)
+    refused = "holds 50 rows scored with mask_rule"
+    with pytest.raises(AssertionError, match=refused):
+        run_ranks(1, train_worker, str(run_yaml), [f"run.dir={out}", *OVERRIDES, *settings])
+    run_ranks(2, reference_worker, str(run_yaml), [f"run.dir={out}", *settings])
+    two = trained(run_yaml, 2, "ld-2", *settings)
+    assert metrics_of(two)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)

@@ -191,3 +191,21 @@ def test_a_token_in_the_environment_is_not_shown(
     done = dpo_dist("run", "--dry-run", make_run(tmp_path))
     assert done.returncode == 0
     assert "hf_very_secret" not in done.stdout + done.stderr
+
+
+def test_a_forward_ahead_and_no_reference_are_planned(prepared: Path) -> None:
+    def section(title: str, *overrides: str) -> dict[str, Any]:
+        plan = make_plan(load_config(prepared, overrides), 2, None)
+        return {row.key: row for row in plan.sections[title]}
+
+    plain, coupled = section("work"), section("work", "objective.loss=aot")
+    key = "training_gflop_per_token"
+    forward = plain["forward_gflop_per_token"].value
+    assert coupled[key].value == pytest.approx(plain[key].value + forward)
+    assert coupled[key].why.endswith(
+        f"; + {forward:.3g} of a forward ahead of it, since aot sorts the pairs of a step"
+    )
+    assert section("work", "objective.loss=simpo")["reference_pflop"].value == 0
+    free = section("reference pass", "objective.loss=simpo")
+    assert free["needed"].why == "objective.loss simpo has no reference"
+    assert "reference_store_gib" not in section("disk", "objective.loss=simpo")

@@ -159,6 +159,12 @@ def _memory_rows(memory: Memory, limit_gib: float | None) -> Iterator[Row]:
 
 def _reference_rows(config: RunConfig, setup: Setup, limit_gib: float | None) -> list[Row]:
     """Memory in the reference pass, for each way that reference.sharding leaves open."""
+    if config.objective.reference_free:
+        losses = ", ".join(config.objective.names)
+        return [
+            Row("needed", False, f"objective.loss {losses} has no reference"),
+            Row("fits", True),
+        ]
     if config.reference.model is not None:
         setup = replace(setup, shape=count_shape(config, None, config.reference.model))
     setup = replace(setup, scoring_tokens=scoring_budget(config))
@@ -199,6 +205,10 @@ def _work_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[R
     why = f"= 2 x {setup.shape.num_active:,} matrix elements"
     yield Row("forward_gflop_per_token", forward / 1e9, why)
     again = ", and a second forward" if setup.checkpointing else ""
+    coupled = config.objective.second_forward
+    if coupled is not None:
+        training += forward
+        again += f"; + {forward / 1e9:.3g} of a forward ahead of it, since {coupled}"
     yield Row("training_gflop_per_token", training / 1e9, f"forward and backward{again}")
     if work is None:
         for key in ("num_pairs", "num_steps", "num_tokens", "training_pflop", "reference_pflop"):
@@ -216,6 +226,9 @@ def _work_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[R
     why = f"= {training / 1e9:.3g} GFLOP x {num_tokens:,} tokens"
     yield Row("training_pflop", num_tokens * training / 1e15, why)
     scored = int(train.packed_lengths.sum() + work.held_out.packed_lengths.sum())
+    if config.objective.reference_free:
+        yield Row("reference_pflop", 0.0, "no reference pass")
+        return
     why = f"= {forward / 1e9:.3g} GFLOP x {scored:,} tokens of all pairs, each once"
     yield Row("reference_pflop", scored * forward / 1e15, why)
 

@@ -123,10 +123,9 @@ def disk_lines(config: RunConfig, setup: Setup, work: Work | None) -> list[Line]
         size = sum(path.stat().st_size for path in files if path.is_file())
         count, row_bytes = len(work.train) + len(work.held_out), ROW_DTYPE.itemsize
         why = f"{row_bytes} bytes x {count:,} pairs, in {store_root(config)}"
-        lines = [
-            Line("pairs", size, "as prepared"),
-            Line("reference_store", row_bytes * count, why),
-        ]
+        lines = [Line("pairs", size, "as prepared")]
+        if not config.objective.reference_free:
+            lines.append(Line("reference_store", row_bytes * count, why))
     if makes_base(config):
         shape, each = setup.shape, DTYPE_BYTES[config.model.dtype]
         base = shape.num_parameters - (shape.num_trained if config.adapter else 0)
