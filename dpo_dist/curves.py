@@ -22,6 +22,7 @@ class Plot:
     title: str
     axis: str
     metrics: tuple[str, ...]
+    from_zero: bool = False  # whether the vertical axis begins there
 
 
 QUALITY_PLOTS = (
@@ -35,8 +36,8 @@ PLOTS = (
     *QUALITY_PLOTS,
     Plot("grad_norm", "Gradient norm", "L2 norm before clipping", ("grad_norm",)),
     Plot("learning_rate", "Learning rate", "of the step", ("learning_rate",)),
-    Plot("throughput", "Throughput", "tokens a second, all ranks", ("tokens_per_second",)),
-    Plot("memory", "Peak memory", "GiB of the fullest rank", ("peak_memory_gib",)),
+    Plot("throughput", "Throughput", "tokens a second, all ranks", ("tokens_per_second",), True),
+    Plot("memory", "Peak memory", "GiB of the fullest rank", ("peak_memory_gib",), True),
 )
 
 

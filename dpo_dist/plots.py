@@ -91,6 +91,8 @@ def _draw(axes: Any, lines: Sequence[Line], plot: Plot) -> None:
     axes.set_ylabel(plot.axis)
     axes.margins(x=0.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if plot.from_zero:
+        axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()
     if low < 0 < high:
         axes.axhline(0, color="#8a8f98", linewidth=0.8)

@@ -38,7 +38,7 @@ nav { margin: 10px 0 0; } nav a { margin-right: 14px; color: #0059a3; text-decor
   border-radius: 8px; margin: 8px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; vertical-align: top; padding: 6px 12px;
-  border-bottom: 1px solid var(--line); min-width: 64px; }
+  border-bottom: 1px solid var(--line); min-width: 86px; }
 td { overflow-wrap: anywhere; } tr:last-child td { border-bottom: 0; }
 th { background: var(--wash); font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }

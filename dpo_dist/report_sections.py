@@ -82,7 +82,11 @@ def samples(answers: Sequence[dict[str, Any]], sampled: Sequence[Line]) -> str:
             for step in (steps[0], steps[-1])
         )
         rows = [
-            (line["prompt"].strip(), first.get(n, {}).get("answer", "-"), line["answer"].strip())
+            (
+                line["prompt"].strip(),
+                first.get(n, {}).get("answer", "-").strip(),
+                line["answer"].strip(),
+            )
             for n, line in list(last.items())[:NUM_SAMPLES]
         ]
         head = ("prompt", f"step {steps[0]}", f"step {steps[-1]}")

@@ -23,6 +23,7 @@ from dpo_dist.errors import DataError
 from dpo_dist.manifest import read_manifest
 from dpo_dist.metrics import read_lines
 from dpo_dist.stages import export, prepare, train
+from dpo_dist.topology import SINGLE_PROCESS
 
 pytestmark = pytest.mark.timeout(900)
 BEST = ["checkpoint.best_by=eval_loss", "train.learning_rate=0.01", "eval.every_steps=2"]
@@ -146,7 +147,11 @@ def test_min_delta_decides_what_is_better(run_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["checkpoint.best_by=eval_loss", "eval.samples_every_steps=5"])
-def test_settings_that_need_held_out_pairs(run_yaml: Path, tmp_path: Path, key: str) -> None:
+def test_settings_that_need_held_out_pairs(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for variable, value in SINGLE_PROCESS.environment().items():
+        monkeypatch.setenv(variable, value)
     overrides = [f"run.dir={tmp_path}", "data.eval=[]", "checkpoint.every_steps=5"]
     prepare.run(load_config(run_yaml, overrides))
     with pytest.raises(DataError) as error:

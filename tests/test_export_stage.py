@@ -105,7 +105,7 @@ def test_tokenizer_and_card(lora_run: TrainedRun) -> None:
         for part in (
             "| train | train |", "| 40 | 40 |", "| objective.beta | 0.5 |", "| adapter.rank | 3 |",
             "| 6 | 0.1667 |", "## Held-out pairs at step 6", "| rewards/accuracies | 0.875 |",
-            "transformers 5.", "![Loss](plots/loss.png)\n![Reward margin](plots/margins.png)\n\n",
+            "transformers 5.", "![Loss](plots/loss.png)\n![Reward margin](plots/margins.png)\n",
         ):  # fmt: skip
             assert part in body, f"{part!r} is not in\n{body}"
         pictures = {path.name for path in (folder / "plots").iterdir()}
@@ -176,8 +176,9 @@ def test_the_manifest_names_its_inputs(lora_run: TrainedRun) -> None:
     assert manifest.settings == {"kind": "adapter", "dtype": "float32"}
     assert set(manifest.inputs) == {"checkpoint", "base_model"}
     assert manifest.details["step"] == 6
-    names = {path.name for path in lora_run.paths.adapter_dir.iterdir()} - {"MANIFEST.json"}
-    assert set(manifest.details["files"]) == names
+    folder = lora_run.paths.adapter_dir
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert set(manifest.details["files"]) == files - {"MANIFEST.json"}
 
 
 def test_without_a_checkpoint(lora_run: TrainedRun, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_json_has_every_number_with_its_unit_and_arithmetic(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_the_best_checkpoint_is_one_more_on_the_disk(tmp_path: Path) -> None:
+    model = str(write_7b(tmp_path / "m"))
+    for sections, number in (({}, 3), ({"checkpoint": {"best_by": "eval_loss"}}, 4)):
+        plan = make_plan(config_of(tmp_path, model, **sections), 8, None)
+        assert f"{number} x 12 bytes x" in as_text(plan), as_text(plan)
+
+
 def test_without_a_gpu_memory_nobody_knows_whether_it_fits(tmp_path: Path) -> None:
     config = config_of(tmp_path, str(write_7b(tmp_path / "model")))
     plan = make_plan(config, world_size=8, gpu_memory_gib=None)

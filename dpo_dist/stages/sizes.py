@@ -133,4 +133,5 @@ def disk_lines(config: RunConfig, setup: Setup, work: Work | None) -> list[Line]
         lines.append(Line("base_model", each * base, why))
     export, adapter = config.export, config.adapter is not None
     exported = estimate.export_lines(setup.shape, DTYPE_BYTES[export.dtype], adapter, export.merge)
-    return [*lines, estimate.checkpoint_line(setup, config.checkpoint.keep), *exported]
+    num_kept = config.checkpoint.keep + (config.checkpoint.best_by is not None)
+    return [*lines, estimate.checkpoint_line(setup, num_kept), *exported]
