@@ -59,29 +59,3 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def digest_of_adapter(folder: Path) -> str:
     """Identity of an adapter: SHA-256 of its settings and its weights."""
     return digest_of({name: digest_of_file(folder / name) for name in _PATTERNS})
-
-
-def check_named_base(folder: Path, model_path: str) -> None:
-    """Raises ModelFilesError when an adapter names another base model than `model_path`.
-
-    A model is known by its folder or by the last part of its name, since the same one may lie on
-    the hub, in the hub's cache and in a folder of one's own. An adapter that names none passes;
-    names and shapes are compared when it is loaded.
-    """
-    named = read_adapter_config(folder).get("base_model_name_or_path")
-    if not named or _model_name(named) == _model_name(model_path):
-        return
-    raise ModelFilesError(
-        f"the adapter {folder} was trained on {named}, and model.path is {model_path}",
-        "the adapter's own base model",
-        f"Set model.path to {named}. If both are the same model under two names, put yours into "
-        f"base_model_name_or_path of {folder / ADAPTER_CONFIG_NAME}.",
-    )
-
-
-def _model_name(path: str) -> str:
-    """The model's own name in a hub id, a folder, or a snapshot of the hub's cache."""
-    folder = Path(path).expanduser()
-    parts = folder.resolve().parts if folder.exists() else folder.parts
-    cached = [part for part in parts if part.startswith("models--")]
-    return (cached[-1].split("--")[-1] if cached else parts[-1]).lower()

@@ -169,6 +169,37 @@ def digest_of_weights(model_dir: Path, allow_pickle: bool = False) -> str:
     return digest_of({path.name: digest for path, digest in zip(files, digests, strict=True)})
 
 
+def check_named_base(adapter_dir: Path, model_path: str) -> None:
+    """Raises ModelFilesError when an adapter names another base model than `model_path`.
+
+    Two folders here are compared by the digest of their weights; otherwise the last part of the
+    names decides, since one model may lie on the hub, in the hub's cache and in a folder of one's
+    own. An adapter that names none passes; names and shapes are compared when it is loaded.
+    """
+    named = read_adapter_config(adapter_dir).get("base_model_name_or_path")
+    if not named or _is_same_model(named, model_path):
+        return
+    raise ModelFilesError(
+        f"the adapter {adapter_dir} was trained on {named}, and model.path is {model_path}",
+        "the adapter's own base model",
+        f"Set model.path to {named}. If both are the same model under two names, put yours into "
+        f"base_model_name_or_path of {adapter_dir / ADAPTER_CONFIG_NAME}.",
+    )
+
+
+def _is_same_model(one: str, other: str) -> bool:
+    folders = [Path(path).expanduser() for path in (one, other)]
+    if all((folder / CONFIG_NAME).is_file() for folder in folders):
+        paths = {folder.resolve() for folder in folders}
+        return len(paths) == 1 or len({digest_of_weights(path, True) for path in paths}) == 1
+    names: set[str] = set()
+    for folder in folders:
+        parts = folder.resolve().parts if folder.exists() else folder.parts
+        cached = [part for part in parts if part.startswith("models--")]
+        names.add((cached[-1].split("--")[-1] if cached else parts[-1]).lower())
+    return len(names) == 1
+
+
 def digest_of_tokenizer(model_dir: Path) -> str:
     """Identity of a tokenizer with its chat template: names and SHA-256 of its files."""
     files = [model_dir / name for name in TOKENIZER_FILES if (model_dir / name).is_file()]

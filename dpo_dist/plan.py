@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.adapter_files import check_named_base, digest_of_adapter, resolve_adapter_dir
+from dpo_dist.adapter_files import digest_of_adapter, resolve_adapter_dir
 from dpo_dist.config import RunConfig
 from dpo_dist.data.keys import Keys
 from dpo_dist.manifest import digest_of, is_current, read_manifest
-from dpo_dist.model_files import digest_of_tokenizer, digest_of_weights, resolve_model_dir
+from dpo_dist.model_files import (
+    check_named_base,
+    digest_of_tokenizer,
+    digest_of_weights,
+    resolve_model_dir,
+)
 from dpo_dist.reference_store import ReferenceStore, ScoringContract, open_store
 from dpo_dist.run_dir import RunDir
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.adapter_files import (
     ADAPTER_CONFIG_NAME,
-    check_named_base,
     digest_of_adapter,
     resolve_adapter_dir,
 )
@@ -19,7 +18,7 @@ from dpo_dist.config import parse_config
 from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.policy import load_policy
 from dpo_dist.errors import ConfigError, ModelFilesError
-from dpo_dist.model_files import resolve_model_dir
+from dpo_dist.model_files import check_named_base, resolve_model_dir
 from dpo_dist.plan import start_digest
 from dpo_dist.sections.training import AdapterSection, ModelSection
 from tests.tiny_models import tiny_model
@@ -126,8 +125,20 @@ def test_a_longer_vocabulary_is_named(tmp_path: Path) -> None:
     assert str(caught.value).endswith(
         "lm_head.weight is (130, 32) in the adapter and (128, 32) in the model; wanted an "
         "adapter of this base model. Set model.path to the model that the adapter was trained on; "
-        "if it was trained with a longer vocabulary, name the added tokens in model.add_tokens."
+        "if it was trained with a longer vocabulary, name the added tokens in model.add_tokens. If "
+        "its file holds embeddings that it did not train, merge it with peft and set model.path to "
+        "the result."
     )
+
+
+def test_folders_are_compared_by_their_weights(tmp_path: Path) -> None:
+    """Models of several runs are all called `base`, and fit each other's adapters."""
+    base = save_base(tmp_path / "one" / "base", "llama")
+    folder, _ = save_adapter(tmp_path / "sft", base, "llama")
+    check_named_base(folder, str(save_base(tmp_path / "copied", "llama")))
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "two" / "base")
+    with pytest.raises(ModelFilesError, match="was trained on"):
+        check_named_base(folder, str(tmp_path / "two" / "base"))
 
 
 @pytest.mark.parametrize("same", ["{base}", "org/BASE", "models--org--base/snapshots/0123"])

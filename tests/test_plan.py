@@ -16,6 +16,7 @@ from dpo_dist.errors import ConfigError, DataError, ModelFilesError
 from dpo_dist.plan_report import as_dict, as_text
 from dpo_dist.sections.training import AdapterSection
 from dpo_dist.stages.plan import make_plan
+from dpo_dist.stages.sizes import count_shape
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,8 @@ def test_parameters_are_counted_without_weights(tmp_path: Path, family: str) -> 
 @pytest.mark.parametrize("settings", [
     {"rank": 4}, {"rank": 8, "target_modules": ["q_proj", "v_proj"]},
     {"rank": 4, "use_dora": True}, {"rank": 4, "modules_to_save": ["lm_head"]},
+    {"rank": 4, "rank_pattern": {"q_proj": 9}, "exclude_modules": ["up_proj"]},
+    {"rank": 4, "target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
 ])  # fmt: skip
 def test_adapter_parameters_are_counted(tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = AdapterSection.model_validate(settings)
@@ -69,6 +72,33 @@ def test_adapter_parameters_are_counted(tmp_path: Path, settings: dict[str, Any]
     assert shape.num_trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert shape.num_parameters == sum(p.numel() for p in real.parameters())
     assert shape.head_trained == ("modules_to_save" in settings)
+
+
+def test_a_continued_adapter_is_counted_as_it_is(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = tiny_model("llama")
+    model.save_pretrained(base)
+    section = AdapterSection(rank=3, rank_pattern={"q_proj": 9}, modules_to_save=["lm_head"])
+    policy: Any = add_adapter(model, section, str(base))
+    policy.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
+    path = tmp_path / "sft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+    config = config_of(tmp_path, str(base), adapter={"path": str(tmp_path / "sft")})
+    shape = count_shape(config, config.adapter)
+    assert shape.num_trained == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    text = as_text(make_plan(config, world_size=1, gpu_memory_gib=80))
+    assert f"the adapter {tmp_path / 'sft'}" in text
+
+
+def test_added_tokens_are_counted(tmp_path: Path) -> None:
+    """Of a model whose tokenizer is not here every added token counts as a new one."""
+    base = write_7b(tmp_path / "base")
+    config = config_of(tmp_path, str(base))
+    tokens = {"path": str(base), "add_tokens": ["<a>"], "pad_vocab_to_multiple": 64}
+    longer = config_of(tmp_path, str(base), model=tokens)
+    before, after = (count_shape(c, None) for c in (config, longer))
+    assert (before.vocab_size, after.vocab_size) == (32000, 32064)
+    assert after.num_parameters - before.num_parameters == 2 * 64 * 4096
 
 
 def test_experts_of_other_tokens_are_not_active(tmp_path: Path) -> None:

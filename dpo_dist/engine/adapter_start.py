@@ -32,6 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "megatron_config": (None,),
+    "ensure_weight_tying": (False, None),
 }
 _INITS_ON_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -99,7 +100,8 @@ def check_fit(
         "Set model.path to the model that the adapter was trained on"
         + (
             "; if it was trained with a longer vocabulary, name the added tokens in "
-            "model.add_tokens."
+            "model.add_tokens. If its file holds embeddings that it did not train, merge it with "
+            "peft and set model.path to the result."
             if vocabulary
             else "."
         ),

@@ -52,10 +52,7 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_files import (
-    digest_of_tokenizer,
-    read_model_config,
-)
+from dpo_dist.model_files import digest_of_tokenizer, read_model_config
 from dpo_dist.plan import base_model_dir
 from dpo_dist.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
 from dpo_dist.sections.data import SourceSection
