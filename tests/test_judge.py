@@ -235,6 +235,9 @@ def test_one_answer_that_is_too_long(files: tuple[Path, Path], tmp_path: Path) -
         server.answer = lambda *_: Answer(status=400, body="no such model")
         with pytest.raises(EndpointError, match="answered 400 \\(no such model\\)"):
             judge(files, server.url, tmp_path / "other")
+        num_requests, server.answer = len(server.requests), larger_is_better
+        assert judge(files, server.url, tmp_path / "out")["all"]["n"] == 6
+        assert len(server.requests) == num_requests + 2
     errors = [row["error"] for row in replies(tmp_path / "out") if row["verdict"] is None]
     assert len(errors) == 2 and all("context length exceeded" in error for error in errors)
 

@@ -114,11 +114,12 @@ def _evaluate(
     batch_size: int | str,
 ) -> dict[str, Any]:  # fmt: skip
     """lm-eval's result on one model: `results`, `n-samples`, `higher_is_better`."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    result = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+    wrapped: Any = HFLM
+    result: Any = simple_evaluate(
+        model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat,
         log_samples=False,
     )  # fmt: skip

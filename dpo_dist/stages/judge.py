@@ -153,10 +153,7 @@ def run(
     comparisons = list(_comparisons(first, second, settings))
     paths = JudgedDir(out_dir or files[0].parent / f"{names[0]}-vs-{names[1]}")
     with _replies(paths) as (stream, known):
-        done = {
-            digest for digest, row in known.items()
-            if row["verdict"] or (row["decided"] and not settings.ask_failed_again)
-        }  # fmt: skip
+        done = {digest for digest, row in known.items() if _is_done(row, settings)}
         pending = [comparison for comparison in comparisons if comparison.digest not in done]
         _logger.info(
             "%d questions, %d turns x 2 orders = %d comparisons, %d of them judged before",
@@ -180,6 +177,15 @@ def run(
         )
     write_json(paths.result_path, result)
     return paths.result_path
+
+
+def _is_done(row: dict[str, Any], settings: JudgeSettings) -> bool:
+    """Whether a comparison is not asked again, given its newest reply.
+
+    A refused request is: it costs nothing, and the server may have been set right.
+    """
+    gave_up = row["decided"] and row["reply"] is not None and not settings.ask_failed_again
+    return bool(row["verdict"] or gave_up)
 
 
 async def _ask_all(judging: Judging, pending: Sequence[Comparison]) -> None:
