@@ -91,11 +91,22 @@ def sweep(
     ] = False,
     table: Annotated[bool, typer.Option("--table", help="Only show what there is so far.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit it as an array of jobs.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Submit each point as a Ray job.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Points at the same time, on a cluster.")
+    ] = None,
 ) -> None:
     """A run for every combination of values such as objective.beta=0.05,0.1; one reference pass."""
     from dpo_dist import sweep_here
     from dpo_dist.sweep import plan_sweep
 
+    if slurm or ray:
+        flags = {"--train-only": train_only, "--dry-run": dry_run, f"--at-once={at_once}": at_once}
+        wanted = [flag for flag, given in flags.items() if given]
+        launcher = "slurm_sweep" if slurm else "ray_sweep"
+        code = sweep_here.hand_over(launcher, [str(config_path), *(overrides or []), *wanted])
+        raise typer.Exit(code)
     planned = plan_sweep(config_path, overrides or [], train_only=train_only)
     if dry_run:
         sweep_here.print_commands(planned, config_path)

@@ -141,6 +141,10 @@ class RunDir:
         """The run folder of one point of a sweep, or of inputs that points share."""
         return self.sweep_dir / name
 
+    def sweep_array_dir(self, digest: str) -> Path:
+        """Overrides of the jobs of an array, a file each."""
+        return self.sweep_dir / f"array-{digest}"
+
     @property
     def sweep_results_path(self) -> Path:
         return self.sweep_dir / "results.json"

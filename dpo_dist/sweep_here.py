@@ -1,10 +1,12 @@
 """A sweep on this machine: its runs one after the other; a failed one does not stop the rest."""
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.errors import EXIT_RESTART
+from dpo_dist.errors import EXIT_RESTART, ConfigError
 from dpo_dist.logs import console
 from dpo_dist.plan import Stage
 from dpo_dist.ranks import launch
@@ -44,6 +46,17 @@ def show_sweep(sweep: Sweep) -> int:
     write_results(sweep, rows)
     print_table(sweep, rows)
     return 0 if all(row["state"] == "done" for row in rows) else EXIT_SOME_FAILED
+
+
+def hand_over(launcher: str, arguments: Sequence[str]) -> int:
+    """Runs a program of launch/, which knows the scheduler; its exit code."""
+    program = Path(__file__).parent.parent / "launch" / f"{launcher}.py"
+    if not program.is_file():
+        raise ConfigError(
+            f"{program} does not exist", "the repository's launch/ beside the package",
+            "Install dpo-dist from a clone with `pip install -e .`; a wheel has no launchers.",
+        )  # fmt: skip
+    return subprocess.run([sys.executable, str(program), *arguments], check=False).returncode
 
 
 def print_commands(sweep: Sweep, config_path: Path) -> None:

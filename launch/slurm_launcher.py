@@ -74,6 +74,16 @@ def sbatch_command(
     job_ids: list[str],
 ) -> list[str]:
     """The sbatch command of one stage, after the last of `job_ids`."""
+    after = [f"--dependency=afterok:{job_ids[-1]}", "--kill-on-invalid-dep=yes"] if job_ids else []
+    return [
+        "sbatch", "--parsable", f"--job-name={config.run.dir.name}-{stage}",
+        f"--export=ALL,DPO_STAGES={stage}", *after, *job_options(config, stage),
+        str(SCRIPT), os.fspath(config_path), *overrides,
+    ]  # fmt: skip
+
+
+def job_options(config: RunConfig, stage: str) -> list[str]:
+    """Options of sbatch for the size of one stage; raises ConfigError for what is none."""
     distributed = {s.name: s.distributed for s in (DOCTOR, *stages_of(config))}[stage]
     section = config.slurm.model_dump(exclude={"stages"}, exclude_none=True)
     if not distributed:
@@ -95,12 +105,7 @@ def sbatch_command(
         raise ConfigError(
             f"slurm.options: {bad[0]!r}", "options of sbatch, such as --qos=high", "Correct it."
         )
-    after = [f"--dependency=afterok:{job_ids[-1]}", "--kill-on-invalid-dep=yes"] if job_ids else []
-    return [
-        "sbatch", "--parsable", f"--job-name={config.run.dir.name}-{stage}",
-        f"--export=ALL,DPO_STAGES={stage}", *after, *options, *section["options"],
-        str(SCRIPT), os.fspath(config_path), *overrides,
-    ]  # fmt: skip
+    return [*options, *section["options"]]
 
 
 if __name__ == "__main__":

@@ -16,12 +16,19 @@
 # the lines above. Five minutes before the end, or at a preemption, every rank is told to write a
 # checkpoint; the job then puts itself back into the queue and goes on where it was.
 set -euo pipefail
+# In an array one job has the array's own id: by that, all of them would be signalled or requeued.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 # Slurm runs a copy of this file, so its folder is asked for.
-here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/dpo\.sh.*|\1|p')
+here=$(scontrol show job "$job" | sed -n 's|^ *Command=\(.*\)/dpo\.sh.*|\1|p')
 IN_ENV=() SRUN_OPTIONS=()
 unset MASTER_ADDR # of an allocation that this was submitted from
 # shellcheck source=slurm/site.env
 source "$here/site.env"
+if [ -n "${DPO_SWEEP:-}" ]; then # a point of a sweep: its overrides, one a line
+    mapfile -t point <"$DPO_SWEEP/$SLURM_ARRAY_TASK_ID"
+    set -- "$@" "${point[@]}"
+fi
 attempt() { "${IN_ENV[@]}" python "$here/../launch/attempt.py" "$@"; }
 
 # Quoted, or a node list such as node[1-2] becomes the files that match it.
@@ -32,10 +39,10 @@ export DPO_DIST_NODES MASTER_ADDR
 
 stopping=0
 # --signal=B: reaches this shell only; scancel passes it on to every task on every node.
-trap 'stopping=1; scancel --signal=USR2 "$SLURM_JOB_ID" || true' USR2 TERM
+trap 'stopping=1; scancel --signal=USR2 "$job" || true' USR2 TERM
 requeue() {
-    echo "dpo.sh: job $SLURM_JOB_ID goes back into the queue at $stage"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "dpo.sh: job $job goes back into the queue at $stage"
+    scontrol requeue "$job"
     exit
 }
 

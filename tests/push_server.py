@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_stand_in_token"
 ROUTES = {  # method and path -> kind of call
     "create": r"POST /api/repos/create",
@@ -95,7 +97,8 @@ class Hub:
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
-            return 409, {"error": "You already created this model repo"}
+            known = {"url": f"{self.url}/{name}", "error": "You already created this model repo"}
+            return 409, known
         self.repositories[name] = Repository(private=asked.get("visibility") == "private")
         return 200, {"url": f"{self.url}/{name}"}
 
@@ -189,3 +192,20 @@ def hub_server() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What HF_ENDPOINT and its kin would do, had they been set before the library's import."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # Xet's own storage service is not stood in for: large files take the plain way here
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process pushes to."""
+    with hub_server() as hub:
+        point_at(monkeypatch, hub.url)
+        yield hub

@@ -138,7 +138,7 @@ def test_problems_of_a_slurm_section() -> None:
         "text. Put it in quotes.",
         "  slurm.stages.train.node: unknown key; did you mean nodes?",
         "  slurm.stages.trane.[key]: 'trane'; input should be 'doctor', 'prepare', 'reference', "
-        "'train', 'export' or 'verify'",
+        "'train', 'export', 'verify' or 'push'",
     ]
 
 

@@ -5,18 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from push_server import TOKEN, Hub, Repository, hub_server
-from ranks import ROOT, free_port
+from push_server import TOKEN, Hub
+from ranks import ROOT
 
 from dpo_dist.config import RunConfig, load_config, parse_config
-from dpo_dist.errors import ArtefactError, ConfigError, HubError
+from dpo_dist.errors import ArtefactError, ConfigError
 from dpo_dist.plan import stages_of
 from dpo_dist.stages import export, push, verify
 from tests.tiny_export import TrainedRun, make_trained_run
+
+pytest_plugins = ("hub_server",)  # the fixture `hub`
 
 LORA = (
     "adapter.rank=3", "adapter.alpha=4", "export.dtype=float32", "export.base_model=me/base",
@@ -30,22 +31,6 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     export.run(run.config)
     verify.run(run.config)
     return run
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_server() as hub:
-        point_at(monkeypatch, hub.url)
-        yield hub
-
-
-def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """What HF_ENDPOINT and its kin would do, had they been set before the library's import."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # Xet's own storage service is not stood in for: large files take the plain way here
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 def config_of(run: TrainedRun, *overrides: str) -> RunConfig:
@@ -86,86 +71,6 @@ def test_the_adapter_to_a_branch_of_a_public_repository(verified: TrainedRun, hu
     assert repository.branches == {"main": {}, "v1/a": adapter}
     assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     assert b"base_model: me/base" in adapter["README.md"]
-
-
-def test_weights_of_an_earlier_push_do_not_stay(verified: TrainedRun, hub: Hub) -> None:
-    old = {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine", "README.md": b"old"}
-    hub.repositories["me/tiny"] = Repository(True, {"main": dict(old)})
-    push.run(config_of(verified, REPO))
-    arrived = hub.repositories["me/tiny"].branches["main"]
-    wanted = contents(verified.paths.model_dir(merged=True))
-    assert arrived == wanted | {"notes.md": b"mine"}
-
-
-def test_a_public_repository_is_not_pushed_to_by_default(verified: TrainedRun, hub: Hub) -> None:
-    hub.repositories["me/tiny"] = Repository(private=False)
-    with pytest.raises(HubError) as error:
-        push.run(config_of(verified, REPO))
-    assert str(error.value) == (
-        "me/tiny exists and is public; wanted a private repository (export.hub_private). Name "
-        "another one, or set export.hub_private=false to publish."
-    )
-    assert hub.repositories["me/tiny"].branches == {"main": {}}
-
-
-@pytest.mark.parametrize(
-    ("call", "status", "words"),
-    [
-        ("create", 403, "the token may not write to me/tiny (403: no right to create); wanted a "
-         "token with write access to that user or organization. Use another token or "
-         "export.push_to_hub. Then `dpo-dist push` again: nothing half-written is there, and the "
-         "export is kept."),
-        ("create", 401, "does not know the token (401: no right to create); wanted a valid token."),
-        ("create", 404, "has no me/tiny for this token (404: no right to create); wanted an "),
-        ("preupload", 403, "the token may not write to me/tiny (403: no right to preupload)"),
-        ("put", 403, "the token may not write to me/tiny (403: "),
-        ("commit", 403, "the token may not write to me/tiny (403: no right to commit); wanted"),
-        ("commit", 507, "answers 507 (no right to commit); wanted a hub that takes the push."),
-    ],
-)  # fmt: skip
-def test_a_hub_that_refuses(
-    call: str, status: int, words: str, verified: TrainedRun, hub: Hub, tmp_path: Path
-) -> None:
-    """Nothing half-written there, what was done is kept, and the same command then goes on."""
-    config = copy_of(verified, tmp_path, REPO)
-    before = contents(config.run.dir / "export" / "merged")
-    hub.refuse = (call, status, f"no right to {call}")
-    with pytest.raises(HubError) as error:
-        push.run(config)
-    assert words in str(error.value) and "\n" not in str(error.value)
-    assert TOKEN not in str(error.value)
-    assert all(not any(r.branches.values()) for r in hub.repositories.values())
-    assert not (config.run.dir / "push.json").exists()
-    assert contents(config.run.dir / "export" / "merged") == before
-    uploaded = hub.calls.count("put")
-    hub.refuse = None
-    push.run(config)
-    assert hub.repositories["me/tiny"].branches["main"] == before
-    assert hub.calls.count("put") == uploaded if call == "commit" else True, "not sent twice"
-
-
-def test_no_token_and_a_wrong_one(
-    verified: TrainedRun, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(HubError, match=r"does not know the token \(401: Invalid credentials"):
-        push.run(config_of(verified, REPO))
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(HubError) as error:
-        push.run(config_of(verified, REPO))
-    assert str(error.value) == (
-        "no token to push to me/tiny with; wanted a token that may write there. Set HF_TOKEN or "
-        "run `hf auth login`."
-    )
-
-
-def test_a_hub_that_is_down(verified: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    point_at(monkeypatch, url)
-    with pytest.raises(HubError) as error:
-        push.run(config_of(verified, REPO))
-    assert str(error.value).startswith(f"the push to {url} broke off (ConnectError: ")
-    assert "wanted a hub that this machine reaches. Push from a machine with" in str(error.value)
 
 
 def test_only_what_was_verified_is_pushed(verified: TrainedRun, hub: Hub, tmp_path: Path) -> None:

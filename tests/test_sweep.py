@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from tiny_run import dpo_dist, make_run, metrics_of, succeed
 
 from dpo_dist import sweep_results
+from dpo_dist.config import load_config
 from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import ArtefactError, ConfigError
 from dpo_dist.manifest import write_atomic
@@ -261,3 +263,47 @@ def test_the_same_command_again_tries_what_failed(tmp_path: Path) -> None:
     for attempt in (1, 2):
         assert dpo_dist("sweep", path, *arguments, "--train-only").returncode == 1
         assert attempts_at(sweep, "train") == [attempt, 1]
+
+
+def commands(run_yaml: Path, *flags: str) -> list[list[str]]:
+    arguments = [BETAS, "train.learning_rate=1e-3,1e-4,1e-5", "slurm.nodes=2", *flags]
+    said = succeed("sweep", run_yaml, *arguments, "--dry-run").stdout
+    return [shlex.split(line) for line in said.splitlines()]
+
+
+def test_on_slurm_one_job_an_array_and_the_table(run_yaml: Path, tmp_path: Path) -> None:
+    size = ("slurm.stages.reference.nodes=4", "slurm.stages.train.time='2:00:00'")
+    inputs, points, table = commands(run_yaml, *size, "--slurm", "--at-once", "4", "--train-only")
+    assert inputs[:3] == ["env", "DPO_STAGES=doctor prepare reference", "sbatch"]
+    assert "--nodes=4" in inputs and inputs[-1].startswith(f"run.dir={tmp_path}/out/sweep/inputs-")
+    assert points[1] == "DPO_STAGES=train" and points[3] == "sbatch"
+    assert points[2].startswith(f"DPO_SWEEP={tmp_path}/out/sweep/array-")
+    assert {"--array=0-5%4", "--dependency=afterok:ID_OF_INPUTS", "--time=2:00:00"} < {*points}
+    assert points[-1] == str(run_yaml)
+    assert "--dependency=afterany:ID_OF_POINTS" in table and "--nodes=1" in table
+    assert table[-1] == "--train-only" and BETAS in table
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_ray_a_job_a_point(run_yaml: Path) -> None:
+    inputs, *points = commands(run_yaml, "--ray")
+    assert '{"env_vars": {"DPO_STAGES": "prepare reference"}}' in " ".join(inputs)
+    assert len(points) == 6
+    for point in points:
+        assert point[1:3] == ["job", "submit"] and "run.dir=" in point[-1]
+        assert '"DPO_STAGES": "train export verify"' in point[3]
+
+
+def test_an_element_of_an_array_has_its_own_overrides(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of element 1, as slurm/dpo.sh reads it, is the config of the second point."""
+    monkeypatch.syspath_prepend("launch")
+    import slurm_sweep
+
+    sweep = plan_sweep(run_yaml, [BETAS])
+    folder = slurm_sweep._write_array(sweep, list(sweep.points), dry_run=False)
+    overrides = (folder / "1").read_text().splitlines()
+    assert load_config(run_yaml, overrides) == sweep.points[1].config
+    assert sweep.points[1].paths.pairs_dir.is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]

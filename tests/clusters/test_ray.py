@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -64,6 +65,23 @@ def worker_pid(pid: int) -> int:
     """The Ray worker that started a rank."""
     fields = (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()
     return int(fields[1])
+
+
+def test_a_sweep_is_a_job_a_point(cluster: RayCluster, local: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "dpo_dist", "sweep", local / "run.yaml", "objective.beta=0.1,0.5",
+            f"run.dir={out}", *WORKERS, "train.max_steps=3", "--ray", "--train-only",
+        ],
+        env=cluster.environment | {"RAY_API_SERVER_ADDRESS": cluster.dashboard},
+        cwd=tmp_path, capture_output=True, text=True, timeout=JOB_S,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    result = json.loads((out / "sweep" / "results.json").read_text())
+    assert [(row["state"], row["step"]) for row in result["points"]] == [("done", 3)] * 2
+    (inputs,) = (out / "sweep").glob("inputs-*")
+    assert len(list((inputs / "logs").glob("reference-*"))) == 1
 
 
 def ended(job: subprocess.Popen[str], run_dir: Path) -> str:

@@ -221,6 +221,44 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(
     assert not (out / "pairs").exists()
 
 
+def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
+    slurm: Slurm, local: Path, tmp_path: Path
+) -> None:
+    """One point is told to stop: it alone goes back into the queue, and both end done."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "dpo_dist", "sweep", local / "run.yaml", "objective.beta=0.1,0.5",
+        f"run.dir={out}", *LONG, "slurm.nodes=2", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1",
+        "slurm.gpus_per_node=0", "slurm.time='10'", "--slurm", "--train-only",
+    ]  # fmt: skip
+    said = slurm.call(*command, cwd=tmp_path)
+    ids = {line.split()[0]: line.split()[2] for line in said.splitlines()}
+    assert list(ids) == ["inputs", "points", "table"]
+    again = subprocess.run(
+        command, env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 2
+    assert "jobs of this sweep are in the queue (" in again.stderr
+    assert "wanted one submission of a sweep at a time. Wait for them, or `scancel" in again.stderr
+    points = [out / "sweep" / f"beta={beta}" for beta in ("0.1", "0.5")]
+    wait_until(lambda: all(step_of(point) >= 10 for point in points), JOB_S)
+    # the element that has the array's own id: by that id both would be reached
+    listed = slurm.call("squeue", "--noheader", "--array", "--format=%i %A", "--states=RUNNING")
+    element = next(line.split()[0] for line in listed.splitlines() if ids["points"] in line.split())
+    slurm.call("scancel", "--batch", "--signal=USR2", element)
+    slurm.wait(element, "COMPLETED")
+    slurm.wait(ids["table"], "COMPLETED")
+    restarts = sorted(status_of(point)["restarts"]["total"] for point in points)
+    assert restarts == [0, 1]
+    result = json.loads((out / "sweep" / "results.json").read_text())
+    assert [row["state"] for row in result["points"]] == ["done", "done"]
+    assert [row["step"] for row in result["points"]] == [LAST_STEP] * 2
+    assert (out / "sweep" / "results.png").exists()
+    (inputs,) = (out / "sweep").glob("inputs-*")
+    assert len(list((inputs / "logs").glob("reference-*"))) == 1
+    assert not list(out.glob("sweep/beta=*/logs/reference-*"))
+
+
 def test_sbatch_that_refuses_cancels_what_was_submitted(
     slurm: Slurm, local: Path, tmp_path: Path
 ) -> None:
