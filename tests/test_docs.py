@@ -26,3 +26,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_every_doc_is_found_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [doc.name for doc in DOCS[1:] if f"docs/{doc.name}" not in readme] == []
+
+
+def test_every_command_is_on_the_page_of_commands() -> None:
+    from typer.main import get_command
+
+    from dpo_dist.cli import app
+
+    page = (ROOT / "docs/commands.md").read_text()
+    names = list(vars(get_command(app))["commands"])
+    assert "train" in names
+    assert [name for name in names if f"\n## `dpo-dist {name}" not in page] == []
