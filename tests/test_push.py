@@ -17,7 +17,7 @@ from dpo_dist.plan import stages_of
 from dpo_dist.stages import export, push, verify
 from tests.tiny_export import TrainedRun, make_trained_run
 
-pytest_plugins = ("hub_server",)  # the fixture `hub`
+pytest_plugins = ("push_server",)  # the fixture `hub`
 
 LORA = (
     "adapter.rank=3", "adapter.alpha=4", "export.dtype=float32", "export.base_model=me/base",

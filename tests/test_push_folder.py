@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub, Repository, point_at
+from push_server import TOKEN, Hub, Repository, point_at
 from ranks import free_port
 
 from dpo_dist.errors import HubError
 from dpo_dist.hub import push_folder
 
-pytest_plugins = ("hub_server",)  # the fixture `hub`
+pytest_plugins = ("push_server",)  # the fixture `hub`
 
 FILES = {
     "README.md": b"---\ntags: [dpo]\n---\n", "config.json": b"{}", "empty.txt": b"",
