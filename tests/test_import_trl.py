@@ -85,10 +85,23 @@ def test_a_key_left_out_has_trls_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", [*keys.SAME, *keys.SAME_OF_ADAPTER])
 def test_copied_keys_arrive(tmp_path: Path, key: str) -> None:
     ours, default = (keys.SAME | keys.SAME_OF_ADAPTER)[key]
-    other = (not default) if isinstance(default, bool) else (default or 0.02) / 2
+    others = {
+        "loss_weights": [2.0], "f_divergence_type": "js_divergence",
+        "lora_target_parameters": ["mlp.experts.down_proj"],
+    }  # fmt: skip
+    beside = {
+        "discopop_tau": {"loss_type": "discopop"},
+        "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+    }
+    if key in others:
+        other: Any = others[key]
+    elif isinstance(default, bool):
+        other = not default
+    else:
+        other = (default or 0.02) / 2
     if isinstance(default, int) and not isinstance(default, bool):
         other = int(other)
-    config, _ = convert(tmp_path, use_peft=True, **{key: other})
+    config, _ = convert(tmp_path, use_peft=True, **beside.get(key, {}), **{key: other})
     section, name = ours.split(".")
     assert getattr(getattr(config, section), name) == other
 
@@ -221,6 +234,31 @@ def test_a_mixture(tmp_path: Path) -> None:
         convert(tmp_path, datasets=[{"pth": "a"}])
 
 
+def test_streaming_and_a_share_held_out(tmp_path: Path) -> None:
+    assert convert(tmp_path, dataset_streaming=True)[0].data.train[0].streaming
+    mixture = {"dataset_name": None, "datasets": [{"path": "a/b"}], "streaming": True}
+    config, _ = convert(tmp_path, **mixture, test_split_size=0.1, eval_strategy="steps")
+    assert config.data.train[0].streaming and config.data.eval_fraction == 0.1
+
+
+@pytest.mark.parametrize(("optim", "optimizer"), [
+    ("adamw_torch", "adamw"), ("adamw_8bit", "adamw_8bit"), ("adamw_bnb_8bit", "adamw_8bit"),
+    ("paged_adamw_32bit", "paged_adamw"), ("paged_adamw_8bit", "paged_adamw_8bit"),
+    ("adafactor", "adafactor"),
+])  # fmt: skip
+def test_optimizers(tmp_path: Path, optim: str, optimizer: str) -> None:
+    assert convert(tmp_path, optim=optim)[0].train.optimizer == optimizer
+
+
+def test_an_optimizer_that_is_not_there(tmp_path: Path) -> None:
+    assert convert(tmp_path, optim="lomo")[1].differs == ["optim: lomo; train.optimizer is adamw"]
+
+
+def test_a_4_bit_base(tmp_path: Path) -> None:
+    config, _ = convert(tmp_path, use_peft=True, load_in_4bit=True)
+    assert config.model.quantization == "nf4"
+
+
 def test_checkpoints_and_logging(tmp_path: Path) -> None:
     config, _ = convert(
         tmp_path, save_steps=0.25, max_steps=40, save_total_limit=1, logging_steps=5,
@@ -235,6 +273,12 @@ def test_checkpoints_and_logging(tmp_path: Path) -> None:
 def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
     assert convert(tmp_path, loss_type="ipo")[0].objective.loss == "ipo"
     assert convert(tmp_path, loss_type=["hinge"])[0].objective.loss == "hinge"
+    mixed = convert(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1, 0.5])[0].objective
+    assert mixed.loss == ["sigmoid", "sft"] and mixed.loss_weights == [1, 0.5]
+    terms = convert(tmp_path, ld_alpha=0.5, router_aux_loss_coef=0.01, gradient_checkpointing=False)
+    assert (terms[0].objective.ld_alpha, terms[0].objective.router_aux_loss_coef) == (0.5, 0.01)
+    robust = convert(tmp_path, loss_type="robust", label_smoothing=0.1)[0].objective
+    assert (robust.loss, robust.label_smoothing) == ("robust", 0.1)
     config, imported = convert(tmp_path, label_smoothing=0.1)
     assert config.objective.label_smoothing == 0  # as in TRL, whose sigmoid does not read it
     assert imported.differs[0].startswith("label_smoothing: 0.1; TRL reads it for robust and")

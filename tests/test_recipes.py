@@ -33,6 +33,14 @@ def implicit(question: str, good: str, bad: str) -> Row:
     return {"chosen": talk(question, good), "rejected": talk(question, bad), "score_chosen": 8.0}
 
 
+def orca(question: str, good: str, bad: str) -> Row:
+    return {"system": "You help.", "question": question, "chosen": good, "rejected": bad}
+
+
+def stack_exchange(question: str, good: str, bad: str) -> Row:
+    return {"question": question, "response_j": good, "response_k": bad}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What its model is like, its rows, and the GPUs that its first lines name."""
@@ -60,11 +68,16 @@ def shape(family: str, *sizes: int, tied: bool = False) -> dict[str, Any]:
 
 
 MISTRAL_7B = shape("mistral", 4096, 14336, 32, 32, 8, 32000)
+OPEN_HERMES = shape("mistral", 4096, 14336, 32, 32, 8, 32002)
+LLAMA_2_7B = shape("llama", 4096, 11008, 32, 32, 32, 32000)
 QWEN_500M = shape("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True)
 QWEN_3B = shape("qwen2", 2048, 11008, 36, 16, 2, 151936, tied=True)
 TULU_8B = shape("llama", 4096, 14336, 32, 32, 8, 128264)
 TULU_70B = shape("llama", 8192, 28672, 80, 64, 8, 128264)
 RECIPES = {
+    "dolphin-2.1-mistral-7b-qlora": Recipe(OPEN_HERMES, ultrafeedback, 1, 24),
+    "neuralhermes-2.5-mistral-7b-qlora": Recipe(OPEN_HERMES, orca, 1, 24),
+    "llama-2-7b-stack-exchange": Recipe(LLAMA_2_7B, stack_exchange, 8, 80),
     "mistral-7b-instruct-lora": Recipe(MISTRAL_7B, ultrafeedback, 1, 80),
     "zephyr-7b-full": Recipe(MISTRAL_7B, ultrafeedback, 8, 80),
     "qwen2.5-0.5b-lora": Recipe(QWEN_500M, implicit, 16, 80),
@@ -95,7 +108,9 @@ def test_a_recipe_fits_its_gpus(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     recipe = RECIPES[name]
     (tmp_path / "config.json").write_text(json.dumps(recipe.shape))
-    config = load_config(path_of(name), [f"model.path={tmp_path}", f"run.dir={tmp_path / 'out'}"])
+    overrides = [f"model.path={tmp_path}", f"run.dir={tmp_path / 'out'}"]
+    overrides += with_adapter(name, tmp_path, recipe)
+    config = load_config(path_of(name), overrides)
     assert make_plan(config, recipe.num_gpus, recipe.gpu_memory_gib).fits
     comment = path_of(name).read_text().split("run:")[0].replace("\n# ", " ")
     gpus = "one GPU" if recipe.num_gpus == 1 else f"{recipe.num_gpus} GPUs"
@@ -103,6 +118,26 @@ def test_a_recipe_fits_its_gpus(name: str, tmp_path: Path, monkeypatch: pytest.M
     if config.slurm.nodes is not None:
         assert config.slurm.nodes * (config.slurm.tasks_per_node or 0) == recipe.num_gpus
         assert config.ray.workers == recipe.num_gpus
+
+
+def with_adapter(name: str, folder: Path, recipe: Recipe) -> list[str]:
+    """The SFT adapter that a recipe goes on with: B is zero, as at its start."""
+    if "path" not in (yaml.safe_load(path_of(name).read_text()).get("adapter") or {}):
+        return []
+    import peft
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**recipe.shape)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    sft = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=targets))
+    for module in sft.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.to_empty(device="cpu")
+    sft.save_pretrained(folder / "adapter")
+    return [f"adapter.path={folder / 'adapter'}"]
 
 
 def write_model(folder: Path, recipe: Recipe) -> Path:

@@ -52,6 +52,8 @@ def _precision(run: Run) -> None:
 
 def _adapter(run: Run) -> None:
     settings = run.settings
+    if settings.get("load_in_4bit"):
+        run.put("model.quantization", "nf4", settings.why("load_in_4bit"))
     if not settings.get("use_peft"):
         return
     run.copy(keys.SAME_OF_ADAPTER)
@@ -84,6 +86,9 @@ def _objective(run: Run) -> None:
     names = [losses] if isinstance(losses, str) else list(losses)
     value = names[0] if len(names) == 1 else names
     run.put("objective.loss", value, settings.why("loss_type"))
+    for key in ("ld_alpha", "router_aux_loss_coef"):  # null in TRL is no such term
+        if settings.given(key):
+            run.put(f"objective.{key}", settings.get(key), settings.why(key))
     smoothing = settings.get("label_smoothing")
     if smoothing and not {"robust", "exo_pair"} & set(names):
         run.differs.append(
@@ -106,11 +111,20 @@ def convert_data(run: Run) -> None:
         )
     evaluated = settings.get("eval_strategy") != "no"
     if mixture:
-        run.put("data.train", _mixture(run, mixture), "datasets")
+        sources = _mixture(run, mixture)
+        if settings.get("streaming"):
+            sources = [source | {"streaming": True} for source in sources]
+        run.put("data.train", sources, "datasets")
+        share = settings.get("test_split_size")
+        if share and evaluated:
+            why = settings.why("test_split_size", "held out by prompt, not by row")
+            run.put("data.eval_fraction", share, why)
     else:
         config = settings.get("dataset_config")
         train, test = settings.get("dataset_train_split"), settings.get("dataset_test_split")
-        run.put("data.train", [_source(name, config, train)], "dataset_name, dataset_train_split")
+        streamed = {"streaming": True} if settings.get("dataset_streaming") else {}
+        source = _source(name, config, train) | streamed
+        run.put("data.train", [source], "dataset_name, dataset_train_split")
         if evaluated:
             source = _source(name, config, test)
             run.put("data.eval", [source], "dataset_name, dataset_test_split")

@@ -14,7 +14,13 @@ SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "paged_adamw_32bit")
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    "paged_adamw_32bit": "paged_adamw",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+}
 ENDLESS_EPOCHS = 1000  # TRL repeats the data until max_steps are done
 
 
@@ -24,8 +30,10 @@ def convert_train(run: Run) -> None:
     _batch(run)
     _steps(run)
     optimizer = settings.get("optim")
-    if optimizer not in ADAMW:
-        run.differs.append(f"optim: {optimizer}; the optimizer is AdamW in float32")
+    if optimizer not in OPTIMIZERS:
+        run.differs.append(f"optim: {optimizer}; train.optimizer is adamw")
+    elif settings.given("optim"):
+        run.put("train.optimizer", OPTIMIZERS[optimizer], settings.why("optim"))
     recompute = settings.get("gradient_checkpointing")
     source = "gradient_checkpointing"
     if settings.given("activation_checkpointing"):

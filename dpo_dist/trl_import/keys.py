@@ -24,6 +24,11 @@ SAME: dict[str, tuple[str, Default]] = {
     "adam_epsilon": ("train.adam_eps", 1e-8),
     "max_grad_norm": ("train.max_grad_norm", 1.0),
     "beta": ("objective.beta", 0.1),
+    "loss_weights": ("objective.loss_weights", None),
+    "f_divergence_type": ("objective.f_divergence_type", "reverse_kl"),
+    "f_alpha_divergence_coef": ("objective.f_alpha_divergence_coef", 0.5),
+    "use_weighting": ("objective.use_weighting", False),
+    "discopop_tau": ("objective.discopop_tau", 0.05),
 }
 # the same for an adapter; without use_peft they do nothing
 SAME_OF_ADAPTER: dict[str, tuple[str, Default]] = {
@@ -31,6 +36,7 @@ SAME_OF_ADAPTER: dict[str, tuple[str, Default]] = {
     "lora_alpha": ("adapter.alpha", 32),
     "use_rslora": ("adapter.use_rslora", False),
     "use_dora": ("adapter.use_dora", False),
+    "lora_target_parameters": ("adapter.target_parameters", None),
 }
 
 # TRL's key -> TRL's default
@@ -46,6 +52,9 @@ CONVERTED: dict[str, Default] = {
     "dataset_train_split": "train",
     "dataset_test_split": "test",
     "datasets": [],
+    "test_split_size": None,
+    "dataset_streaming": False,
+    "streaming": False,
     "dataset_num_proc": None,
     "max_length": 1024,
     "truncation_mode": "keep_start",
@@ -61,6 +70,9 @@ CONVERTED: dict[str, Default] = {
     "deepspeed": None,
     "loss_type": ["sigmoid"],
     "label_smoothing": 0.0,
+    "ld_alpha": None,
+    "router_aux_loss_coef": None,
+    "load_in_4bit": False,
     "use_peft": False,
     "lora_dropout": 0.05,
     "disable_dropout": True,
@@ -79,18 +91,8 @@ CONVERTED: dict[str, Default] = {
 # TRL's key -> (TRL's default, what to do instead)
 DIFFERS: dict[str, tuple[Default, str]] = {
     "load_in_8bit": (False, "there is no 8-bit base; leave it in model.dtype"),
-    "load_in_4bit": (False, "there is no 4-bit base; leave it in model.dtype"),
-    "bnb_4bit_quant_type": ("nf4", "there is no 4-bit base"),
-    "use_bnb_nested_quant": (False, "there is no 4-bit base"),
-    "lora_target_parameters": (None, "name layers in adapter.target_modules"),
+    "bnb_4bit_quant_type": ("nf4", "the one kind of 4-bit base is nf4"),
     "lora_task_type": ("CAUSAL_LM", "preferences are trained into a causal language model only"),
-    "loss_weights": (None, "name one loss in objective.loss"),
-    "ld_alpha": (None, "objective.loss sigmoid_norm counters long answers too"),
-    "f_divergence_type": ("reverse_kl", "only the reverse KL divergence is there"),
-    "f_alpha_divergence_coef": (0.5, "only the reverse KL divergence is there"),
-    "discopop_tau": (0.05, "the loss discopop is not there"),
-    "use_weighting": (False, "weight pairs beforehand: data.train[].weight repeats a source"),
-    "router_aux_loss_coef": (None, "no load-balancing loss is added; routers train by DPO alone"),
     "sync_ref_model": (False, "the reference is scored once and stays as it is"),
     "ref_model_mixup_alpha": (0.6, "the reference is scored once and stays as it is"),
     "ref_model_sync_steps": (512, "the reference is scored once and stays as it is"),
@@ -113,8 +115,6 @@ DIFFERS: dict[str, tuple[Default, str]] = {
                                "read, but a model saved by TRL can be model.path"),
     "load_best_model_at_end": (False, "export takes the newest checkpoint; `dpo-dist evaluate` "
                                "says what it is worth"),
-    "test_split_size": (None, "split the file by prompt, and name the parts in data.train and "
-                        "data.eval"),
     "parallelism_config": (None, "ranks share the data; there is no tensor or context parallelism"),
     "accelerator_config": (None, "give its number of processes with --num-processes"),
     "save_only_model": (False, "checkpoints can always be resumed from"),
@@ -155,12 +155,12 @@ _NOT_NEEDED: dict[str, str] = {
     "the same seed gives the same samples, adapter and dropout": "full_determinism",
     "pairs are tokenised once into Arrow files, and read from there": "dataloader_num_workers "
         "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns "
-        "dataset_streaming streaming",
+        "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns",
     "ranks talk through DeepSpeed": "ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank "
         "ignore_bias_buffers debug",
     "4-bit weights are stored as ZeRO needs them": "bnb_4bit_quant_storage",
+    "the constants of the 4-bit base are always quantised too": "use_bnb_nested_quant",
 }  # fmt: skip
 NOT_NEEDED: dict[str, str] = {key: why for why, keys in _NOT_NEEDED.items() for key in keys.split()}
 
@@ -176,8 +176,8 @@ CONVERTED_FORMER: dict[str, Default] = {"warmup_ratio": 0.0}
 FORMER: dict[str, str] = {
     "max_prompt_length": "there is one limit, data.max_length; answers are cut, prompts are not",
     "max_completion_length": "there is one limit, data.max_length",
-    "rpo_alpha": "TRL has loss_type [sigmoid, sft] with loss_weights instead",
-    "reference_free": "a run needs its reference; there is no loss without one",
+    "rpo_alpha": "objective.loss [sigmoid, sft] with objective.loss_weights [1, rpo_alpha]",
+    "reference_free": "objective.loss simpo and orpo have no reference",
     "force_use_ref_model": "reference.model names a reference",
     "ref_model_init_kwargs": "reference.model names a reference, read as the policy is",
     "ref_adapter_name": "reference.model names a reference",

@@ -78,5 +78,6 @@ class Run:
         """Copies the keys of a table that are set, or whose default is another one than ours."""
         for key, (ours, default) in table.items():
             value = self.settings.get(key)
-            if self.settings.given(key) or default != OUR_DEFAULTS[ours]:
+            differs = default is not None and default != OUR_DEFAULTS[ours]
+            if self.settings.given(key) or differs:
                 self.put(ours, value, self.settings.why(key))
