@@ -49,7 +49,6 @@ class Recipe:
     row: Callable[[str, str, str], Row]
     num_gpus: int
     gpu_memory_gib: float
-    tied: bool = False
 
 
 def shape(family: str, *sizes: int, tied: bool = False) -> dict[str, Any]:
@@ -85,7 +84,6 @@ RECIPES = {
     "tulu-3-8b-full": Recipe(TULU_8B, ultrafeedback, 8, 80),
     "tulu-3-70b-full": Recipe(TULU_70B, ultrafeedback, 64, 80),
 }
-RUN_BY_DEFAULT = ("mistral-7b-instruct-lora", "zephyr-7b-full")
 
 
 def path_of(name: str) -> Path:
@@ -163,10 +161,8 @@ def write_rows(path: Path, recipe: Recipe, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in RUN_BY_DEFAULT else pytest.mark.slow)
-    for name in RECIPES
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_with_a_tiny_model(name: str, tmp_path: Path) -> None:
     """The recipe as it stands, but for the model, the rows and their number, and the precision."""
     recipe = RECIPES[name]
