@@ -105,9 +105,10 @@ def test_ranks_and_stages_do_not_change_the_losses(
 def test_the_states_take_what_the_planner_says(found: dict[int, dict[str, Any]]) -> None:
     square, table = DEPTH * WIDTH * WIDTH, 13 * WIDTH
     vectors = DEPTH * WIDTH + WIDTH
-    held = found[1]["adamw_8bit-3-float32"]["bytes"]
-    assert held == pytest.approx(STATE_BYTES["adamw_8bit"] * (square + table + vectors), rel=0.01)
-    assert found[2]["adamw_8bit-3-float32"]["bytes"] == pytest.approx(held / 2, rel=0.02)
+    # one vector of all; in ZeRO-3 the tiny sub-groups of this engine stay in float32
+    held = found[1]["adamw_8bit-2-float32"]["bytes"]
+    assert held == STATE_BYTES["adamw_8bit"] * (square + table + vectors)
+    assert found[2]["adamw_8bit-2-float32"]["bytes"] == held / 2
     held = found[1]["muon-3-float32"]["bytes"]
     assert held == STATE_BYTES["muon"] * square + 8 * (table + vectors)
     held = found[1]["adafactor-0-float32"]["bytes"]

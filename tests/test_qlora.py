@@ -142,8 +142,8 @@ def test_ranks_and_stages_agree(found: tuple[Path, dict[int, dict[str, Any]]]) -
     assert len(set(plain)) == 4
     for results in found[1].values():
         for name, one in results.items():
-            tolerance = 1e-5 if name.endswith("float32") else 0.1
-            assert one["losses"] == pytest.approx(plain, rel=tolerance), name
+            tolerance = 1e-5 if name.endswith("float32") else 0.05
+            assert one["losses"] == pytest.approx(plain, abs=tolerance), name
 
 
 def test_a_resume_is_exact(found: tuple[Path, dict[int, dict[str, Any]]]) -> None:
