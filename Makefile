@@ -36,7 +36,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/shellcheck -x .ci/run slurm/dpo.sh slurm/task.sh launch/ray_up.sh tests/clusters/slurm.sh
+	$(BIN)/shellcheck -x .ci/run slurm/dpo.sh slurm/task.sh slurm/sweep_table.sh launch/ray_up.sh tests/clusters/slurm.sh
 
 format: install
 	$(BIN)/ruff check --fix .
