@@ -131,3 +131,32 @@ def test_orpo_whatever_ranks_and_packing(llama: Path) -> None:
     assert first["loss"] == pytest.approx(
         first["nll_loss"] - 0.5 * first["log_odds_ratio"], abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_routers_are_balanced_over_a_step_whatever_ranks_and_packing(tmp_path: Path) -> None:
+    mixtral = prepared(tmp_path, "mixtral")
+    plain = trained(mixtral, 1, "plain")
+    one = trained(mixtral, 1, "aux-1", "objective.router_aux_loss_coef=0.5")
+    two = trained(
+        mixtral, 2, "aux-2", "objective.router_aux_loss_coef=0.5", "train.micro_batch_tokens=100"
+    )
+    assert_same(one, two)
+    first, *_ = metrics_of(one)
+    without, *_ = metrics_of(plain)
+    assert first["loss"] == pytest.approx(without["loss"] + 0.5 * first["aux_loss"], abs=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(one, plain)
+
+
+@pytest.mark.slow
+def test_answers_past_the_shorter_one_count_less_in_policy_and_reference(llama: Path) -> None:
+    run_yaml, settings = llama, ("objective.ld_alpha=0.2", "train.micro_batch_tokens=100")
+    out = run_yaml.parent / "ld-2"
+    shutil.copytree(run_yaml.parent / "out", out)
+    refused = "holds 50 rows scored with mask_rule"
+    with pytest.raises(AssertionError, match=refused):
+        run_ranks(1, train_worker, str(run_yaml), [f"run.dir={out}", *OVERRIDES, *settings])
+    run_ranks(2, reference_worker, str(run_yaml), [f"run.dir={out}", *settings])
+    two = trained(run_yaml, 2, "ld-2", *settings)
+    assert metrics_of(two)[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
