@@ -180,7 +180,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
         problems = [line for problem in error.errors() for line in _explain(problem).split("\n  ")]
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(
-            f"{origin} has {len(problems)} problem{'s' * (len(problems) > 1)}:{listed}\n ",
+            f"{origin} has {len(problems)} problem{'s' * (len(problems) > 1)}:{listed}",
             "keys and values as `dpo-dist config` explains them",
             "Correct the lines above.",
         ) from None

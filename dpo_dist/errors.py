@@ -8,7 +8,7 @@ EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
 
 
 class DPODistError(Exception):
-    """One line for the terminal: `found`, then `wanted`, then `remedy`; the process exits 2."""
+    """For the terminal: `found`, then `wanted`, then `remedy`; the process exits 2."""
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 
@@ -17,7 +17,9 @@ class DPODistError(Exception):
         self.found, self.wanted, self.remedy = found, wanted, remedy
 
     def __str__(self) -> str:
-        return f"{self.found}; wanted {self.wanted}. {self.remedy}"
+        # what was found may be a list, a line each
+        separator = "\n" if "\n" in self.found else "; "
+        return f"{self.found}{separator}wanted {self.wanted}. {self.remedy}"
 
 
 class ConfigError(DPODistError):

@@ -56,7 +56,7 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     reference = status.get("reference")
     if reference:
-        scored = f"{reference['num_scored']:,} of {reference['num_missing']:,} missing pairs scored"
+        scored = f"{reference['num_scored']:,} of {reference['num_missing']:,} new pairs scored"
         lines.append(("reference", scored))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))

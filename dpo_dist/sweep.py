@@ -109,7 +109,7 @@ def plan_sweep(config_path: Path, overrides: Sequence[str], *, train_only: bool 
         listed = "".join(f"\n  {line}" for line in shown[:MAX_SHOWN] + more)
         raise ConfigError(
             f"{len(combinations) - len(configs)} of the sweep's {len(combinations)} points are not "
-            f"usable:{listed}\n ",
+            f"usable:{listed}",
             "values that every point can have",
             "Correct the lines above; nothing was started.",
         )

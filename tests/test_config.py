@@ -63,7 +63,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "  data.on_empty: 'ignore'; input should be 'drop', 'raise' or 'keep'\n"
         "  objective.beta: -1; input should be greater than 0\n"
         "  trian: unknown key; did you mean train?\n"
-        " ; wanted keys and values as `dpo-dist config` explains them. Correct the lines above."
+        "wanted keys and values as `dpo-dist config` explains them. Correct the lines above."
     )
 
 

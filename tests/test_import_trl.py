@@ -307,7 +307,7 @@ def test_an_adapters_keys_without_use_peft_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("values", "said"), [
     ({"learnin_rate": 1, "zzz": 2}, "has 2 unknown keys:\n  learnin_rate: unknown key; did you "
-     "mean learning_rate?\n  zzz: unknown key; nothing of that name is near\n ; wanted keys of "),
+     "mean learning_rate?\n  zzz: unknown key; nothing of that name is near\nwanted keys of "),
     ({"model_name_or_path": None}, "model_name_or_path is missing; wanted the model that TRL"),
     ({"dataset_name": None}, "neither dataset_name nor datasets is there; wanted the preference"),
     ({"learning_rate": "fast"}, "learning_rate: 'fast'; wanted a number. Correct the YAML."),

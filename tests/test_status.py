@@ -43,7 +43,7 @@ def test_what_a_person_reads() -> None:
         "accuracy": "0.750",
         "pairs/s": "3.00",
         "time left": "1.0 h",
-        "reference": "1,200 of 2,000 missing pairs scored",
+        "reference": "1,200 of 2,000 new pairs scored",
         "last checkpoint": "runs/x/checkpoints/step-000010",
         "restarts": "2",
         "error": "boom",

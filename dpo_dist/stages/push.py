@@ -78,7 +78,7 @@ def _verified_files(paths: RunDir, kind: Kind, folder: Path) -> list[str]:
         found = "failed verification" if same else "has not been verified"
         raise ArtefactError(
             f"{folder} {found}", "an export that reproduces the training run",
-            f"Run `dpo-dist verify`; {paths.verify_path} has its checks.",
+            f"Run `dpo-dist verify`, which writes its checks into {paths.verify_path}.",
         )  # fmt: skip
     records = {name: FileRecord(**record) for name, record in manifest.details["files"].items()}
     missing = [f"{folder / name} is missing" for name in records if not (folder / name).is_file()]

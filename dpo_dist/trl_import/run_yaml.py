@@ -65,7 +65,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> Settings:
     if unknown:
         listed = "".join(f"\n  {key}: unknown key; {_hint(key)}" for key in unknown)
         raise ConfigError(
-            f"{path} has {len(unknown)} unknown key{'s' * (len(unknown) > 1)}:{listed}\n ",
+            f"{path} has {len(unknown)} unknown key{'s' * (len(unknown) > 1)}:{listed}",
             "keys of TRL 1.16's DPOConfig, ModelConfig, ScriptArguments or DatasetMixtureConfig",
             "Correct the lines above, or remove what is your script's own.",
         )
