@@ -203,8 +203,8 @@ def test_another_base_model_is_refused(lora_run: TrainedRun, tmp_path: Path) -> 
         error.value
     )
     assert str(error.value).endswith(
-        "wanted the base model of the run. Set model.path and model.revision to it, or restore "
-        "its files."
+        "wanted the base model of the run. Set model.path, model.revision and adapter.path to it, "
+        "or restore its files."
     )
 
 
