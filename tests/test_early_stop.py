@@ -150,16 +150,16 @@ def test_min_delta_decides_what_is_better(run_yaml: Path) -> None:
 def test_settings_that_need_held_out_pairs(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    for variable, value in SINGLE_PROCESS.environment().items():
-        monkeypatch.setenv(variable, value)
+    for variable, place in SINGLE_PROCESS.environment().items():
+        monkeypatch.setenv(variable, place)
     overrides = [f"run.dir={tmp_path}", "data.eval=[]", "checkpoint.every_steps=5"]
     prepare.run(load_config(run_yaml, overrides))
     with pytest.raises(DataError) as error:
         train.run(load_config(run_yaml, [*overrides, key]))
     name, value = key.split("=")
     assert str(error.value) == (
-        f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set data.eval "
-        f"and prepare the pairs in another run.dir, or set {name} to null."
+        f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set data.eval or "
+        f"data.eval_fraction and prepare the pairs in another run.dir, or set {name} to null."
     )
 
 
