@@ -105,6 +105,7 @@ def test_an_ended_run_is_finished(run_yaml: Path, ended: Path) -> None:
     assert status_of(ended)["early_stop"] is not None
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_samples_ends_as_unbroken_without(
     run_yaml: Path, ended: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_killed_and_resumed_with_samples_ends_as_unbroken_without(
     assert not (ended / "samples.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_more_patience_goes_on_as_if_it_had_been_there(run_yaml: Path, ended: Path) -> None:
     other = run_yaml.parent / "patient"
     shutil.copytree(ended, other, symlinks=True)
@@ -158,8 +160,8 @@ def test_settings_that_need_held_out_pairs(
         train.run(load_config(run_yaml, [*overrides, key]))
     name, value = key.split("=")
     assert str(error.value) == (
-        f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set data.eval or "
-        f"data.eval_fraction and prepare the pairs in another run.dir, or set {name} to null."
+        f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set data.eval "
+        f"or data.eval_fraction and prepare the pairs in another run.dir, or set {name} to null."
     )
 
 

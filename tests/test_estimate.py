@@ -203,13 +203,13 @@ def lines_of(setup: Setup) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "dtype", "adapter"),
     [
-        ("zero0", "bfloat16", False),
-        ("zero1", "bfloat16", False),
+        pytest.param("zero0", "bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("zero1", "bfloat16", False, marks=pytest.mark.slow),
         ("zero2", "bfloat16", True),
         ("zero3", "bfloat16", False),
-        ("zero3", "float32", False),
-        ("zero3_hpz", "bfloat16", False),
-        ("zero3_offload", "bfloat16", False),
+        pytest.param("zero3", "float32", False, marks=pytest.mark.slow),
+        pytest.param("zero3_hpz", "bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("zero3_offload", "bfloat16", False, marks=pytest.mark.slow),
     ],
 )
 def test_states_are_what_deepspeed_holds(name: str, dtype: str, adapter: bool) -> None:
@@ -292,8 +292,10 @@ def test_the_peak_of_a_micro_batch_is_just_below_the_estimate(checkpointing: boo
 
 
 @pytest.mark.parametrize(("stage", "dtype", "each"), [
-    (0, "float32", 12), (0, "bfloat16", 14), (1, "bfloat16", 14), (2, "float32", 16),
-    (3, "bfloat16", 12), (3, "float32", 12),
+    (0, "float32", 12), (3, "bfloat16", 12),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (0, "bfloat16", 14), (1, "bfloat16", 14), (2, "float32", 16), (3, "float32", 12),
+    )),
 ])  # fmt: skip
 def test_a_checkpoint_is_as_large_as_estimated(
     tmp_path: Path, stage: int, dtype: str, each: int

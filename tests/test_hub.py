@@ -106,6 +106,7 @@ def test_config_split_and_revision_are_those_asked_for(tmp_path: Path) -> None:
         assert pairs.origin(5) == f"{REPO}[train]:6"
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_same_pairs_and_keeps_no_rows(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("stored", "streamed")]
     with hub({REPO: {"main": files("new")}}) as served:

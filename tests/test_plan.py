@@ -39,10 +39,10 @@ def write_7b(folder: Path) -> Path:
     return folder
 
 
-def config_of(tmp_path: Path, model: str, **sections: Any) -> RunConfig:
+def config_of(tmp_path: Path, base: str, **sections: Any) -> RunConfig:
     raw = {
         "run": {"dir": str(tmp_path / "out")},
-        "model": {"path": model},
+        "model": {"path": base},
         "data": {"train": [{"path": "train.jsonl"}]},
     }
     return parse_config(raw | sections)
@@ -187,9 +187,13 @@ def test_fewer_pairs_than_a_global_batch_are_found_now(prepared: Path) -> None:
         make_plan(config, 2, None)
 
 
-def test_bad_models_and_ranks(tmp_path: Path) -> None:
+@pytest.mark.slow  # tries the hub again and again
+def test_a_model_that_no_hub_answers_for(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError, match="wanted a model folder or a reachable hub id"):
         make_plan(config_of(tmp_path, "nobody/no-such-model"), 1, None)
+
+
+def test_bad_models_and_ranks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
     with pytest.raises(ModelFilesError) as caught:
         make_plan(config_of(tmp_path, str(tmp_path)), 1, None)

@@ -43,7 +43,8 @@ def copy_of(run: TrainedRun, folder: Path, *overrides: str) -> RunConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_the_merged_model_arrives_whole_private_and_in_one_commit(

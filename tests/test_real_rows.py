@@ -24,21 +24,23 @@ pytestmark = [
 ]
 
 
-def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path, stage: str) -> None:
     config = {
         "run": {"dir": str(tmp_path / "out")},
         "model": {"path": MODEL, "dtype": "float32"},
         "data": {
-            "train": [{"path": f"{DATA}/{name}.jsonl", "limit": 3} for name in FILES],
+            "train": [{"path": f"{DATA}/{name}.jsonl", "limit": 2} for name in FILES],
             "max_length": 160,
         },
         "adapter": {"rank": 4},
         "objective": {"beta": 0.1},
         "train": {
-            "global_batch_size": 3,
+            "deepspeed": stage,
+            "global_batch_size": 2,
             "micro_batch_tokens": 512,
             "learning_rate": 1e-4,
-            "max_steps": 3,
+            "max_steps": 2,
             "warmup_ratio": 0.0,
         },
         "export": {"dtype": "float32", "max_shard_size_mib": 200},
@@ -53,9 +55,9 @@ def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path) -> None:
     for name, kind in FILES.items():
         assert name in text and kind in text
     steps = metrics_of(tmp_path / "out")
-    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["step"] for line in steps] == [1, 2]
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3)  # the gate's ln 2
-    assert steps[2]["rewards/margins"] != 0.0
+    assert steps[1]["rewards/margins"] != 0.0
     verified = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert verified["passed"] is True
     assert any((tmp_path / "out" / "tensorboard").iterdir())

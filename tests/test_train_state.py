@@ -39,7 +39,7 @@ def test_an_unreadable_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    state = TrainState(7, 42, 0.75, {"model": "m"}, 2, 3)
+    state = TrainState(7, 42, 0.75, {"model": "m"}, 2, 3, [{"step": 5, "eval_loss": 0.5}])
     (tmp_path / TRAIN_STATE_NAME).write_text(state.to_json())
     assert read_train_state(tmp_path) == state
     assert {"python", "torch", "deepspeed", "transformers", "peft"} == set(state.versions)

@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 PACKAGES = (
     "dpo-dist", "torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets",
     "accelerate", "huggingface-hub", "numpy", "pyarrow", "pydantic", "safetensors", "tensorboard",
-    "flash-attn", "ray",
+    "httpx2", "flash-attn", "bitsandbytes", "ray", "lm-eval", "wandb",
 )  # fmt: skip
 ARRIVAL_S = 120.0
 POLL_S = 0.2

@@ -67,6 +67,7 @@ def worker_pid(pid: int) -> int:
     return int(fields[1])
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_a_point(cluster: RayCluster, local: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
@@ -125,6 +126,7 @@ def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     assert len(addresses) == 2, "two ranks in two networks"
 
 
+@pytest.mark.slow
 def test_a_lost_node_leaves_fewer_workers_and_the_same_curve(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:

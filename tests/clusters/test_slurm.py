@@ -158,7 +158,11 @@ def kill_rank(slurm: Slurm, job_id: str) -> None:
 
 @pytest.mark.parametrize(
     "stop",
-    [usr2, pytest.param(cancel_step, marks=pytest.mark.slow), kill_rank],
+    [
+        usr2,
+        pytest.param(cancel_step, marks=pytest.mark.slow),
+        pytest.param(kill_rank, marks=pytest.mark.slow),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_stopped_job_requeues_itself_and_ends_like_an_unbroken_one(
@@ -221,6 +225,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(
     assert not (out / "pairs").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
     slurm: Slurm, local: Path, tmp_path: Path
 ) -> None:
