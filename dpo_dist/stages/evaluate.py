@@ -117,11 +117,13 @@ def _means(
 def print_result(result: dict[str, Any]) -> None:
     """Shows evaluate.json as a table."""
     states = [state for state in ("before", "after") if state in result]
-    table = Table("held-out", *(f"{name} {when}" for name in SHOWN for when in states))
+    table = Table("held-out", "metric", *states)
     groups = {"all": [result[state] for state in states]}
     for name in result["after"]["per_source"]:
         groups[name] = [result[state]["per_source"][name] for state in states]
     for name, group in groups.items():
-        cells = [f"{means[metric]:.3f}" for metric in SHOWN for means in group]
-        table.add_row(f"{name} ({group[-1]['num_pairs']})", *cells)
+        pairs = f"{name} ({group[-1]['num_pairs']})"
+        for i, metric in enumerate(SHOWN):
+            values = (f"{means[metric]:.3f}" for means in group)
+            table.add_row("" if i else pairs, metric, *values)
     console.print(table)
