@@ -38,21 +38,21 @@ def curves(lines: Sequence[Line], folder: Path) -> str:
 
 
 def held_out(lines: Sequence[Line], evaluated: dict[str, Any]) -> str:
-    """Export against the start by source, and the evaluations of the training."""
+    """Export by source, against the start if that is known, and the evaluations of the training."""
     body = ""
     if evaluated:
-        before, after = evaluated["before"], evaluated["after"]
-        groups = {"all": (before, after)} | {
-            name: (before["per_source"][name], after["per_source"][name])
-            for name in after["per_source"]
+        states = [state for state in ("before", "after") if state in evaluated]
+        groups = {"all": [evaluated[state] for state in states]} | {
+            name: [evaluated[state]["per_source"][name] for state in states]
+            for name in evaluated["after"]["per_source"]
         }
-        head = ["source", "pairs"]
-        head += [f"{name} {when}" for name in SHOWN for when in ("before", "after")]
+        head = ["source", "pairs", *(f"{name} {state}" for name in SHOWN for state in states)]
         rows = [
-            (name, old["num_pairs"], *(means[m] for m in SHOWN for means in (old, new)))
-            for name, (old, new) in groups.items()
+            (name, group[-1]["num_pairs"], *(means[m] for m in SHOWN for means in group))
+            for name, group in groups.items()
         ]
-        body += heading("Export against the start (dpo-dist evaluate)") + table(head, rows)
+        what = "Export against the start" if "before" in states else "The export"
+        body += heading(f"{what} (dpo-dist evaluate)") + table(head, rows)
     evaluations = [line for line in lines if f"{HELD_OUT}loss" in line]
     if evaluations:
         names = [name for name in evaluations[-1] if name.startswith(HELD_OUT)]

@@ -186,6 +186,14 @@ def test_no_warning_where_none_is_due(whole: RunDir) -> None:
     assert 'class="warning"' not in report.run(whole.root).read_text()
 
 
+def test_without_a_reference_there_is_no_before(whole: RunDir) -> None:
+    evaluated = json.loads(whole.evaluate_path.read_text())
+    write_json(whole.evaluate_path, {"after": evaluated["after"]})
+    text = report.run(whole.root).read_text()
+    assert "rewards/margins after" in text and "rewards/margins before" not in text
+    assert "Export against the start" not in text and "The export (dpo-dist evaluate)" in text
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     paths = RunDir(tmp_path)
     write_json(paths.status_path, {"stage": "prepare", "state": "running"})
