@@ -30,6 +30,8 @@ from dpo_dist.status import read_status
 INPUT_STAGES, POINT_STAGES = STAGES[:2], STAGES[2:]
 # The sweep sets these itself, or they say which part of one run a process does.
 NOT_SWEPT = ("run.dir", "reference.store_dir", "reference.part")
+# of an adapter: what says which parameters train
+CHOOSING = {"target_modules", "modules_to_save", "exclude_modules", "target_parameters"}
 UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")
 MAX_NAME = 40  # characters of one value in a folder's name
 MAX_SHOWN = 12  # problems of one kind of mistake are alike for all points
@@ -218,10 +220,15 @@ def _point_name(values: Mapping[str, Any]) -> str:
 
 
 def _inputs_digest(config: RunConfig) -> str:
-    """What pairs and reference log-probs depend on, as far as the config tells."""
+    """What pairs, base model and reference log-probs depend on, as far as the config tells."""
     data = config.data.model_dump(mode="json", exclude={"num_workers"})
     model = config.model.model_dump(mode="json", exclude={"attention"})
-    return digest_of([data, model, config.reference.model])[:8]
+    adapter, objective = config.adapter, config.objective
+    start = (adapter.path, adapter.start) if adapter is not None and adapter.path else None
+    # prepare refuses added tokens that the adapter would leave frozen
+    trained = adapter.model_dump(mode="json", include=CHOOSING) if adapter is not None else None
+    reference = [config.reference.model, objective.reference_free, objective.ld_alpha]
+    return digest_of([data, model, start, trained if model["add_tokens"] else None, reference])[:8]
 
 
 def _run(config_path: Path, name: str, root: RunDir, common: Sequence[str]) -> Run:

@@ -101,6 +101,44 @@ def test_points_share_inputs_unless_pairs_or_model_differ(run_yaml: Path) -> Non
     assert len(stores) == 1, "rows are keyed by their tokens, so what is equal is scored once"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.ld_alpha=0.5,1.0"],
+        ["objective.loss=sigmoid,simpo"],
+        ["adapter.path=a,b"],
+        ["adapter.path=a", "adapter.start=continue,merge"],
+        ["model.quantization=null,nf4", "adapter.rank=8"],
+        ["model.layout=packed,padded"],
+        ["model.dtype=bfloat16,float32"],
+        ["model.pad_vocab_to_multiple=8,16"],
+        ["reference.model=null,other"],
+        ["adapter.modules_to_save=[embed_tokens],[lm_head]", "model.add_tokens=[<a>]"],
+    ],
+    ids=" ".join,
+)
+def test_points_of_different_references_have_inputs_of_their_own(
+    run_yaml: Path, overrides: list[str]
+) -> None:
+    sweep = plan_sweep(run_yaml, [*overrides, BETAS])
+    assert len(sweep.inputs) == 2
+    for inputs in sweep.inputs:
+        assert len({point.values["objective.beta"] for point in sweep.points_of(inputs)}) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.loss=sigmoid,ipo", "adapter.rank=8,16", "run.seed=1,2"],
+        ["objective.loss=simpo,orpo"],
+        ["adapter.path=a", "adapter.dropout=0.0,0.1"],
+    ],
+    ids=" ".join,
+)
+def test_points_of_one_reference_share_it(run_yaml: Path, overrides: list[str]) -> None:
+    assert len(plan_sweep(run_yaml, [*overrides, BETAS]).inputs) == 1
+
+
 def test_names_are_safe_and_distinct(run_yaml: Path) -> None:
     keys = ("model.path=a/b,a-b", "reference.model=null,../m", "data.train.0.path=/x/y.jsonl,z")
     points = plan_sweep(run_yaml, keys).points
