@@ -28,7 +28,7 @@ LAST_TURN_NOTE = "Judge the replies to the user's last message; what comes befor
 REMINDER = "That names no single verdict. Write only [[A]], [[B]] or [[C]]."
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
 _LETTER_ALONE = re.compile(r"[\W_]*([ABC])[\W_]*", re.IGNORECASE)
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 Z_95 = 1.959964  # 97.5 % point of the normal distribution
 
 
@@ -71,8 +71,9 @@ def request_digest(
 def parse_verdict(reply: str) -> str | None:
     """A, B or C when the reply names exactly one of them in double brackets, or is one; else None.
 
-    What a reasoning model thinks aloud does not count. A reply that repeats the choices names
-    several: taking one of those would make a verdict of a quotation.
+    What a reasoning model thinks aloud does not count, also where it was cut before the end of a
+    thought. A reply that repeats the choices names several: taking one of those would make a
+    verdict of a quotation.
     """
     said = _THOUGHT.sub("", reply)
     if alone := _LETTER_ALONE.fullmatch(said):
