@@ -4,7 +4,8 @@
 
 1. `plan_sweep` splits the values, forms their product and checks the config of every point.
 2. Points whose pairs and models are the same share their inputs: a run folder that is prepared and
-   scored once. Its pairs are linked into the points' folders, the reference store is run.dir's.
+   scored once. Its pairs, and the base model if `prepare` makes one, are linked into the points'
+   folders; the reference store is run.dir's.
 3. What is done is read from each point's status.json, so the same command goes on where it was.
 """
 
@@ -23,7 +24,7 @@ from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import ArtefactError, ConfigError
 from dpo_dist.manifest import digest_of
-from dpo_dist.plan import STAGES, Stage, store_root
+from dpo_dist.plan import STAGES, Stage, makes_base, store_root
 from dpo_dist.run_dir import RunDir
 from dpo_dist.status import read_status
 
@@ -241,25 +242,33 @@ def _quoted(path: str) -> str:
     return path if yaml.safe_load(path) == path else json.dumps(path)
 
 
-def link_pairs(point: Point) -> None:
-    """Links the shared pairs into a point's folder, by a relative name: the sweep can be moved.
+def links_of(point: Point) -> dict[Path, Path]:
+    """link -> target of what a point reads from its inputs; by relative names, to move the sweep.
 
-    Raises ArtefactError when pairs that are not a link stand there.
+    The pairs, and the base model that `prepare` made, if any.
     """
-    link = point.paths.pairs_dir
-    target = Path("..") / point.inputs.name / link.name
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if link.is_symlink():
-        if link.readlink() == target:
-            return
-        link.unlink()
-    elif link.exists():
-        raise ArtefactError(
-            f"{link} is a folder of its own",
-            f"a link to {point.inputs.paths.pairs_dir}",
-            "A sweep did not make this folder: move it away.",
-        )
-    link.symlink_to(target)
+    own = [point.paths.pairs_dir, *([point.paths.base_dir] if makes_base(point.config) else [])]
+    return {link: Path("..") / point.inputs.name / link.name for link in own}
+
+
+def link_pairs(point: Point) -> None:
+    """Links the shared pairs and base model into a point's folder.
+
+    Raises ArtefactError when something that is not a link stands there.
+    """
+    for link, target in links_of(point).items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink():
+            if link.readlink() == target:
+                continue
+            link.unlink()
+        elif link.exists():
+            raise ArtefactError(
+                f"{link} is a folder of its own",
+                f"a link to {point.inputs.paths.root / link.name}",
+                "A sweep did not make this folder: move it away.",
+            )
+        link.symlink_to(target)
 
 
 def state_of(point: Point, last_stage: str) -> State:

@@ -11,7 +11,7 @@ from dpo_dist.logs import console
 from dpo_dist.plan import Stage
 from dpo_dist.ranks import launch
 from dpo_dist.status import read_status, update_stage
-from dpo_dist.sweep import INPUT_STAGES, Run, Sweep, link_pairs, state_of
+from dpo_dist.sweep import INPUT_STAGES, Run, Sweep, link_pairs, links_of, state_of
 from dpo_dist.sweep_results import collect, print_table, write_results
 
 EXIT_SOME_FAILED = 1
@@ -68,8 +68,8 @@ def print_commands(sweep: Sweep, config_path: Path) -> None:
             if state_of(point, last_stage).name == "done":
                 print(f"# {point.name} is done")
                 continue
-            link = point.paths.pairs_dir
-            print(shlex.join(["ln", "-s", f"../{inputs.name}/{link.name}", str(link)]))
+            for link, target in links_of(point).items():
+                print(shlex.join(["ln", "-s", str(target), str(link)]))
             _print_commands(point, sweep.stages, config_path)
 
 

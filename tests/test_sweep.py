@@ -16,7 +16,7 @@ from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import ArtefactError, ConfigError
 from dpo_dist.manifest import write_atomic
 from dpo_dist.status import update_stage
-from dpo_dist.sweep import Point, Sweep, link_pairs, plan_sweep, split_values, state_of
+from dpo_dist.sweep import Point, Sweep, link_pairs, links_of, plan_sweep, split_values, state_of
 
 BETAS = "objective.beta=0.05,0.1"
 
@@ -217,6 +217,21 @@ def test_pairs_are_linked_by_a_relative_name(run_yaml: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.add_tokens=[<a>]"], ["model.pad_vocab_to_multiple=8"],
+     ["adapter.path=a", "adapter.start=merge"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_base_model_of_the_inputs_is_linked_too(run_yaml: Path, overrides: list[str]) -> None:
+    for point in plan_sweep(run_yaml, [BETAS, *overrides]).points:
+        point.inputs.paths.base_dir.mkdir(parents=True, exist_ok=True)
+        link_pairs(point)
+        assert point.paths.base_dir.samefile(point.inputs.paths.base_dir)
+    (plain, _) = plan_sweep(run_yaml, [BETAS]).points
+    assert plain.paths.base_dir not in links_of(plain)
+
+
 def test_the_table_is_sorted_by_held_out_accuracy_then_margin(run_yaml: Path) -> None:
     sweep = plan_sweep(run_yaml, ["objective.beta=0.1,0.2,0.3,0.4"], train_only=True)
     first, second, third, _ = sweep.points
@@ -291,6 +306,15 @@ def test_a_point_is_the_run_with_its_settings(tmp_path: Path) -> None:
     assert said.stderr.count("beta=0.1: done") == 1 and "step 1/4" not in said.stderr
     grown = succeed("sweep", path, "objective.beta=0.1,0.2,0.5", "train.max_steps=4")
     assert "beta=0.5: done" in grown.stderr and "reference: current" in grown.stderr
+
+
+@pytest.mark.slow
+def test_points_train_from_a_base_that_prepare_made(tmp_path: Path) -> None:
+    path = make_run(tmp_path)
+    settings = ["model.pad_vocab_to_multiple=64", "local.workers=1", "train.max_steps=2"]
+    succeed("sweep", path, "objective.beta=0.1,0.5", *settings)
+    points = json.loads((tmp_path / "out/sweep/results.json").read_text())["points"]
+    assert [point["state"] for point in points] == ["done", "done"]
 
 
 @pytest.mark.slow
