@@ -13,16 +13,19 @@ import torch
 from dpo_dist.config import load_config, parse_config
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.engine import checkpoint, collectives, ds_config, quantized, zero
+from dpo_dist.engine.adapters import add_adapter
 from dpo_dist.engine.forward import PairScorer, score_pairs
 from dpo_dist.engine.load import load_model, num_parameters
 from dpo_dist.engine.model_shape import count_model
 from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.policy import build_policy, settle_layout
+from dpo_dist.engine.reload import choose_model, digest_of_chosen, load_chosen
 from dpo_dist.engine.shards import open_checkpoint
 from dpo_dist.engine.train_state import TrainState
 from dpo_dist.errors import ConfigError
 from dpo_dist.estimate import Setup, parameter_lines, sharding_of, total
 from dpo_dist.plan import complete_store, scoring_contract
+from dpo_dist.run_dir import RunDir
 from dpo_dist.sections.training import AdapterSection, ModelSection, TrainSection
 from dpo_dist.topology import from_environment
 from tests.ranks import run_ranks
@@ -230,6 +233,27 @@ def test_the_planner_counts_its_bytes(dtype: str, tmp_path: Path) -> None:
     )
 
 
+def test_base_and_export_are_quantised_alike(model_dir: Path, tmp_path: Path) -> None:
+    """The merged model is compared with the full-precision base, the adapter with the NF4 one."""
+    paths = RunDir(tmp_path)
+
+    def packed(which: str) -> tuple[bool, str]:
+        choice = choose_model(which, paths, model_dir)
+        model = load_chosen(choice, model_dir, section(model_dir), CPU)
+        digest = digest_of_chosen(choice, model_dir, section(model_dir))
+        return any(hasattr(p, "quant_state") for p in model.parameters()), digest
+
+    base = load_model(model_dir, section(model_dir, quantization=None), device=CPU)
+    add_adapter(base, AdapterSection(rank=4), str(model_dir)).save_pretrained(  # pyright: ignore
+        paths.adapter_dir
+    )
+    assert packed("base")[0] and packed("export")[0]
+    quantised = packed("base")[1]
+    shutil.copytree(model_dir, paths.model_dir(True))
+    assert not packed("base")[0] and not packed("export")[0] and packed("adapter")[0]
+    assert packed("base")[1] == packed("export")[1] != quantised
+
+
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
@@ -277,7 +301,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     """The reference is the quantised policy; ranks and stages agree; verify says what it cost."""
     run = make_run(tmp_path)
     settings = ["model.quantization=nf4", "adapter.rank=4", "train.max_steps=4"]
-    settings += ["checkpoint.every_steps=2", "reference.sharding=zero3"]
+    settings += ["checkpoint.every_steps=2", "eval.every_steps=2", "reference.sharding=zero3"]
     succeed("run", run, *settings)
     out = tmp_path / "out"
     first = next(line for line in metrics_of(out) if line.get("step") == 1)
@@ -295,6 +319,12 @@ def test_a_whole_run(tmp_path: Path) -> None:
     reported = checks["merged: against quantised training"]
     assert 0.01 < reported["max_difference"] < reported["tolerance"]
     assert "nats on average" in reported["detail"]
+
+    succeed("evaluate", run, *settings)
+    after = json.loads((out / "evaluate.json").read_text())["after"]
+    last = next(m for m in reversed(metrics_of(out)) if "eval_rewards/margins" in m)
+    for name in ("rewards/margins", "rewards/accuracies"):
+        assert after[name] == pytest.approx(last[f"eval_{name}"], abs=1e-4)
 
     other = tmp_path / "one-rank"
     shutil.copytree(out / "pairs", other / "pairs")

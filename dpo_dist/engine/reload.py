@@ -27,11 +27,20 @@ def stored_names(model_dir: Path) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model to use: a whole one, or an adapter on the run's base."""
+    """A model to use: a whole one, or an adapter on the run's base.
+
+    `as_trained` is what is loaded with the run's quantisation: an adapter, and the base unless
+    there is a whole export to compare it with, which has left quantisation behind.
+    """
 
     name: str
     folder: Path
     is_adapter: bool = False
+    as_trained: bool = False
+
+    def section(self, section: ModelSection) -> ModelSection:
+        """The run's model section as this model is loaded with it."""
+        return section if self.as_trained else section.model_copy(update={"quantization": None})
 
 
 def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
@@ -43,11 +52,11 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
     exported = {
         "merged": ModelChoice("merged", paths.model_dir(True)),
         "full": ModelChoice("full", paths.model_dir(False)),
-        "adapter": ModelChoice("adapter", paths.adapter_dir, is_adapter=True),
+        "adapter": ModelChoice("adapter", paths.adapter_dir, is_adapter=True, as_trained=True),
     }
     there = [choice for choice in exported.values() if choice.folder.is_dir()]
     if which == "base":
-        return ModelChoice("base", base_dir)
+        return ModelChoice("base", base_dir, as_trained=all(c.is_adapter for c in there))
     if which == "export":
         if not there:
             raise ArtefactError(
@@ -65,7 +74,7 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
         return exported[which]
     folder = Path(which).expanduser()
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return ModelChoice(folder.name, folder.resolve(), is_adapter=True)
+        return ModelChoice(folder.name, folder.resolve(), is_adapter=True, as_trained=True)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelFilesError(
             f"{which} has neither config.json nor {ADAPTER_CONFIG_NAME}",
@@ -79,10 +88,8 @@ def load_chosen(
     choice: ModelChoice, base_dir: Path, section: ModelSection, device: torch.device
 ) -> Any:
     """The model of a choice; raises ArtefactError when an adapter's file does not fit the base."""
+    section = choice.section(section)
     if not choice.is_adapter:
-        if choice.folder != base_dir:
-            # quantised is what it was trained beside, not what was exported
-            section = section.model_copy(update={"quantization": None})
         return load_model(choice.folder, section, device=device)
     model, problems = load_adapted(base_dir, choice.folder, section, device)
     if problems:
@@ -95,17 +102,13 @@ def load_chosen(
 
 
 def digest_of_chosen(choice: ModelChoice, base_dir: Path, section: ModelSection) -> str:
-    """Identity of a choice's weights; an adapter's includes its base's."""
-    if not choice.is_adapter:
-        return digest_of_weights(choice.folder, section.allow_pickle_weights)
-    files = [choice.folder / name for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
-    base = digest_of_weights(base_dir, section.allow_pickle_weights)
-    return digest_of([base, *map(digest_of_file, files)])
-
-
-def load_export(paths: RunDir, base_dir: Path, section: ModelSection, device: torch.device) -> Any:
-    """The exported model to use: merged, full, or the adapter on the base."""
-    return load_chosen(choose_model("export", paths, base_dir), base_dir, section, device)
+    """Identity of a choice's weights as they are loaded; an adapter's includes its base's."""
+    section, names = choice.section(section), (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
+    files = [choice.folder / name for name in names if choice.is_adapter]
+    whole = base_dir if choice.is_adapter else choice.folder
+    parts = [digest_of_weights(whole, section.allow_pickle_weights), *map(digest_of_file, files)]
+    parts += [section.quantization] if section.quantization else []
+    return digest_of(parts) if len(parts) > 1 else parts[0]
 
 
 def load_whole(

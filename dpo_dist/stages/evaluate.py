@@ -1,6 +1,7 @@
 """Held-out accuracy and margin of the export, against the policy as it started.
 
-1. Load the exported model fresh, whole on every rank.
+1. Load the exported model fresh, whole on every rank; of a quantised run its adapter on the
+   quantised base, which is what was trained and what the reference is compared with.
 2. Score the held-out pairs; the numbers before training are the reference store's.
 3. Write means over all pairs and per source.
 """
@@ -19,7 +20,7 @@ from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine import collectives
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.policy import settle_layout
-from dpo_dist.engine.reload import load_export
+from dpo_dist.engine.reload import choose_model, load_chosen
 from dpo_dist.engine.scoring import score_on_all_ranks
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console, progress_bar
@@ -47,13 +48,17 @@ def run(config: RunConfig) -> Path:
             "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir.",
         )
     with collectives.process_group(topology) as device:
-        model = load_export(paths, base_model_dir(config), config.model, device)
+        base_dir, quantization = base_model_dir(config), config.model.quantization
+        choice = choose_model("adapter" if quantization else "export", paths, base_dir)
+        model = load_chosen(choice, base_dir, config.model, device)
         scorer = PairScorer(model).eval()
         layout = settle_layout(scorer, scorer, config.model, device)
         held_out = with_reference(config, pairs, layout)
         scores = _score_all(config, scorer, pairs, topology, device)
         if topology.rank == 0:
-            write_json(paths.evaluate_path, _result(held_out, scores, objective_of(config)))
+            scored = {"model": choice.name, "quantization": quantization}
+            result = _result(held_out, scores, objective_of(config))
+            write_json(paths.evaluate_path, scored | result)
     return paths.evaluate_path
 
 
@@ -126,4 +131,6 @@ def print_result(result: dict[str, Any]) -> None:
         for i, metric in enumerate(SHOWN):
             values = (f"{means[metric]:.3f}" for means in group)
             table.add_row("" if i else pairs, metric, *values)
+    if result["quantization"]:
+        table.caption = f"after: the {result['model']} on the {result['quantization']} base"
     console.print(table)

@@ -12,7 +12,7 @@ from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.collectives import device_of
 from dpo_dist.engine.generate import Answer, answer
 from dpo_dist.engine.policy import load_policy
-from dpo_dist.engine.reload import load_export
+from dpo_dist.engine.reload import choose_model, load_chosen
 from dpo_dist.errors import DataError
 from dpo_dist.logs import console
 from dpo_dist.manifest import write_json
@@ -40,9 +40,11 @@ def run(config: RunConfig) -> Path:
     answers: list[list[Answer]] = []
     start = start_adapter_dir(config)
     adapter = None if start is None else config.adapter
+    export = choose_model("export", paths, base_dir)
+    model = export.section(config.model)  # both in full precision where the export is
     for load in (
-        lambda: load_policy(base_dir, config.model, adapter, device=device, start=start).eval(),
-        lambda: load_export(paths, base_dir, config.model, device),
+        lambda: load_policy(base_dir, model, adapter, device=device, start=start).eval(),
+        lambda: load_chosen(export, base_dir, config.model, device),
     ):
         torch.manual_seed(config.run.seed)
         answers.append(
