@@ -1,5 +1,6 @@
 """Answers to a file of prompts, and the chat: batches, models, killed and gone on."""
 
+import fcntl
 import json
 import os
 import signal
@@ -234,6 +235,23 @@ def test_a_file_is_current_or_refused(run_yaml: Path, questions: Path, tmp_path:
         stage.run(config, questions, "base", "jsonl", out)
     with pytest.raises(ArtefactError, match="a file that ends in .jsonl"):
         stage.run(config, questions, "base", "jsonl", tmp_path / "answers.txt")
+
+
+def test_one_process_writes_a_file(run_yaml: Path, questions: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "base.jsonl", load_config(run_yaml, ["generate.max_new_tokens=2"])
+    partial = tmp_path / "base.jsonl.partial"
+    with partial.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(ArtefactError) as caught:
+            stage.run(config, questions, "base", "jsonl", out)
+    assert str(caught.value) == (
+        f"{partial} is being written by another generate; wanted one at a time. Wait for it, or "
+        "choose another --out."
+    )
+    assert partial.read_text() == "" and not out.exists()
+    stage.run(config, questions, "base", "jsonl", out)
+    stage.run(config, questions, "base", "jsonl", out)
+    assert len(read_lines(out)) == 5 and not partial.exists()
 
 
 def test_models_that_are_not_there(run_yaml: Path, tmp_path: Path) -> None:

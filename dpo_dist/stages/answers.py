@@ -8,12 +8,15 @@ What a batch says does not depend on what was answered before it, so an interrup
 the file of an unbroken one.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -107,7 +110,7 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
     """Answers every question of a file and writes the answer file; its path.
 
     `which` is a name or a path as `choose_model` takes it. A file that is current is left alone.
-    Raises ArtefactError when one of other settings is there.
+    Raises ArtefactError when one of other settings is there, or another process is writing it.
     """
     questions, settings = read_questions(prompts_path), config.generate
     base_dir = base_model_dir(config)
@@ -116,25 +119,59 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
     if out.is_dir() or out.suffix != ".jsonl":
         raise ArtefactError(f"--out {out}", "a file that ends in .jsonl", "Correct its name.")
     manifest = _manifest(config, choice, base_dir, prompts_path, form, out)
-    if _is_current(out, manifest):
-        _logger.info("%s is there, made from these prompts, this model and these settings", out)
-        return out
-    tokenizer = load_chat_tokenizer(config, choice.folder, choice.is_adapter, base_dir)
-    model = load_chosen(choice, base_dir, config.model, device_of(SINGLE_PROCESS))
-    prompts = PairTokenizer(tokenizer, config.data.system_message)
-    speaker = Speaker(model, prompts, settings, config.run.seed)
+    with _alone_with(out) as stream:
+        if _is_current(out, manifest):
+            _logger.info("%s is there, made from these prompts, this model and these settings", out)
+            return out
+        tokenizer = load_chat_tokenizer(config, choice.folder, choice.is_adapter, base_dir)
+        model = load_chosen(choice, base_dir, config.model, device_of(SINGLE_PROCESS))
+        prompts = PairTokenizer(tokenizer, config.data.system_message)
+        write_json(manifest_beside(out), asdict(manifest))
+        speaker = Speaker(model, prompts, settings, config.run.seed)
+        _answer_all(speaker, questions, form, out, stream)
+        os.replace(partial_path(out), out)
+        fsync_dir(out.parent)
+    return out
+
+
+@contextlib.contextmanager
+def _alone_with(out: Path) -> Iterator[TextIO]:
+    """The file of answers so far to append to, for this process alone; removed if still empty."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(out)
-    answered = {row["question_id"] for row in keep_whole_lines(partial)}
+    with partial.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = partial.samefile(f"/dev/fd/{stream.fileno()}")
+        except (BlockingIOError, FileNotFoundError):  # not found: it was just finished and renamed
+            held = False
+        if not held:
+            raise ArtefactError(
+                f"{partial} is being written by another generate",
+                "one at a time",
+                "Wait for it, or choose another --out.",
+            )
+        try:
+            yield stream
+        finally:
+            if partial.exists() and not partial.stat().st_size:
+                partial.unlink()
+
+
+def _answer_all(
+    speaker: Speaker, questions: list[Question], form: Format, out: Path, stream: TextIO
+) -> None:
+    """Appends the lines that are not there yet."""
+    answered = {row["question_id"] for row in keep_whole_lines(partial_path(out))}
     if answered:
         _logger.info("going on: %d of %d questions are answered", len(answered), len(questions))
-    write_json(manifest_beside(out), asdict(manifest))
-    num_answers = num_tokens = num_cut = 0
-    with partial.open("a") as stream, progress_bar("questions") as bar:
-        task = bar.add_task(f"answers of {choice.name}", total=len(questions))
-        for start in range(0, len(questions), settings.batch_size):
-            batch = questions[start : start + settings.batch_size]
+    size, num_answers, num_tokens, num_cut = speaker.settings.batch_size, 0, 0, 0
+    with progress_bar("questions") as bar:
+        task = bar.add_task(f"answers of {out.stem}", total=len(questions))
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
             if any(question.question_id not in answered for question in batch):
-                said = speaker.answer_batch(start // settings.batch_size, batch)
+                said = speaker.answer_batch(start // size, batch)
                 for question, answers in zip(batch, said, strict=True):
                     if question.question_id not in answered:
                         texts = [reply.text.strip() for reply in answers]
@@ -146,13 +183,10 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
                 stream.flush()
                 os.fsync(stream.fileno())
             bar.advance(task, len(batch))
-    os.replace(partial, out)
-    fsync_dir(out.parent)
     _logger.info(
         "%s: %d questions; this time %d answers of %d tokens, %d cut at generate.max_new_tokens %d",
-        out, len(questions), num_answers, num_tokens, num_cut, settings.max_new_tokens,
+        out, len(questions), num_answers, num_tokens, num_cut, speaker.settings.max_new_tokens,
     )  # fmt: skip
-    return out
 
 
 def _manifest(
@@ -178,20 +212,20 @@ def _manifest(
 
 def _is_current(out: Path, manifest: Manifest) -> bool:
     """Whether the answers are all there; raises ArtefactError when others lie in their place."""
-    beside = manifest_beside(out)
+    beside, partial = manifest_beside(out), partial_path(out)
+    begun = out.exists() or (partial.exists() and partial.stat().st_size > 0)
     if not beside.exists():
-        if out.exists() or partial_path(out).exists():
+        if begun:
             raise ArtefactError(
                 f"{out} is there without {beside.name}",
                 "a name that is free",
                 "Choose another --out, or move the file away.",
             )
-        out.parent.mkdir(parents=True, exist_ok=True)
         return False
     old = json.loads(beside.read_text())
     found = differences(old["settings"], manifest.settings)
     found += differences(old["inputs"], manifest.inputs, "input ")
-    if found and (out.exists() or partial_path(out).exists()):
+    if found and begun:
         raise ArtefactError(
             f"{out} was begun with other settings ({'; '.join(found)})",
             "the settings of this run config and the same inputs",
