@@ -1,6 +1,7 @@
 """The docs: tests they lean on exist, and links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text())
     local = [target for target in targets if not target.startswith("http")]
     assert [target for target in local if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_named_extras_exist(path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"dpo-dist\[([\w, -]+)\]", path.read_text())
+    extras = {extra.strip() for names in named for extra in names.split(",")}
+    assert extras - project["optional-dependencies"].keys() == set()
 
 
 def test_every_doc_is_found_from_the_readme() -> None:
