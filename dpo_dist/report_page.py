@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from dpo_dist import svg
+
 Row = Sequence[Any]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# after svg.STYLE: its charts get this page's colours, in light and dark alike
 STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #e1e5ea; --paper: #ffffff; --wash: #f6f8fa; }
+:root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #e1e5ea; --paper: #ffffff;
+  --wash: #f6f8fa; --faint: #5b6675; --rule: #e1e5ea; --c0: #0072b2; --c1: #d55e00; --c2: #009e73;
+  --c3: #a0528a; --c4: #b3402e; --c5: #5b6675; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--wash); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -34,7 +39,7 @@ nav { margin: 10px 0 0; } nav a { margin-right: 14px; color: #0059a3; text-decor
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px; }
 .plots img { width: 100%; display: block; background: var(--paper); border: 1px solid var(--line);
   border-radius: 8px; }
-.wide { overflow-x: auto; background: var(--paper); border: 1px solid var(--line);
+.wide, .scroll { overflow-x: auto; background: var(--paper); border: 1px solid var(--line);
   border-radius: 8px; margin: 8px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; vertical-align: top; padding: 6px 12px;
@@ -46,7 +51,17 @@ td.number { white-space: nowrap; }
 td.text { white-space: pre-wrap; min-width: 220px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px;
   align-items: start; }
-@media (max-width: 560px) { .plots, .columns { grid-template-columns: 1fr; } }
+.data h2 { font-size: 15px; margin: 24px 0 6px; border-bottom: 0; }
+.data h3 { margin-top: 0; } .faint { color: var(--soft); }
+.data .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 12px; }
+.data .tiles div, .data figure { background: var(--paper); border: 1px solid var(--line);
+  border-radius: 8px; padding: 10px 16px; margin: 0; min-width: 120px; }
+.data .tiles b { display: block; font-size: 18px; } .data .tiles span { color: var(--soft);
+  font-size: 12.5px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px; }
+.legend { font-size: 12.5px; } .legend span { margin-right: 16px; }
+.legend i { display: inline-block; width: 10px; height: 10px; margin-right: 6px; }
+@media (max-width: 560px) { .plots, .charts, .columns { grid-template-columns: 1fr; } }
 """
 
 
@@ -83,7 +98,7 @@ def page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{svg.STYLE}{STYLE}</style>
 </head>
 <body><main>
 <h1>{escape(title)}</h1>
@@ -105,6 +120,11 @@ def paragraph(text: str) -> str:
 def heading(text: str) -> str:
     """A heading inside a section."""
     return f"<h3>{escape(text)}</h3>\n"
+
+
+def part_of(kind: str, shown: str) -> str:
+    """HTML of another page, under the rules that STYLE has for its kind."""
+    return f'<div class="{kind}">{shown}</div>\n'
 
 
 def columns(*parts: str) -> str:

@@ -9,7 +9,16 @@ import yaml
 from dpo_dist import __version__
 from dpo_dist.curves import HELD_OUT, PLOTS, Line, points
 from dpo_dist.plots import draw_plots, plot_path
-from dpo_dist.report_page import columns, flatten, heading, number, paragraph, pictures, table
+from dpo_dist.report_page import (
+    columns,
+    flatten,
+    heading,
+    number,
+    paragraph,
+    part_of,
+    pictures,
+    table,
+)
 from dpo_dist.run_dir import step_of
 
 NUM_SAMPLES = 12  # answers shown; the files have all
@@ -96,44 +105,18 @@ def samples(answers: Sequence[dict[str, Any]], sampled: Sequence[Line]) -> str:
     )
 
 
-def data(report: dict[str, Any]) -> str:
-    """Sources, lengths and what was dropped, from the data report."""
+def data(report: dict[str, Any], shown: str) -> str:
+    """Token lengths under `shown`, the HTML of the data report's own page."""
     if not report:
         return paragraph("No pairs have been prepared yet.")
-    sources, lengths, notes = [], [], []
-    for split, counts in report["splits"].items():
-        for name, source in counts["sources"].items():
-            numbers = (source["rows"], source["pairs"])
-            sources.append((split, name, source["format"], *numbers, _counts(source, "dropped")))
-        for part, values in counts["lengths"].items():
-            if values:
-                lengths.append((split, part, *values.values()))
-        for kind in ("dropped", "noted"):
-            notes += [
-                (split, kind, reason, found, counts["first"].get(reason, "-"))
-                for reason, found in counts[kind].items()
-                if found
-            ]
-    shown = [
-        table(("split", "source", "format", "rows", "pairs", "dropped"), sources),
-        columns(
-            heading("Tokens, truncated")
-            + table(("split", "part", "p50", "p90", "p99", "max"), lengths)
-            + paragraph(f"max_length: {report['max_length_reason']}")
-            + (paragraph(f"held out: {report['held_out']}") if report.get("held_out") else ""),
-            heading("Dropped and noted rows")
-            + table(("split", "what", "reason", "rows", "first"), notes)
-            if notes
-            else "",
-        ),
-        *(paragraph(f"Hint: {hint}") for hint in report.get("hints", [])),
+    lengths = [
+        (split, part, *values.values())
+        for split, counts in report["splits"].items()
+        for part, values in counts["lengths"].items()
+        if values
     ]
-    return "".join(shown)
-
-
-def _counts(source: dict[str, Any], kind: str) -> str:
-    found = [f"{count:,} {reason}" for reason, count in source[kind].items() if count]
-    return ", ".join(found) or "-"
+    head = ("split", "part", "p50", "p90", "p99", "max")
+    return part_of("data", shown) + heading("Tokens, truncated") + table(head, lengths)
 
 
 def checkpoints(found: Sequence[Path], status: dict[str, Any]) -> str:

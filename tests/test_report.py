@@ -20,6 +20,7 @@ from ranks import ROOT
 from tiny_run import dpo_dist
 
 from dpo_dist.curves import PLOTS
+from dpo_dist.data.distributions import length_bias
 from dpo_dist.engine.train_state import TrainState
 from dpo_dist.errors import ArtefactError
 from dpo_dist.manifest import write_json
@@ -80,11 +81,21 @@ def whole(tmp_path: Path) -> RunDir:
     groups = {when: means | {"per_source": {EVIL: means}} for when in ("before", "after")}
     write_json(paths.evaluate_path, groups)
     lengths = {"prompt": {"p50": 1, "p90": 2, "p99": 3, "max": 4}, "chosen": {}}
+    bias = length_bias(np.array([5, 2, 3, 9]), np.array([1, 4, 3, 1]))
+    answers = {"edges": [0, 5, 10], "counts": {"chosen": [30, 18], "rejected": [40, 8]}}
     split = {
-        **counts(50), "sources": {EVIL: counts(50) | {"path": "p", "format": "orca"}},
-        "first": {"empty": EVIL}, "refusals": [], "lengths": lengths,
+        **counts(50), "first": {"empty": EVIL}, "refusals": [EVIL], "lengths": lengths,
+        "sources": {EVIL: counts(50) | {"path": "p", "format": "orca", "length_bias": bias}},
+        "length_bias": bias, "tokens": 4321, "tokens_saved_by_sharing": 0.25,
+        "histograms": {
+            "prompt": {"edges": [0, 5, 10], "counts": {"prompt": [20, 28]}}, "answers": answers,
+            "difference": {"edges": [-5, 0, 5], "counts": {EVIL: [12, 36]}},
+        },
     }  # fmt: skip
-    pairs_report = {"max_length_reason": EVIL, "splits": {"train": split}, "hints": [EVIL]}
+    pairs_report = {
+        "max_length_reason": EVIL, "max_length": 64, "splits": {"train": split},
+        "hints": [EVIL], "warnings": [], "held_out": EVIL,
+    }  # fmt: skip
     write_json(paths.pairs_dir / PAIRS_REPORT_NAME, pairs_report)
     check = {"name": "full: probe", "passed": True, "detail": EVIL}
     check |= {"max_difference": 1e-5, "tolerance": 5e-4}
@@ -163,6 +174,8 @@ def test_the_screenshot_has_the_curves(whole: RunDir, tmp_path: Path) -> None:
 
 
 def test_it_says_what_the_run_has(whole: RunDir) -> None:
+    path = whole.pairs_dir / PAIRS_REPORT_NAME
+    write_json(path, json.loads(path.read_text()) | {"warnings": ["biased"]})
     text = report.run(whole.root).read_text()
     assert "Likelihood displacement: the log-probs of chosen and of rejected answers both fall" in (
         text
@@ -170,10 +183,13 @@ def test_it_says_what_the_run_has(whole: RunDir) -> None:
     assert "held-out pairs: chosen -205.0 -&gt; -215.0 nats (-10.0), rejected -193.3 -&gt;" in text
     for words in (
         "train.learning_rate", "1e-06", "step-000040", "Best by eval_loss: 0.4568",
-        "2 empty", "Verified: a fresh load against 8 pairs",
+        "the prompt or an answer is empty", "p99", "4,321",
+        "Verified: a fresh load against 8 pairs",
         "A100 (79.2 GiB)", "ranks in training", "3.25", "2.0 min", "step 60",
     ):  # fmt: skip
         assert words in text, words
+    assert "chosen is longer in 50% of pairs" in text
+    assert text.count('<svg class="chart"') == 4 and text.count(">biased<") == 1
     names = {path.name for path in whole.report_dir.iterdir()}
     assert names == {"index.html"} | {f"{plot.name}.png" for plot in PLOTS}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo_dist import __version__, report_sections
 from dpo_dist.curves import HELD_OUT, Line, displacement, points
+from dpo_dist.data.report_html import html_sections
 from dpo_dist.engine.retention import marked
 from dpo_dist.errors import ArtefactError
 from dpo_dist.manifest import atomic_dir
@@ -59,11 +60,13 @@ def _page(paths: RunDir, folder: Path) -> str:
     evaluated, doctor = _read_json(paths.evaluate_path), _read_json(paths.doctor_path)
     answers = _read_json(paths.generate_path).get("answers", [])
     sampled = read_lines(paths.samples_path)
+    # the warnings of the data stand at the top of this page
+    data_shown = html_sections(report | {"warnings": []}) if report else ""
     sections = [
         Section("Curves", report_sections.curves(lines, folder)),
         Section("Held-out pairs", report_sections.held_out(lines, evaluated)),
         Section("Samples", report_sections.samples(answers, sampled)),
-        Section("Data", report_sections.data(report)),
+        Section("Data", report_sections.data(report, data_shown)),
         Section("Checkpoints", report_sections.checkpoints(committed[::-1], status)),
         Section("Export", report_sections.export(verified)),
         Section("Settings", report_sections.settings(paths.config_path)),
