@@ -15,6 +15,8 @@ from dpo_dist.config import load_config
 from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import ArtefactError, ConfigError
 from dpo_dist.manifest import write_atomic
+from dpo_dist.plan import base_model_dir, scoring_contract
+from dpo_dist.stages import prepare
 from dpo_dist.status import update_stage
 from dpo_dist.sweep import Point, Sweep, link_pairs, links_of, plan_sweep, split_values, state_of
 
@@ -232,6 +234,15 @@ def test_a_base_model_of_the_inputs_is_linked_too(run_yaml: Path, overrides: lis
     assert plain.paths.base_dir not in links_of(plain)
 
 
+def test_a_point_starts_from_the_base_that_prepare_made(tmp_path: Path) -> None:
+    path = make_run(tmp_path)
+    for point in plan_sweep(path, [BETAS, "model.pad_vocab_to_multiple=64"]).points:
+        prepare.run(point.inputs.config)
+        link_pairs(point)
+        own, shared = (scoring_contract(run.config, "packed") for run in (point, point.inputs))
+        assert own == shared and base_model_dir(point.config).name == "base"
+
+
 def test_the_table_is_sorted_by_held_out_accuracy_then_margin(run_yaml: Path) -> None:
     sweep = plan_sweep(run_yaml, ["objective.beta=0.1,0.2,0.3,0.4"], train_only=True)
     first, second, third, _ = sweep.points
@@ -306,15 +317,6 @@ def test_a_point_is_the_run_with_its_settings(tmp_path: Path) -> None:
     assert said.stderr.count("beta=0.1: done") == 1 and "step 1/4" not in said.stderr
     grown = succeed("sweep", path, "objective.beta=0.1,0.2,0.5", "train.max_steps=4")
     assert "beta=0.5: done" in grown.stderr and "reference: current" in grown.stderr
-
-
-@pytest.mark.slow
-def test_points_train_from_a_base_that_prepare_made(tmp_path: Path) -> None:
-    path = make_run(tmp_path)
-    settings = ["model.pad_vocab_to_multiple=64", "local.workers=1", "train.max_steps=2"]
-    succeed("sweep", path, "objective.beta=0.1,0.5", *settings)
-    points = json.loads((tmp_path / "out/sweep/results.json").read_text())["points"]
-    assert [point["state"] for point in points] == ["done", "done"]
 
 
 @pytest.mark.slow
