@@ -198,7 +198,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target: Any = raw
     for depth, part in enumerate(parents):
         target = _child(target, part, ".".join(parents[: depth + 1]), override)
-    value = yaml.safe_load(text) if text else None
+    try:
+        value = yaml.safe_load(text) if text else None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        where = " ".join(str(error).split())
+        raise ConfigError(
+            f"override {override!r} is not YAML ({where})",
+            "section.key=value, the value as in a YAML file",
+            "Correct it; text that is not YAML goes in quotes of its own: \"run.dir='[x'\".",
+        ) from None
     if isinstance(target, list):
         entries = cast(list[Any], target)
         entries[_index(entries, leaf, override)] = value

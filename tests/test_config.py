@@ -106,6 +106,20 @@ def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
             "override 'run.dir.x=1' goes into run.dir, which is 'runs/x'; wanted a section. "
             "Override the key itself.",
         ),
+        (
+            "run.dir=[x",
+            "override 'run.dir=[x' is not YAML (while parsing a flow sequence in \"<unicode "
+            "string>\", line 1, column 1: [x ^ expected ',' or ']', but got '<stream end>' in "
+            '"<unicode string>", line 1, column 3: [x ^); wanted section.key=value, the value as '
+            "in a YAML file. Correct it; text that is not YAML goes in quotes of its own: "
+            "\"run.dir='[x'\".",
+        ),
+        (
+            "run.dir=2026-13-01",
+            "override 'run.dir=2026-13-01' is not YAML (month must be in 1..12); wanted "
+            "section.key=value, the value as in a YAML file. Correct it; text that is not YAML "
+            "goes in quotes of its own: \"run.dir='[x'\".",
+        ),
     ],
 )
 def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
