@@ -9,6 +9,7 @@ when that failed. Everything else is slurm/dpo.sh, which every job runs for its 
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +41,12 @@ def main() -> None:
 def submit(config_path: Path, overrides: list[str], dry_run: bool) -> None:
     """Submits the jobs and prints their ids, or prints what it would submit.
 
-    Raises ConfigError for a name that sbatch would not take, and ClusterError when sbatch refuses a
-    job; those that were submitted before it are cancelled.
+    Raises ConfigError for a name that sbatch would not take, and ClusterError when there is no
+    sbatch or it refuses a job; those that were submitted before it are cancelled.
     """
     config = load_config(config_path, overrides)
+    if not dry_run:
+        check_sbatch()
     job_ids: list[str] = []
     for stage in (DOCTOR, *stages_of(config)):
         command = sbatch_command(config, stage.name, config_path, overrides, job_ids)
@@ -64,6 +67,16 @@ def submit(config_path: Path, overrides: list[str], dry_run: bool) -> None:
         print(f"{stage.name:<10} job {job_ids[-1]}", flush=True)
     if dry_run:
         print(f"\n# {SCRIPT}\n{SCRIPT.read_text()}", end="")
+
+
+def check_sbatch() -> None:
+    """Raises ClusterError on a machine without Slurm's commands."""
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            "there is no sbatch on PATH",
+            "a login node of a Slurm cluster",
+            "Submit from there, or look at the jobs with --dry-run; `dpo-dist run` needs no Slurm.",
+        )
 
 
 def sbatch_command(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm_launcher import SCRIPT, job_options
+from slurm_launcher import SCRIPT, check_sbatch, job_options
 
 from dpo_dist.errors import ClusterError, DPODistError
 from dpo_dist.manifest import digest_of, write_atomic
@@ -65,10 +65,12 @@ def main() -> None:
 def submit(sweep: Sweep, arguments: list[str], at_once: int | None, dry_run: bool) -> None:
     """Submits all jobs, or prints what it would submit.
 
-    Raises ClusterError when jobs of this sweep are still in the queue, or sbatch refuses one.
+    Raises ClusterError when there is no sbatch, when jobs of this sweep are still in the queue, or
+    when sbatch refuses one.
     """
     name = f"{sweep.root.root.name}-sweep-{digest_of(str(sweep.root.root))[:6]}"
     if not dry_run:
+        check_sbatch()
         _refuse_second(name)
     jobs, arrays = Submission(dry_run), list[str]()
     for inputs in sweep.inputs:

@@ -1,6 +1,9 @@
 """The chain of Slurm jobs: what each is asked for. tests/clusters/test_slurm.py submits them."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +83,22 @@ def test_an_option_that_is_none() -> None:
     assert str(error.value) == (
         "slurm.options: 'qos=high'; wanted options of sbatch, such as --qos=high. Correct it."
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "beta"), [("slurm_launcher.py", "0.1"), ("slurm_sweep.py", "0.1,0.2")]
+)
+def test_a_machine_without_slurm(program: str, beta: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("{run: {dir: out}, model: {path: m}, data: {train: [{path: a}]}}")
+    done = subprocess.run(
+        [sys.executable, PATH.with_name(program), config, f"objective.beta={beta}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: there is no sbatch on PATH; wanted a login node of a Slurm cluster. Submit from "
+        "there, or look at the jobs with --dry-run; `dpo-dist run` needs no Slurm.\n",
+    )
+    assert not (tmp_path / "out").exists()
