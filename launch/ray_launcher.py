@@ -42,6 +42,7 @@ from dpo_dist.local import die_with_parent
 from dpo_dist.manifest import write_atomic
 from dpo_dist.plan import DOCTOR, Stage, stage_argv, stages_of
 from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.run_lock import refuse_if_held
 from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import read_status, update_stage
 from dpo_dist.topology import Topology
@@ -91,6 +92,8 @@ def run(config_path: Path, overrides: list[str]) -> int:
         ) from None
     check_resources(config.ray, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     owner = _take_run_dir(paths)
+    # A job that Ray does not know: seen here, before anything of its folder is changed.
+    refuse_if_held(paths, attempts.DYING_S)
     write_atomic(paths.config_path, to_yaml(config))
     attempts.forget(paths)
     chosen = os.environ.get("DPO_STAGES", "").split()
@@ -224,10 +227,10 @@ def _work(job: dict[str, Any]) -> None:
 
 def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str] | None:
     """(address, port, log folder) for all ranks, None when there is nothing to start: the stage had
-    finished when a worker was lost, or restarts have come to an end."""
+    finished when a worker was lost, restarts have come to an end, or another job has the folder."""
     try:
         log_dir = attempts.begin(paths, stage, config.restart, resubmitted=True)
-    except attempts.RestartLimitError as error:
+    except DPODistError as error:
         update_stage(
             paths.status_path, stage, "failed",
             error=str(error), exit_code=error.exit_code, restartable=False,

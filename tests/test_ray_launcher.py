@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from dpo_dist import attempts, run_lock
 from dpo_dist.config import parse_config
-from dpo_dist.errors import ClusterError
+from dpo_dist.errors import ArtefactError, ClusterError
 from dpo_dist.run_dir import RunDir
 from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import update_stage
@@ -77,6 +78,43 @@ def test_a_worker_lost_after_the_end_starts_nothing_again(launcher: Any, tmp_pat
     update_stage(paths.status_path, "train", "finished")
     assert launcher._begin(paths, "train", config) is None
     assert not paths.logs_dir.exists()
+
+
+def test_a_folder_of_another_job_ends_the_stage_instead_of_starting_it_again(
+    launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.attempts.DYING_S", 0.1)
+    config = parse_config(
+        {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
+    )
+    paths = RunDir(tmp_path)
+    with run_lock.held(paths, "train"):
+        assert launcher._begin(paths, "train", config) is None
+    outcome = attempts.judge(paths, "train")
+    assert (outcome.verdict, outcome.exit_code) == ("stop", 2)
+    assert "is in use (train, process" in outcome.reason
+
+
+def test_a_folder_of_another_job_is_left_as_it_is(
+    launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts that need a cluster are left out."""
+    monkeypatch.setattr("dpo_dist.attempts.DYING_S", 0.1)
+    monkeypatch.setattr(launcher.ray, "init", lambda **_: None)
+    monkeypatch.setattr(launcher.ray, "nodes", lambda: [])
+    monkeypatch.setattr(launcher, "check_resources", lambda *_: None)
+    monkeypatch.setattr(launcher, "_take_run_dir", lambda _: None)
+    config = tmp_path / "run.yaml"
+    config.write_text("{run: {dir: out}, model: {path: m}, data: {train: [{path: a}]}}")
+    paths = RunDir(tmp_path / "out")
+    update_stage(paths.status_path, "train", "running")
+    before = paths.status_path.read_bytes()
+    with (
+        run_lock.held(paths, "train"),
+        pytest.raises(ArtefactError, match=r"out is in use \(train, process"),
+    ):
+        launcher.run(config, [f"run.dir={paths.root}"])
+    assert paths.status_path.read_bytes() == before and not paths.config_path.exists()
 
 
 def test_without_a_cluster(tmp_path: Path) -> None:
