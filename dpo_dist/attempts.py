@@ -1,10 +1,11 @@
 """Attempts at a stage: where their logs go, what has been tried, and whether to try again.
 
 A launcher calls `begin` once before it starts the ranks of a stage and `judge` once after. Both
-read status.json, where the ranks wrote what became of them: exit codes get lost on the way through
-a scheduler.
+read status.json, where rank 0 wrote what became of the stage, and what other ranks wrote beside
+their logs: exit codes get lost on the way through a scheduler.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
 from dpo_dist.plan import PUSH, STAGES
-from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.run_dir import RunDir, rank_failure_path, rank_log_path
 from dpo_dist.run_lock import refuse_if_held
 from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_status
@@ -94,9 +95,22 @@ def judge(paths: RunDir, stage: str) -> Outcome:
         return Outcome("restart", "stopped by a signal with everything committed", EXIT_RESTART)
     if state == "failed" and not own.get("restartable", True):
         return Outcome("stop", str(own.get("error")), int(own.get("exit_code", 1)))
+    # rank 0 may have ended of it, or waited for that rank until it was killed
+    if own and (failure := _failure_of_another_rank(paths, stage)):
+        return failure
     if state == "failed":
         return Outcome("restart", f"rank 0 failed: {own.get('error')}", EXIT_RESTART)
     return Outcome("restart", f"killed while {state}", EXIT_RESTART)
+
+
+def _failure_of_another_rank(paths: RunDir, stage: str) -> Outcome | None:
+    """Of a rank other than 0, whose errors are not in status.json."""
+    log_dir = paths.log_dir(stage, paths.count_attempts(stage))
+    for path in sorted(log_dir.glob(rank_failure_path(log_dir, 0).name.replace("0000", "*"))):
+        failure = json.loads(path.read_text())
+        rank = path.name.removeprefix("rank").partition(".")[0]
+        return Outcome("stop", f"rank {int(rank)}: {failure['error']}", int(failure["exit_code"]))
+    return None
 
 
 def first_failure(log_dir: Path) -> str:

@@ -18,8 +18,8 @@ from dpo_dist.config_keys import to_yaml
 from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError
 from dpo_dist.local import count_workers, run_ranks
 from dpo_dist.logs import console, hush_libraries, set_up_logging
-from dpo_dist.manifest import write_atomic
-from dpo_dist.run_dir import RunDir, rank_log_path
+from dpo_dist.manifest import write_atomic, write_json
+from dpo_dist.run_dir import RunDir, rank_failure_path, rank_log_path
 from dpo_dist.status import update_stage
 from dpo_dist.stop_flag import Stopped
 from dpo_dist.topology import from_environment, launched
@@ -67,14 +67,17 @@ def _run_rank(stage: plan.Stage, config: RunConfig) -> None:
     lead = topology.rank == 0 and part is None  # a part is not the stage
     try:
         with run_lock.held(paths, stage.name) if lead else contextlib.nullcontext():
-            code = _guarded(stage, config, paths, lead)
+            noted = rank_failure_path(log_dir, topology.rank) if attempt and topology.rank else None
+            code = _guarded(stage, config, paths, lead, noted)
     except ArtefactError as error:  # the folder is another job's, and so is its status.json
         print_error(error)
         code = error.exit_code
     _leave(code)
 
 
-def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, lead: bool) -> int:
+def _guarded(
+    stage: plan.Stage, config: RunConfig, paths: RunDir, lead: bool, failure_path: Path | None
+) -> int:
     def tell(state: str, **fields: Any) -> None:
         if lead:
             update_stage(paths.status_path, stage.name, state, **fields)
@@ -91,12 +94,25 @@ def _guarded(stage: plan.Stage, config: RunConfig, paths: RunDir, lead: bool) ->
         return EXIT_RESTART
     except DPODistError as error:
         print_error(error)
-        tell("failed", error=str(error), exit_code=error.exit_code, restartable=False)
+        _add_to_log_file(f"error: {error}")
+        failure = {"error": str(error), "exit_code": error.exit_code, "restartable": False}
+        tell("failed", **failure)
+        if failure_path is not None:
+            with contextlib.suppress(OSError):  # what went wrong may be this folder
+                write_json(failure_path, failure)
         return error.exit_code
     except BaseException as error:
         traceback.print_exc()
+        _add_to_log_file(traceback.format_exc())
         tell("failed", error=repr(error), exit_code=1, restartable=True)
         return 1
+
+
+def _add_to_log_file(text: str) -> None:
+    """For rank 0, whose stderr is the terminal and not its log."""
+    for handler in logging.getLogger("dpo_dist").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR}))
 
 
 def _leave(code: int) -> None:

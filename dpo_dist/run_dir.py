@@ -222,3 +222,8 @@ def rng_name(rank: int) -> str:
 def rank_log_path(log_dir: Path, rank: int) -> Path:
     """The log of one rank in the folder of an attempt."""
     return log_dir / f"rank{rank:04d}.log"
+
+
+def rank_failure_path(log_dir: Path, rank: int) -> Path:
+    """What a rank other than 0 ended with, where the same command would end so again."""
+    return log_dir / f"rank{rank:04d}.failed.json"

@@ -10,6 +10,7 @@ DPO_STAGES="train export" in the environment runs these stages only.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -227,7 +228,10 @@ def _work(job: dict[str, Any]) -> None:
 
 def _begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str] | None:
     """(address, port, log folder) for all ranks, None when there is nothing to start: the stage had
-    finished when a worker was lost, restarts have come to an end, or another job has the folder."""
+    finished when a worker was lost, a rank failed for good, restarts have come to an end, or
+    another job has the folder."""
+    if attempts.judge(paths, stage).verdict == "stop":
+        return None
     try:
         log_dir = attempts.begin(paths, stage, config.restart, resubmitted=True)
     except DPODistError as error:
@@ -291,11 +295,19 @@ def _settled(paths: RunDir, stage: str, code: int) -> attempts.Outcome:
     """What became of the stage, once rank 0 has written it or has not for too long."""
     deadline = time.monotonic() + FINAL_STATE_S
     while code > 0 and time.monotonic() < deadline:
-        state = read_status(paths.status_path).get("stages", {}).get(stage, {}).get("state")
-        if state in ("finished", "stopped", "failed"):
+        if _has_ended(paths, stage):
             break
         time.sleep(POLL_S)
-    return attempts.judge(paths, stage)
+    outcome = attempts.judge(paths, stage)
+    if outcome.verdict == "stop" and not _has_ended(paths, stage):
+        # Rank 0 waits for the rank that failed: Ray ends it, and `_begin` starts nothing again.
+        return dataclasses.replace(outcome, verdict="restart")
+    return outcome
+
+
+def _has_ended(paths: RunDir, stage: str) -> bool:
+    state = read_status(paths.status_path).get("stages", {}).get(stage, {}).get("state")
+    return state in ("finished", "stopped", "failed")
 
 
 def _score_in_tasks(config: RunConfig) -> None:

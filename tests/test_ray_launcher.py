@@ -12,7 +12,8 @@ import pytest
 from dpo_dist import attempts, run_lock
 from dpo_dist.config import parse_config
 from dpo_dist.errors import ArtefactError, ClusterError
-from dpo_dist.run_dir import RunDir
+from dpo_dist.manifest import write_json
+from dpo_dist.run_dir import RunDir, rank_failure_path
 from dpo_dist.sections.cluster import RaySection
 from dpo_dist.status import update_stage
 
@@ -78,6 +79,28 @@ def test_a_worker_lost_after_the_end_starts_nothing_again(launcher: Any, tmp_pat
     update_stage(paths.status_path, "train", "finished")
     assert launcher._begin(paths, "train", config) is None
     assert not paths.logs_dir.exists()
+
+
+def test_a_rank_that_fails_for_good_ends_the_group_and_the_stage(
+    launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 would wait for it for ever: its worker raises, and the next group starts nothing."""
+    monkeypatch.setattr(launcher, "FINAL_STATE_S", 0.1)
+    config = parse_config(
+        {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
+    )
+    paths = RunDir(tmp_path)
+    log_dir = attempts.begin(paths, "train", config.restart, resubmitted=False)
+    assert log_dir is not None
+    update_stage(paths.status_path, "train", "running")
+    write_json(rank_failure_path(log_dir, 1), {"error": "no model", "exit_code": 2})
+    assert launcher._settled(paths, "train", 2).verdict == "restart"
+    assert launcher._begin(paths, "train", config) is None
+    assert paths.count_attempts("train") == 1
+    outcome = attempts.judge(paths, "train")
+    assert (outcome.verdict, outcome.reason) == ("stop", "rank 1: no model")
+    attempts.forget(paths)
+    assert attempts.judge(paths, "train").verdict == "restart", "a new submission tries again"
 
 
 def test_a_folder_of_another_job_ends_the_stage_instead_of_starting_it_again(
