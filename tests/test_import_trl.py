@@ -270,6 +270,67 @@ def test_checkpoints_and_logging(tmp_path: Path) -> None:
     assert imported.differs == ["save_strategy: epoch; checkpoint.every_steps counts steps"]
 
 
+def held_out(folder: Path, **values: Any) -> tuple[RunConfig, Imported]:
+    steps = {"eval_strategy": "steps", "eval_steps": 50, "save_steps": 100}
+    return convert(folder, **steps | values)
+
+
+def test_the_best_checkpoint(tmp_path: Path) -> None:
+    config, imported = held_out(tmp_path, load_best_model_at_end=True)
+    assert (config.checkpoint.best_by, config.export.checkpoint) == ("eval_loss", "auto")
+    reason = "  # TRL's default of metric_for_best_model; export takes that checkpoint"
+    assert f"best_by: eval_loss{reason}" in imported.text
+    assert imported.differs == []
+    kept, _ = held_out(tmp_path, metric_for_best_model="rewards/margins")
+    assert (kept.checkpoint.best_by, kept.export.checkpoint) == ("eval_rewards/margins", "newest")
+    best, imported = held_out(tmp_path, save_strategy="best")
+    assert (best.checkpoint.best_by, best.checkpoint.every_steps) == ("eval_loss", 50)
+    assert imported.differs == []
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"eval_strategy": "no"}, "TRL's default of metric_for_best_model: nothing is held out; che"),
+    ({"metric_for_best_model": "logps/chosen"}, "metric_for_best_model: logps/chosen; checkpoint."
+     "best_by is one of eval_loss, eval_rewards/accuracies, eval_rewards/margins"),
+    ({"greater_is_better": True}, "greater_is_better: True; checkpoint.best_by takes the lowest "
+     "eval_loss, so none is chosen by it"),
+])  # fmt: skip
+def test_a_best_checkpoint_that_is_not_chosen(
+    tmp_path: Path, values: dict[str, Any], said: str
+) -> None:
+    config, imported = held_out(tmp_path, load_best_model_at_end=True, **values)
+    assert config.checkpoint.best_by is None
+    assert imported.differs[0].startswith(said)
+
+
+def test_answers_while_training(tmp_path: Path) -> None:
+    config, imported = held_out(tmp_path, generate_during_eval=True)
+    assert config.eval.samples_every_steps == 50 and imported.differs == []
+    none, imported = convert(tmp_path, generate_during_eval=True)
+    assert none.eval.samples_every_steps is None
+    assert imported.differs[0].startswith("generate_during_eval: nothing is held out")
+
+
+def test_weights_and_biases(tmp_path: Path) -> None:
+    config, imported = convert(tmp_path, report_to=["wandb", "mlflow"], run_name="one")
+    logging = config.logging
+    assert (logging.wandb, logging.wandb_name, logging.tensorboard) == (True, "one", False)
+    assert "#   report_to: mlflow can read run.dir/metrics.jsonl" in imported.text
+
+
+def test_the_hub(tmp_path: Path) -> None:
+    hub = {"push_to_hub": True, "hub_model_id": "me/dpo"}
+    export = convert(tmp_path, **hub)[0].export
+    assert (export.push_to_hub, export.hub_private, export.hub_revision) == ("me/dpo", True, None)
+    export = convert(tmp_path, **hub, hub_private_repo=False, hub_revision="v1")[0].export
+    assert (export.hub_private, export.hub_revision) == (False, "v1")
+    assert convert(tmp_path, hub_model_id="me/dpo")[0].export.push_to_hub is None
+    for name, found in ((None, "without hub_model_id"), ("dpo", "with hub_model_id dpo")):
+        _, imported = convert(tmp_path, push_to_hub=True, hub_model_id=name)
+        wanted = f"push_to_hub: {found}; set export.push_to_hub to owner/name"
+        assert imported.differs == [wanted]
+
+
 def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
     assert convert(tmp_path, loss_type="ipo")[0].objective.loss == "ipo"
     assert convert(tmp_path, loss_type=["hinge"])[0].objective.loss == "hinge"

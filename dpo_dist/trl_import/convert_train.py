@@ -1,4 +1,4 @@
-"""The keys of TRL about batches, steps, sharding, checkpoints and logging."""
+"""The keys of TRL about batches, steps, the optimizer and sharding."""
 
 import json
 import math
@@ -25,7 +25,7 @@ ENDLESS_EPOCHS = 1000  # TRL repeats the data until max_steps are done
 
 
 def convert_train(run: Run) -> None:
-    """train, checkpoint and logging."""
+    """The section train."""
     settings = run.settings
     _batch(run)
     _steps(run)
@@ -40,14 +40,6 @@ def convert_train(run: Run) -> None:
         recompute, source = settings.get("activation_checkpointing"), "activation_checkpointing"
     run.put("train.gradient_checkpointing", bool(recompute), settings.why(source))
     _sharding(run)
-    put_every(run, "checkpoint.every_steps", "save_strategy", "save_steps")
-    limit = settings.get("save_total_limit")
-    if limit:
-        note = "at least 2, in case the newest is damaged" if limit < 2 else ""
-        why = settings.why("save_total_limit", note)
-        run.put("checkpoint.keep", max(2, limit), why)
-    put_every(run, "logging.every_steps", "logging_strategy", "logging_steps")
-    _reports(run)
 
 
 def _batch(run: Run) -> None:
@@ -160,18 +152,3 @@ def _sharding(run: Run) -> None:
         run.differs.append("deepspeed: its offload_optimizer; zero3_offload is the one with it")
     name = "zero3_offload" if offloaded and stage == 3 else f"zero{stage}"
     run.put(ours, name, f"{source}: stage {stage}" + (", optimizer offloaded" * offloaded))
-
-
-def _reports(run: Run) -> None:
-    settings = run.settings
-    if not settings.given("report_to"):
-        return
-    value = settings.get("report_to")
-    targets = value if isinstance(value, list) else [value]
-    wanted = "tensorboard" in targets or "all" in targets
-    run.put("logging.tensorboard", wanted, settings.why("report_to"))
-    others = [str(name) for name in targets if name not in ("tensorboard", "none", "all")]
-    if others:
-        run.not_needed.append(
-            f"report_to: {', '.join(others)} can read run.dir/metrics.jsonl or TensorBoard's files"
-        )

@@ -1,7 +1,7 @@
 """Every key that a YAML for TRL's `dpo` script may hold, and what becomes of it here.
 
 1. SAME: the value is copied; only the name changes.
-2. CONVERTED: convert.py makes something of it.
+2. CONVERTED: convert.py, convert_train.py or convert_output.py makes something of it.
 3. DIFFERS: not taken, and the numbers of the run would differ unless it has TRL's default.
 4. NOT_NEEDED: not taken, and no number depends on it.
 5. RENAMED and FORMER: keys of earlier versions of TRL and transformers.
@@ -86,6 +86,14 @@ CONVERTED: dict[str, Default] = {
     "logging_strategy": "steps",
     "logging_steps": 10,
     "report_to": "none",
+    "run_name": None,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_private_repo": None,
+    "hub_revision": None,
 }
 
 # TRL's key -> (TRL's default, what to do instead)
@@ -113,8 +121,6 @@ DIFFERS: dict[str, tuple[Default, str]] = {
     "pad_token": (None, "set it in the tokenizer's own folder, and name that in model.path"),
     "resume_from_checkpoint": (None, "a run folder resumes by itself; TRL's checkpoints cannot be "
                                "read, but a model saved by TRL can be model.path"),
-    "load_best_model_at_end": (False, "export takes the newest checkpoint; `dpo-dist evaluate` "
-                               "says what it is worth"),
     "parallelism_config": (None, "ranks share the data; there is no tensor or context parallelism"),
     "accelerator_config": (None, "give its number of processes with --num-processes"),
     "save_only_model": (False, "checkpoints can always be resumed from"),
@@ -145,12 +151,12 @@ _NOT_NEEDED: dict[str, str] = {
     "every step logs TRL's metrics to metrics.jsonl": "logging_first_step "
         "log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level "
         "log_level_replica disable_tqdm skip_memory_metrics",
-    "the run's name is its folder, run.dir": "run_name project trackio_space_id trackio_bucket_id "
+    "the run's name is its folder, run.dir": "project trackio_space_id trackio_bucket_id "
         "trackio_static_space_id",
-    "the export is a plain folder: `hf upload` puts it on the hub": "push_to_hub hub_token "
-        "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
-    "checkpoints are for going on; nothing is chosen by a metric": "metric_for_best_model "
-        "greater_is_better save_on_each_node restore_callback_states_from_checkpoint",
+    "set HF_TOKEN, or log in with `hf auth login`": "hub_token",
+    "the verified export is pushed once, at the end of the run": "hub_strategy hub_always_push",
+    "checkpoints lie in run.dir, which all nodes share, and hold all there is to go on from":
+        "save_on_each_node restore_callback_states_from_checkpoint",
     "a signal always leads to a checkpoint and a restart": "enable_jit_checkpoint",
     "the same seed gives the same samples, adapter and dropout": "full_determinism",
     "pairs are tokenised once into Arrow files, and read from there": "dataloader_num_workers "
@@ -171,7 +177,7 @@ RENAMED: dict[str, str] = {
     "preprocessing_num_workers": "dataset_num_proc",
 }
 # a key of earlier versions that is converted still -> its default
-CONVERTED_FORMER: dict[str, Default] = {"warmup_ratio": 0.0}
+CONVERTED_FORMER: dict[str, Default] = {"warmup_ratio": 0.0, "generate_during_eval": False}
 # keys of earlier versions, or of scripts around TRL -> what to do
 FORMER: dict[str, str] = {
     "max_prompt_length": "there is one limit, data.max_length; answers are cut, prompts are not",
@@ -182,7 +188,6 @@ FORMER: dict[str, str] = {
     "ref_model_init_kwargs": "reference.model names a reference, read as the policy is",
     "ref_adapter_name": "reference.model names a reference",
     "model_adapter_name": "the adapter of a run has no name to choose",
-    "generate_during_eval": "`dpo-dist generate` shows answers side by side",
     "label_pad_token_id": "nothing is padded",
     "padding_value": "nothing is padded",
     "is_encoder_decoder": "models are causal language models",
@@ -196,7 +201,7 @@ FORMER: dict[str, str] = {
     "overwrite_output_dir": "a run folder is gone on with; remove it to start anew",
     "no_cuda": "CPUs are taken where no GPU is found",
     "save_safetensors": "weights are always safetensors",
-    "hub_model_revision": "the export is a plain folder: `hf upload` puts it on the hub",
+    "hub_model_revision": "export.hub_revision names the branch to push to",
     "env": "export these variables in the shell, or in slurm/site.env",
 }
 DEFAULTS: dict[str, Default] = {

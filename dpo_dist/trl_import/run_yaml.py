@@ -20,6 +20,7 @@ from dpo_dist.config_keys import explain_keys
 from dpo_dist.errors import ConfigError
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.convert import convert_data, convert_model
+from dpo_dist.trl_import.convert_output import convert_output
 from dpo_dist.trl_import.convert_train import convert_train
 from dpo_dist.trl_import.settings import Run, Settings
 
@@ -43,6 +44,7 @@ def import_trl(
     convert_model(run)
     convert_data(run)
     convert_train(run)
+    convert_output(run)
     _list_the_rest(run)
     text = as_yaml(run, path)
     parse_config(yaml.safe_load(text), f"what became of {path}")
