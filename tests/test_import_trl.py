@@ -1,6 +1,7 @@
 """`dpo-dist import-trl`: every key of TRL is known, and the result is a run config."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_run import dpo_dist, succeed
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import explain_keys
 from dpo_dist.errors import ConfigError
+from dpo_dist.trl_import import convert as convert_module
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.run_yaml import Imported, import_trl
 
@@ -235,7 +237,8 @@ def test_a_mixture(tmp_path: Path) -> None:
 
 
 def test_streaming_and_a_share_held_out(tmp_path: Path) -> None:
-    assert convert(tmp_path, dataset_streaming=True)[0].data.train[0].streaming
+    streamed = convert(tmp_path, dataset_streaming=True, eval_strategy="steps")[0].data
+    assert streamed.train[0].streaming and streamed.eval[0].streaming
     mixture = {"dataset_name": None, "datasets": [{"path": "a/b"}], "streaming": True}
     config, _ = convert(tmp_path, **mixture, test_split_size=0.1, eval_strategy="steps")
     assert config.data.train[0].streaming and config.data.eval_fraction == 0.1
@@ -342,7 +345,57 @@ def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
     assert (robust.loss, robust.label_smoothing) == ("robust", 0.1)
     config, imported = convert(tmp_path, label_smoothing=0.1)
     assert config.objective.label_smoothing == 0  # as in TRL, whose sigmoid does not read it
-    assert imported.differs[0].startswith("label_smoothing: 0.1; TRL reads it for robust and")
+    assert imported.differs[0].startswith("label_smoothing: 0.1; TRL reads it for robust, exo_")
+
+
+@pytest.mark.parametrize("loss", convert_module.SMOOTHED_IN_TRL)
+def test_smoothing_arrives_where_trl_reads_it(tmp_path: Path, loss: str) -> None:
+    config, imported = convert(tmp_path, loss_type=loss, label_smoothing=0.1)
+    assert config.objective.label_smoothing == 0.1 and imported.differs == []
+
+
+def test_trl_smooths_these_losses_and_no_other() -> None:
+    """What the conversion of label_smoothing rests on."""
+    import inspect
+
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    branches = re.split(r'(?:el)?if loss_type == "(\w+)":', source)
+    codes = dict(zip(branches[1::2], branches[2::2], strict=True))
+    smoothed = [name for name, code in codes.items() if "label_smoothing" in code]
+    assert sorted(smoothed) == sorted(convert_module.SMOOTHED_IN_TRL)
+
+
+def test_smoothing_of_a_mix_is_told(tmp_path: Path) -> None:
+    config, imported = convert(tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
+    assert config.objective.label_smoothing == 0.1
+    assert imported.differs == [
+        "label_smoothing: 0.1; objective.label_smoothing smooths sigmoid too, TRL does not; there "
+        "is no key for one loss of several"
+    ]
+
+
+def test_the_load_balance_of_experts(tmp_path: Path) -> None:
+    config, imported = convert(tmp_path, router_aux_loss_coef=0.01)  # TRL recomputes by default
+    assert config.objective.router_aux_loss_coef == 0.01
+    assert not config.train.gradient_checkpointing
+    assert "the routers of a recomputed layer pass no gradient on" in imported.text
+    _, imported = convert(tmp_path, router_aux_loss_coef=None)
+    assert (
+        "router_aux_loss_coef: 0.0  # TRL's default of router_aux_loss_coef; of a mixture of "
+        "experts TRL takes the one in its config.json: put that here" in imported.text
+    )
+
+
+def test_adafactor_where_train_refuses_it(tmp_path: Path) -> None:
+    _, imported = convert(tmp_path, optim="adafactor")
+    assert imported.differs == [
+        "optim: adafactor; train refuses it with train.deepspeed zero3 and model.dtype bfloat16: "
+        "set zero0 and float32, or train.optimizer adamw_8bit to save memory"
+    ]
+    plain = {"deepspeed": {"zero_optimization": {"stage": 0}}, "bf16": False}
+    assert convert(tmp_path, optim="adafactor", **plain)[1].differs == []
 
 
 def test_what_is_not_taken_says_what_to_do(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """The keys of TRL about model, adapter, loss and data that are more than a change of name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.sections.objective import SMOOTHED
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.convert_train import put_every
 from dpo_dist.trl_import.settings import Run
 
 # PEFT's own choice for llama, mistral, mixtral, gemma, gemma2, qwen2, qwen3, opt and more
 TARGETS_OF_PEFT = ["q_proj", "v_proj"]
+SMOOTHED_IN_TRL = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 def convert_model(run: Run) -> None:
@@ -86,17 +89,41 @@ def _objective(run: Run) -> None:
     names = [losses] if isinstance(losses, str) else list(losses)
     value = names[0] if len(names) == 1 else names
     run.put("objective.loss", value, settings.why("loss_type"))
-    for key in ("ld_alpha", "router_aux_loss_coef"):  # null in TRL is no such term
-        if settings.given(key):
-            run.put(f"objective.{key}", settings.get(key), settings.why(key))
+    if settings.given("ld_alpha"):  # null in TRL is no such term
+        run.put("objective.ld_alpha", settings.get("ld_alpha"), settings.why("ld_alpha"))
+    _router(run)
+    _smoothing(run, names)
+
+
+def _router(run: Run) -> None:
+    """TRL's null is the coefficient in the model's own config.json, which is not read here."""
+    settings, key = run.settings, "router_aux_loss_coef"
+    if settings.given(key):
+        run.put(f"objective.{key}", settings.get(key), settings.why(key))
+        return
+    note = "of a mixture of experts TRL takes the one in its config.json: put that here"
+    run.put(f"objective.{key}", 0.0, settings.why(key, note))
+
+
+def _smoothing(run: Run, names: Sequence[str]) -> None:
+    """Copied where TRL reads it; a loss that only we smooth is told."""
+    settings = run.settings
     smoothing = settings.get("label_smoothing")
-    if smoothing and not {"robust", "exo_pair"} & set(names):
+    if not smoothing:
+        return
+    ours_only = [name for name in names if name in SMOOTHED and name not in SMOOTHED_IN_TRL]
+    if not set(names) & set(SMOOTHED_IN_TRL):
         run.differs.append(
-            f"label_smoothing: {smoothing}; TRL reads it for robust and exo_pair only, so it did "
-            "nothing; objective.label_smoothing makes sigmoid conservative DPO"
+            f"label_smoothing: {smoothing}; TRL reads it for {', '.join(SMOOTHED_IN_TRL)} only, so "
+            "it did nothing; objective.label_smoothing makes sigmoid conservative DPO"
         )
-    elif smoothing:
-        run.put("objective.label_smoothing", smoothing, settings.why("label_smoothing"))
+        return
+    run.put("objective.label_smoothing", smoothing, settings.why("label_smoothing"))
+    if ours_only:
+        run.differs.append(
+            f"label_smoothing: {smoothing}; objective.label_smoothing smooths "
+            f"{', '.join(ours_only)} too, TRL does not; there is no key for one loss of several"
+        )
 
 
 def convert_data(run: Run) -> None:
@@ -126,7 +153,7 @@ def convert_data(run: Run) -> None:
         source = _source(name, config, train) | streamed
         run.put("data.train", [source], "dataset_name, dataset_train_split")
         if evaluated:
-            source = _source(name, config, test)
+            source = _source(name, config, test) | streamed
             run.put("data.eval", [source], "dataset_name, dataset_test_split")
     if evaluated:
         put_every(run, "eval.every_steps", "eval_strategy", "eval_steps", "logging_steps")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.trl_import.settings import Run
+from dpo_dist.trl_import.settings import OUR_DEFAULTS, Run
 
 SCHEDULES = {
     "linear": "linear",
@@ -34,12 +34,35 @@ def convert_train(run: Run) -> None:
         run.differs.append(f"optim: {optimizer}; train.optimizer is adamw")
     elif settings.given("optim"):
         run.put("train.optimizer", OPTIMIZERS[optimizer], settings.why("optim"))
-    recompute = settings.get("gradient_checkpointing")
-    source = "gradient_checkpointing"
+    _recompute(run)
+    _sharding(run)
+    if run.values.get("train.optimizer", ("", ""))[0] == "adafactor":
+        _check_adafactor(run)
+
+
+def _recompute(run: Run) -> None:
+    settings, ours = run.settings, "train.gradient_checkpointing"
+    recompute, source = settings.get("gradient_checkpointing"), "gradient_checkpointing"
     if settings.given("activation_checkpointing"):
         recompute, source = settings.get("activation_checkpointing"), "activation_checkpointing"
-    run.put("train.gradient_checkpointing", bool(recompute), settings.why(source))
-    _sharding(run)
+    if recompute and settings.get("router_aux_loss_coef"):
+        why = "not TRL's: the routers of a recomputed layer pass no gradient on; it costs memory"
+        run.put(ours, False, why)
+    else:
+        run.put(ours, bool(recompute), settings.why(source))
+
+
+def _check_adafactor(run: Run) -> None:
+    """What `train` would refuse, told now."""
+    sharding, dtype = (
+        run.values.get(key, (OUR_DEFAULTS[key], ""))[0]
+        for key in ("train.deepspeed", "model.dtype")
+    )
+    if (sharding, dtype) != ("zero0", "float32"):
+        run.differs.append(
+            f"optim: adafactor; train refuses it with train.deepspeed {sharding} and model.dtype "
+            f"{dtype}: set zero0 and float32, or train.optimizer adamw_8bit to save memory"
+        )
 
 
 def _batch(run: Run) -> None:
