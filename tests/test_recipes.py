@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from ranks import ROOT
 from tiny_models import tiny_model
 from tiny_run import metrics_of, succeed
 from tiny_tokenizer import make_tokenizer
 
-from dpo_dist.config import load_config
+from dpo_dist.config import load_config, parse_config
+from dpo_dist.errors import ConfigError
 from dpo_dist.stages.plan import make_plan
 
 FOLDER = ROOT / "examples/recipes"
@@ -118,24 +120,46 @@ def test_a_recipe_fits_its_gpus(name: str, tmp_path: Path, monkeypatch: pytest.M
         assert config.ray.workers == recipe.num_gpus
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_wrong_key_in_a_recipe_is_named(name: str) -> None:
+    raw = yaml.safe_load(path_of(name).read_text())
+    raw["train"]["leraning_rate"] = raw["train"].pop("learning_rate")
+    with pytest.raises(ConfigError) as error:
+        parse_config(raw, path_of(name).name)
+    wanted = "\n  train.leraning_rate: unknown key; did you mean learning_rate?\n"
+    assert wanted in str(error.value)
+
+
 def with_adapter(name: str, folder: Path, recipe: Recipe) -> list[str]:
     """The SFT adapter that a recipe goes on with: B is zero, as at its start."""
-    if "path" not in (yaml.safe_load(path_of(name).read_text()).get("adapter") or {}):
+    if not starts_from_adapter(name):
         return []
-    import peft
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**recipe.shape)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    return [f"adapter.path={write_adapter(model, folder / 'adapter')}"]
+
+
+def starts_from_adapter(name: str) -> bool:
+    return "path" in (yaml.safe_load(path_of(name).read_text()).get("adapter") or {})
+
+
+def write_adapter(model: Any, folder: Path) -> Path:
+    import peft
+
     targets = ["q_proj", "k_proj", "v_proj"]
     sft = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=targets))
     for module in sft.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.to_empty(device="cpu")
-    sft.save_pretrained(folder / "adapter")
-    return [f"adapter.path={folder / 'adapter'}"]
+            for factor in (module.lora_A, module.lora_B):
+                factor.to_empty(device="cpu")
+            torch.nn.init.normal_(module.lora_A["default"].weight)
+            torch.nn.init.zeros_(module.lora_B["default"].weight)
+    sft.save_pretrained(folder)
+    return folder
 
 
 def write_model(folder: Path, recipe: Recipe) -> Path:
@@ -164,7 +188,12 @@ def write_rows(path: Path, recipe: Recipe, count: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_with_a_tiny_model(name: str, tmp_path: Path) -> None:
-    """The recipe as it stands, but for the model, the rows and their number, and the precision."""
+    """The recipe as it stands, but for the model, the rows and their number, and the precision.
+
+    A paged optimizer, which needs a GPU, becomes AdamW.
+    """
+    from transformers import AutoModelForCausalLM
+
     recipe = RECIPES[name]
     raw = yaml.safe_load(path_of(name).read_text())
     overrides = [
@@ -174,8 +203,13 @@ def test_three_steps_with_a_tiny_model(name: str, tmp_path: Path) -> None:
         "checkpoint.every_steps=3", "eval.every_steps=3", "local.workers=1",
         "logging.tensorboard=false",
     ]  # fmt: skip
+    if str(raw["train"].get("optimizer")).startswith("paged"):
+        overrides.append("train.optimizer=adamw")  # paging is unified memory's, of a GPU
+    if starts_from_adapter(name):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        overrides.append(f"adapter.path={write_adapter(model, tmp_path / 'adapter')}")
     for split in set(raw["data"]) & {"train", "eval"}:
-        rows = write_rows(tmp_path / f"{split}.jsonl", recipe, 16 if split == "train" else 4)
+        rows = write_rows(tmp_path / f"{split}.jsonl", recipe, 24 if split == "train" else 4)
         source = raw["data"][split][0] | {"path": str(rows), "split": "train"}
         overrides.append(f"data.{split}={json.dumps([source])}")
     succeed("run", path_of(name), *overrides)
