@@ -57,6 +57,13 @@ FORMATS: list[tuple[PreferenceFormat, dict[str, Any], tuple[Any, Any, Any]]] = [
         {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
         ([system("S"), user("Q")], assistant("A"), assistant("B")),
     ),
+    ("alpaca", {"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"}, ONE_TURN),
+    (
+        "alpaca",
+        {"instruction": "Q", "input": "I", "system": "S", "history": [["1", "2"]],
+         "chosen": "A", "rejected": "B"},
+        ([system("S"), user("1"), assistant("2"), user("Q\nI")], assistant("A"), assistant("B")),
+    ),
     ("stack_exchange", {"question": "Q", "response_j": "A", "response_k": "B"}, ONE_TURN),
     (
         "hh",
@@ -356,3 +363,11 @@ def test_the_docs_list_every_reason_and_note() -> None:
         assert f"| `{reason.name}` |" in text
         assert reason.policy is None or f"| `{reason.policy}` |" in text
     assert all(f"`{note}`" in text for note in NOTES)
+
+
+def test_a_history_that_is_no_list_of_turns() -> None:
+    fields = {"instruction": "Q", "chosen": "A", "rejected": "B", "history": ["one"]}
+    assert error_of(**fields) == (
+        "rows.jsonl:7: history[0] is a string; wanted a list of question and answer. Correct or "
+        "remove the row."
+    )

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_dist.data.formats import Pair, read_pair, rename_columns
 from dpo_dist.data.sources import Source, count_copies, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.sections.data import SourceSection
@@ -174,3 +175,19 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "data.train.0.path rows.jsonl is not readable (No such device or address); wanted a "
             "readable file. Check its permissions, and the space left in run.dir."
         )
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages"])
+def test_a_dialogue_under_another_trainers_name_is_the_prompt(tmp_path: Path, name: str) -> None:
+    said = [{"from": "human", "value": "Q"}]
+    good, bad = ({"from": "gpt", "value": text} for text in "AB")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({name: said, "chosen": good, "rejected": bad}) + "\n")
+    (source,) = opened(tmp_path, section(path))
+    assert (source.row_format, source.columns) == ("conversational", {"prompt": name})
+    (row,) = source.rows.read([0])
+    pair = read_pair(rename_columns(row, source.columns), source.row_format, "source")
+    assert isinstance(pair, Pair)
+    assert (pair.prompt, pair.chosen) == (
+        [{"role": "user", "content": "Q"}], {"role": "assistant", "content": "A"},
+    )  # fmt: skip

@@ -26,7 +26,7 @@ from dpo_dist.data.messages import (
     text_of,
 )
 from dpo_dist.data.reasons import NO_SHARED_PROMPT, UNPAIRED
-from dpo_dist.data.rows import Row
+from dpo_dist.data.rows import Row, as_list, type_name
 from dpo_dist.errors import DataError
 from dpo_dist.sections.data import PreferenceFormat
 
@@ -34,6 +34,7 @@ COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",
     "chosen_score", "rejected_score", "completion", "label",
 )  # fmt: skip
+DIALOGUE_COLUMNS = ("conversations", "messages")  # LlamaFactory's and Axolotl's names of the prompt
 LABELLED_COLUMNS = frozenset(("completion", "label"))
 NoPair = Literal["no_shared_prompt", "unpaired"]  # the reason a row makes no pair
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -98,6 +99,16 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return Row({**others, **renamed}, row.origin)
 
 
+def implied_columns(row: Row) -> dict[str, str]:
+    """The column map of rows whose prompt is a dialogue under another trainer's name; else {}."""
+    names = row.fields.keys()
+    if {"chosen", "rejected"} <= names and "prompt" not in names:
+        for name in DIALOGUE_COLUMNS:
+            if isinstance(row.fields.get(name), list):
+                return {"prompt": name}
+    return {}
+
+
 def detect_format(row: Row, where: str) -> PreferenceFormat:
     """The format of a source by the columns of its first row; `where` is its key in the config."""
     names = row.fields.keys()
@@ -124,6 +135,8 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
         return "standard"
     if "question" in names:
         return "orca"
+    if "instruction" in names:
+        return "alpaca"
     return "hh" if _HH_START.match(chosen) else "standard"
 
 
@@ -138,6 +151,8 @@ def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoP
             system = [message("system", row.text("system"))] if row.fields.get("system") else []
             prompt = [*system, message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "chosen", "rejected", source)
+        case "alpaca":
+            return _single_turn_pair(row, _alpaca_prompt(row), "chosen", "rejected", source)
         case "stack_exchange":
             prompt = [message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "response_j", "response_k", source)
@@ -163,6 +178,20 @@ def _text_pair(row: Row, source: str) -> Pair:
     prompt = re.sub(r"\s*\w*$", "", os.path.commonprefix([chosen, rejected]))
     start = len(prompt)
     return Pair(prompt, chosen[start:], rejected[start:], source, row.origin)
+
+
+def _alpaca_prompt(row: Row) -> Conversation:
+    """The instruction and, on a line of its own, its input; system and turns before it if any."""
+    turns = [message("system", row.text("system"))] if row.fields.get("system") else []
+    for number, turn in enumerate(row.fields.get("history") or []):
+        name = f"history[{number}]"
+        parts = as_list(turn)
+        if parts is None or len(parts) != 2:
+            raise row.unusable(f"{name} is {type_name(turn)}", "a list of question and answer")
+        turns.append(message("user", row.checked_text(name, parts[0])))
+        turns.append(message("assistant", row.checked_text(name, parts[1])))
+    asked = [row.text("instruction"), *([row.text("input")] if row.fields.get("input") else [])]
+    return [*turns, message("user", "\n".join(asked))]
 
 
 def _single_turn_pair(

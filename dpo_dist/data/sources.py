@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.formats import check_column_map, detect_format, rename_columns
+from dpo_dist.data.formats import check_column_map, detect_format, implied_columns, rename_columns
 from dpo_dist.data.json_rows import JsonRows, index_json
 from dpo_dist.data.labelled_rows import LabelledRows, pair_labels
 from dpo_dist.data.pairs import Split
@@ -87,6 +87,7 @@ def open_sources(
             rows, row_format = pair_labels(rows, columns, key)
             columns = {}
         elif row_format == "auto":
+            columns = columns | implied_columns(rename_columns(first, columns))
             row_format = detect_format(rename_columns(first, columns), key)
         name = _unique_name(section, [*taken_names, *(source.name for source in sources)])
         margin = section.min_score_margin

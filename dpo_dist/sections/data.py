@@ -9,7 +9,7 @@ from dpo_dist.sections.section import Fraction, PositiveInt, Section
 Policy = Literal["drop", "raise", "keep"]
 PreferenceFormat = Literal[
     "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
-    "labelled",
+    "alpaca", "labelled",
 ]  # fmt: skip
 
 
