@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config import RunConfig, load_config
@@ -21,7 +22,7 @@ from dpo_dist.data.templates import BUILTIN_TEMPLATES
 from dpo_dist.engine import export as weights
 from dpo_dist.errors import ArtefactError, CheckpointError, DataError, ModelFilesError
 from dpo_dist.manifest import read_manifest
-from dpo_dist.stages import export
+from dpo_dist.stages import export, verify
 from dpo_dist.stop_flag import SIGNALS, Stopped
 from tests.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 
@@ -89,6 +90,23 @@ def test_type_and_shard_size(lora_run: TrainedRun, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert (folder / "model.safetensors").stat().st_size < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_auto_keeps_the_types_of_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    run = make_trained_run(tmp_path, "llama", "export.dtype=auto")
+    path = Path(run.config.model.path) / "model.safetensors"
+    base = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    base["model.norm.weight"] = base["model.norm.weight"].float()  # one that is wider
+    save_file(base, path, metadata={"format": "pt"})
+    write_checkpoint(run.config, run.policy, run.trained, step=8)
+    folder = export.run(run.config) / "full"
+    exported = load_file(folder / "model.safetensors")
+    assert {n: t.dtype for n, t in exported.items()} == {n: t.dtype for n, t in base.items()}
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == name
+    assert f"Weights are {name}" in (folder / "README.md").read_text()
+    verify.run(run.config)
 
 
 def test_tokenizer_and_card(lora_run: TrainedRun) -> None:

@@ -97,6 +97,10 @@ def widen_norm(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"] = torch.ones(33)
 
 
+def halve_norm(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+
+
 def nudge_head(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"][5] += 0.05
 
@@ -132,9 +136,10 @@ def remove_config(export_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "failing"),
     [
-        (damage_weights(remove_norm), {"merged: names and shapes", "merged: strict load"}),
-        (damage_weights(add_bias), {"merged: names and shapes", "merged: strict load"}),
-        (damage_weights(widen_norm), {"merged: names and shapes", "merged: strict load"}),
+        (damage_weights(remove_norm), {"merged: names, shapes and types", "merged: strict load"}),
+        (damage_weights(add_bias), {"merged: names, shapes and types", "merged: strict load"}),
+        (damage_weights(halve_norm), {"merged: names, shapes and types"}),
+        (damage_weights(widen_norm), {"merged: names, shapes and types", "merged: strict load"}),
         (
             damage_weights(nudge_head),
             {"merged: probe, packed forward", "merged: probe, plain forward"},
@@ -143,7 +148,7 @@ def remove_config(export_dir: Path) -> None:
         (swap_tokens, {"merged: tokenizer"}),
         (drop_adapter_tensor, {"adapter: strict load"}),
         (change_alpha, {"adapter: probe, packed forward", "adapter: probe, plain forward"}),
-        (remove_config, {"merged: names and shapes", "merged: strict load"}),
+        (remove_config, {"merged: names, shapes and types", "merged: strict load"}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

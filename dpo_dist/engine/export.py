@@ -79,13 +79,15 @@ def write_adapter_settings(
     write_adapter_config(policy, str(folder))
 
 
-def plan_model(base: StoredModel, changes: Changes, dtype: torch.dtype) -> ModelPlan:
+def plan_model(base: StoredModel, changes: Changes, dtype: torch.dtype | None) -> ModelPlan:
     """Lays out the exported model: names and shapes of the base, floating tensors as `dtype`.
 
-    What the base keeps in a wider type than the rest (a router's bias, say) stays in that type.
+    What the base keeps in a wider type than the rest (a router's bias, say) stays in that type;
+    without a `dtype` every tensor stays in its own.
     """
+    main = base.main_dtype
     specs = {
-        name: TensorSpec(_export_dtype(base, place.spec.dtype, dtype), place.spec.shape)
+        name: TensorSpec(export_dtype(main, place.spec.dtype, dtype), place.spec.shape)
         for name, place in base.places.items()
     }
     untied = {}
@@ -97,7 +99,7 @@ def plan_model(base: StoredModel, changes: Changes, dtype: torch.dtype) -> Model
                 tensor = base.file_name_of(parameter)
                 assert tensor not in specs, f"{tensor} is in the base folder"
                 shape = tuple(base.skeleton.get_parameter(parameter).shape)
-                specs[tensor] = TensorSpec(dtype, shape)
+                specs[tensor] = TensorSpec(dtype or main, shape)
                 untied[tensor] = parameter
     return ModelPlan(base, changes, specs, untied)
 
@@ -171,10 +173,11 @@ def _merge_(weight: torch.Tensor, change: Adapted, trained: TrainedWeights) -> N
     )
 
 
-def _export_dtype(base: StoredModel, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    if not stored.is_floating_point:
+def export_dtype(main: torch.dtype, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of an exported tensor that the base, mostly of type `main`, has as `stored`."""
+    if dtype is None or not stored.is_floating_point:
         return stored
-    wider = stored.itemsize > max(base.main_dtype.itemsize, dtype.itemsize)
+    wider = stored.itemsize > max(main.itemsize, dtype.itemsize)
     return stored if wider else dtype
 
 

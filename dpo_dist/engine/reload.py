@@ -9,7 +9,7 @@ import torch
 
 from dpo_dist.adapter_files import ADAPTER_WEIGHTS_NAME
 from dpo_dist.engine.load import load_model
-from dpo_dist.engine.safetensors_stream import read_places, read_tensor
+from dpo_dist.engine.safetensors_stream import TensorSpec, read_places, read_tensor
 from dpo_dist.errors import ArtefactError, ModelFilesError
 from dpo_dist.manifest import digest_of, digest_of_file
 from dpo_dist.model_files import digest_of_weights, resolve_model_dir, weight_files
@@ -20,9 +20,9 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
-def stored_names(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the weight files of a folder."""
-    return {name: place.spec.shape for name, place in read_places(weight_files(model_dir)).items()}
+def stored_specs(model_dir: Path) -> dict[str, TensorSpec]:
+    """Names, shapes and types in the weight files of a folder."""
+    return {name: place.spec for name, place in read_places(weight_files(model_dir)).items()}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ class LoggingSection(Section):
 
 
 class ExportSection(Section):
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of exported weights.")
+    dtype: Literal["bfloat16", "float32", "float16", "auto"] = Field(
+        "bfloat16", description="Of exported weights; auto: each tensor as the base stores it."
+    )
     max_shard_size_mib: PositiveInt = Field(4096, description="MiB of one safetensors file.")
     checkpoint: Literal["auto", "newest", "best"] = Field(
         "auto", description="Which to export; auto: best where checkpoint.best_by is set."

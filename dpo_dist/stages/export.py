@@ -79,8 +79,16 @@ class Job:
     stop: StopFlag
 
     @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.export.dtype)
+    def dtype(self) -> torch.dtype | None:
+        """Of the whole model's weights; None: each as the base has it."""
+        return (
+            None if self.config.export.dtype == "auto" else getattr(torch, self.config.export.dtype)
+        )
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of an adapter, which no base stores: as it was trained."""
+        return self.dtype or getattr(torch, self.config.model.dtype)
 
 
 def run(config: RunConfig) -> Path:
@@ -206,7 +214,7 @@ def _write_folder(job: Job, kind: Kind, folder: Path) -> None:
         metrics,
         {plot.title: plot_path(Path(PLOTS_NAME), plot).as_posix() for plot in plots},
     )
-    card = model_card(job.config, kind, job.config.export.dtype, training)
+    card = model_card(job.config, kind, _dtype_name(job, kind), training)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -214,8 +222,8 @@ def _write_adapter(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
     policy = _adapted_skeleton(job)
     check_adapter(policy, trained)
     num_elements = sum(math.prod(shape) for shape in trained.names_and_shapes.values())
-    with _progress(job, folder, "adapter", num_elements * job.dtype.itemsize) as advance:
-        weights.write_adapter(policy, trained, folder, job.dtype, advance)
+    with _progress(job, folder, "adapter", num_elements * job.adapter_dtype.itemsize) as advance:
+        weights.write_adapter(policy, trained, folder, job.adapter_dtype, advance)
     model = job.config.model
     local = makes_base(job.config) or Path(model.path).expanduser().exists()
     name, revision = (str(job.base_dir), None) if local else (model.path, model.revision)
@@ -233,12 +241,22 @@ def _write_model(job: Job, trained: ShardedCheckpoint, folder: Path) -> None:
     plan = weights.plan_model(base, changes, job.dtype)
     with _progress(job, folder, "model", plan.num_bytes) as advance:
         weights.write_model(plan, trained, folder, export.max_shard_size_mib * MIB, advance)
-    config = model_config(read_model_config(job.base_dir), export.dtype, plan.breaks_ties)
+    config = model_config(
+        read_model_config(job.base_dir), _dtype_name(job, "full"), plan.breaks_ties
+    )
     write_json(folder / CONFIG_NAME, config)
     patterns = [GENERATION_CONFIG_NAME, *(["*.py"] if model.trust_remote_code else [])]
     for pattern in patterns:
         for path in sorted(job.base_dir.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+
+
+def _dtype_name(job: Job, kind: Kind) -> str:
+    """What card and config.json say: under auto, of most of the bytes."""
+    dtype = job.adapter_dtype
+    if job.dtype is None and kind != "adapter":
+        dtype = open_base(job.base_dir, job.config.model.trust_remote_code).main_dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _adapted_skeleton(job: Job) -> Any:

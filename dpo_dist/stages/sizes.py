@@ -23,7 +23,7 @@ from dpo_dist.reference_parts import ROW_DTYPE
 from dpo_dist.run_dir import RunDir
 from dpo_dist.sections.training import AdapterSection
 
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "auto": 4}  # auto: at most
 
 
 @dataclass(frozen=True)

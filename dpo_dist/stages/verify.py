@@ -2,7 +2,8 @@
 
 1. Find the checkpoint that the export was made from, and its probe: the log-probs that the
    engine gave a few training pairs when it saved.
-2. For every exported folder: its files, names and shapes; a strict load; the tokenizer; an answer.
+2. For every exported folder: its files; names, shapes and types; a strict load; the
+   tokenizer; an answer.
 3. Score the probe pairs with the loaded model, by our forward and through the model's own logits.
 4. Write every check with its largest difference, then fail when one did.
 
@@ -27,11 +28,13 @@ from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.base_weights import open_base
 from dpo_dist.engine.checkpoint import read_probe
 from dpo_dist.engine.commit import FileRecord, find_changed
+from dpo_dist.engine.export import export_dtype
 from dpo_dist.engine.forward import PairScorer
 from dpo_dist.engine.generate import answer
 from dpo_dist.engine.packing import pack_pairs
 from dpo_dist.engine.policy import settle_layout
-from dpo_dist.engine.reload import load_adapted, load_whole, stored_names
+from dpo_dist.engine.reload import load_adapted, load_whole, stored_specs
+from dpo_dist.engine.safetensors_stream import TensorSpec
 from dpo_dist.engine.scoring import score
 from dpo_dist.errors import ArtefactError, DPODistError, VerificationError
 from dpo_dist.logs import progress_bar
@@ -126,9 +129,10 @@ def run(config: RunConfig) -> Path:
 
 def _remedy(config: RunConfig, failed: Sequence[Check]) -> str:
     """A merge in bfloat16 rounds small updates away: what then to do instead."""
-    if config.export.dtype == "bfloat16" and all("probe" in check.name for check in failed):
+    if config.export.dtype != "float32" and all("probe" in check.name for check in failed):
         adapter = ", or use the adapter unmerged" if config.adapter else ""
-        return f"bfloat16 may round the update away: export with export.dtype=float32{adapter}."
+        rounding = {"auto": "the base's own type"}.get(config.export.dtype, config.export.dtype)
+        return f"{rounding} may round the update away: export with export.dtype=float32{adapter}."
     return "Do not use it."
 
 
@@ -152,7 +156,7 @@ def _check_folder(
     folder, base_dir = export_folders(config)[kind], base_model_dir(config)
     yield _check(f"{kind}: files", lambda: _files(folder, manifest))
     if kind != "adapter":
-        yield _check(f"{kind}: names and shapes", lambda: _names(folder, base_dir))
+        yield _check(f"{kind}: names, shapes and types", lambda: _tensors(config, folder, base_dir))
     device = _device_for(folder, base_dir)
     wanted = probe
     if kind == "merged" and config.model.quantization is not None:
@@ -209,19 +213,34 @@ def _files(folder: Path, manifest: Manifest) -> str:
     return f"{len(files)} as they were written"
 
 
-def _names(folder: Path, base_dir: Path) -> str:
-    """The tensors of the base model, and beside them at most a head that training untied."""
-    exported, base = stored_names(folder), stored_names(base_dir)
+def _tensors(config: RunConfig, folder: Path, base_dir: Path) -> str:
+    """The tensors of the base model, and beside them at most a head that training untied.
+
+    Types are the base's under export.dtype auto, else that one.
+    """
+    exported, base = stored_specs(folder), stored_specs(base_dir)
+    main = open_base(base_dir, config.model.trust_remote_code).main_dtype
+    dtype = None if config.export.dtype == "auto" else getattr(torch, config.export.dtype)
+    wanted = {
+        name: TensorSpec(export_dtype(main, spec.dtype, dtype), spec.shape)
+        for name, spec in base.items()
+    }
     base_tied, still_tied = (
         config.get("tie_word_embeddings") is not False
         for config in (read_model_config(base_dir), read_model_config(folder))
     )
     added = [name for name in exported if name not in base]
-    wrong = [name for name, shape in base.items() if exported.get(name) != shape]
+    wrong = [name for name, spec in wanted.items() if exported.get(name) != spec]
     if len(added) > int(base_tied and not still_tied):
         wrong += added
-    _refuse([f"{n} is {exported.get(n)} here and {base.get(n)} in the base model" for n in wrong])
-    return f"{len(exported)} tensors" + (f", untied {added[0]}" if added else "")
+    _refuse([f"{n} is {_told(exported.get(n))} here, wanted {_told(wanted.get(n))}" for n in wrong])
+    kinds = sorted({str(spec.dtype).removeprefix("torch.") for spec in exported.values()})
+    untied = f", untied {added[0]}" if added else ""
+    return f"{len(exported)} tensors of {', '.join(kinds)}{untied}"
+
+
+def _told(spec: TensorSpec | None) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {spec.shape}" if spec else "absent"
 
 
 def _tokenizer(config: RunConfig, folder: Path, base_dir: Path, probe: Probe) -> str:
