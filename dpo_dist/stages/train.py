@@ -185,20 +185,19 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
                 _report(job, writer, step, metrics)
                 window.zero_()
                 since = time.monotonic()
+            paused = time.monotonic()  # what follows until `since` moves is no training
             if len(job.held_out.pairs) and (step % config.eval.every_steps == 0 or last):
                 metrics = collectives.broadcast(evaluate(job))  # what follows is decided by them
                 job.evaluations.append(record(step, metrics))
                 _report(job, writer, step, metrics, "eval")
-                since = time.monotonic()
             ended = last or _early_stop(config, job.evaluations) is not None
             if step % config.checkpoint.every_steps == 0 or ended or stopping:
                 _save(job, step, identity)
-                since = time.monotonic()
             bar.advance(task, pairs)
             every = config.eval.samples_every_steps
             if every and (step % every == 0 or ended) and not stopping:
                 _sample(job, writer, step)
-                since = time.monotonic()
+            since += time.monotonic() - paused
             if ended:
                 break
             if stopping:

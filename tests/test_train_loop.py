@@ -1,0 +1,82 @@
+"""What surrounds the steps of training: the speed that is reported."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from tiny_run import NUM_TRAIN, make_run, succeed
+
+from dpo_dist.config import load_config
+from dpo_dist.metrics import read_lines
+
+pytestmark = pytest.mark.timeout(300)
+STEP_S, PAUSE_S = 1.0, 100.0
+PAIRS = 8  # of a step
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose pairs and reference are there."""
+    path = make_run(tmp_path_factory.mktemp("loop"))
+    succeed("prepare", path)
+    succeed("reference", path, "local.workers=1")
+    return path
+
+
+def trained(run_yaml: Path, worker: Callable[..., None], name: str, *overrides: str) -> Path:
+    """The folder of a run on the same pairs and reference, after `worker` trained it."""
+    out = run_yaml.parent / name
+    out.mkdir()
+    for part in ("pairs", "reference"):
+        (out / part).symlink_to(run_yaml.parent / "out" / part)
+    run_ranks(1, worker, str(run_yaml), [f"run.dir={out}", *overrides])
+    return out
+
+
+def worker(run_yaml: str, overrides: list[str]) -> None:
+    from dpo_dist.stages import train
+
+    train.run(load_config(Path(run_yaml), overrides))
+
+
+class Clock:
+    """Stands for the module `time`: it moves only with what it has timed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def timed(self, call: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return call(*args, **kwargs)
+
+        return slow
+
+
+def timed_worker(run_yaml: str, overrides: list[str]) -> None:
+    """Trains by a clock on which a step takes STEP_S and everything between steps PAUSE_S."""
+    from dpo_dist.stages import train
+
+    clock, pauses = Clock(), ("evaluate", "_save", "_sample")
+    train.time = clock  # pyright: ignore[reportAttributeAccessIssue]
+    for name, seconds in [("optimizer_step", STEP_S), *((pause, PAUSE_S) for pause in pauses)]:
+        setattr(train, name, clock.timed(getattr(train, name), seconds))
+    worker(run_yaml, overrides)
+
+
+@pytest.mark.parametrize("every_steps", [1, 4])
+def test_the_reported_speed_is_that_of_the_steps(run_yaml: Path, every_steps: int) -> None:
+    settings = [
+        f"logging.every_steps={every_steps}", "train.num_epochs=1", "eval.every_steps=2",
+        "checkpoint.every_steps=3", "eval.samples_every_steps=3", "eval.num_samples=1",
+        "generate.max_new_tokens=2",
+    ]  # fmt: skip
+    out = trained(run_yaml, timed_worker, f"speed-{every_steps}", *settings)
+    lines = [m for m in read_lines(out / "metrics.jsonl") if "loss" in m]
+    assert len(lines) == -(-(NUM_TRAIN // PAIRS) // every_steps)
+    assert [m["pairs_per_second"] for m in lines] == [PAIRS / STEP_S] * len(lines)
