@@ -1,4 +1,4 @@
-"""What surrounds the steps of training: the speed that is reported."""
+"""What surrounds the steps of training: the speed that is reported, and the answers in between."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +80,18 @@ def test_the_reported_speed_is_that_of_the_steps(run_yaml: Path, every_steps: in
     lines = [m for m in read_lines(out / "metrics.jsonl") if "loss" in m]
     assert len(lines) == -(-(NUM_TRAIN // PAIRS) // every_steps)
     assert [m["pairs_per_second"] for m in lines] == [PAIRS / STEP_S] * len(lines)
+
+
+def test_answers_in_training_are_sampled_as_generate_says(run_yaml: Path) -> None:
+    settings = [
+        "train.max_steps=1", "eval.samples_every_steps=1", "eval.num_samples=2",
+        "generate.max_new_tokens=8",
+    ]  # fmt: skip
+    answers = []
+    for name, sampling in {
+        "greedy": ["generate.temperature=0"],
+        "nucleus-of-one": ["generate.temperature=2", "generate.top_p=1e-6"],
+    }.items():
+        out = trained(run_yaml, worker, name, *settings, *sampling)
+        answers.append([s["answer"] for s in read_lines(out / "samples.jsonl")])
+    assert answers[0] == answers[1] and len(answers[0]) == 4

@@ -81,6 +81,7 @@ def answer_in_training(
     seed: int,
     max_new_tokens: int,
     temperature: float,
+    top_p: float | None = None,
 ) -> list[str]:
     """The answers of the policy inside a DeepSpeed engine around a PairScorer, on every rank.
 
@@ -101,7 +102,7 @@ def answer_in_training(
             torch.manual_seed(seed + position)
             (own,) = answer(
                 scorer.policy, tokenizer, [prompts[position]], device=device,
-                max_new_tokens=max_new_tokens, temperature=temperature,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                 in_step=world_size > 1 and engine.zero_optimization_stage() == 3,
             )  # fmt: skip
             answers |= dict(collectives.gather((position, own.text)))

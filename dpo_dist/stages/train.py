@@ -259,6 +259,7 @@ def _sample(job: Job, writer: MetricsWriter | None, step: int) -> None:
     answers = answer_in_training(
         job.engine, tokenizer, prompts, device=job.device, seed=config.run.seed,
         max_new_tokens=config.generate.max_new_tokens, temperature=config.generate.temperature,
+        top_p=config.generate.top_p,
     )  # fmt: skip
     if writer is not None:
         texts = [str(tokenizer.decode(prompt)) for prompt in prompts]
