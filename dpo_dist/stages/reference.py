@@ -1,8 +1,9 @@
 """The reference pass: log-probs of a frozen model over all pairs, once, before training.
 
-1. Look which pairs the store lacks; with none there is nothing to load.
-2. Load the reference, whole on every rank when it fits, else in ZeRO-3 partitions.
-3. Score the missing pairs in waves; rank 0 appends each wave, so a killed pass goes on from it.
+1. Refuse what training would refuse, before anything expensive.
+2. Look which pairs the store lacks; with none there is nothing to load.
+3. Load the reference, whole on every rank when it fits, else in ZeRO-3 partitions.
+4. Score the missing pairs in waves; rank 0 appends each wave, so a killed pass goes on from it.
 """
 
 import logging
@@ -38,7 +39,7 @@ from dpo_dist.plan import (
 )
 from dpo_dist.reference_store import ReferenceStore, explain_miss, open_store
 from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.sizes import count_shape, make_setup, read_sizes
+from dpo_dist.stages.sizes import checked_work, count_shape, make_setup, read_sizes
 from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
 from dpo_dist.topology import Topology, from_environment
@@ -54,7 +55,8 @@ def run(config: RunConfig) -> Path:
     paths = RunDir(config.run.dir)
     if config.objective.reference_free:
         return _skip(config, paths)
-    splits = [open_pairs(paths.pairs_dir, split) for split in SPLITS]
+    work = checked_work(config)
+    splits = [work.train, work.held_out]
     done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
     if done is not None:
         layout, store = done

@@ -21,12 +21,8 @@ import numpy as np
 from dpo_dist import wandb_log
 from dpo_dist.best import Evaluation, early_stop, ranked_steps, record
 from dpo_dist.config import RunConfig
-from dpo_dist.data.batches import (
-    check_token_budget,
-    num_steps,
-    plan_micro_batches,
-)
-from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.data.batches import plan_micro_batches
+from dpo_dist.data.pairs import Pairs
 from dpo_dist.data.templates import load_tokenizer, resolve_template
 from dpo_dist.engine import checkpoint, collectives, ds_config, zero
 from dpo_dist.engine.generate import answer_in_training
@@ -35,7 +31,7 @@ from dpo_dist.engine.model_parts import num_experts
 from dpo_dist.engine.policy import build_policy, settle_layout
 from dpo_dist.engine.retention import best_standing, marked
 from dpo_dist.engine.scoring import score
-from dpo_dist.errors import CheckpointError, DataError
+from dpo_dist.errors import CheckpointError
 from dpo_dist.logs import progress_bar
 from dpo_dist.manifest import digest_of
 from dpo_dist.metrics import Kind, MetricsWriter
@@ -51,6 +47,7 @@ from dpo_dist.stages.inputs import (
     objective_of,
     with_reference,
 )
+from dpo_dist.stages.sizes import checked_work
 from dpo_dist.stages.train_step import Job, check_start, evaluate, optimizer_step, window_metrics
 from dpo_dist.status import update_status
 from dpo_dist.stop_flag import StopFlag, Stopped
@@ -62,18 +59,12 @@ _logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Path:
     """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
     paths, topology = RunDir(config.run.dir), from_environment()
-    pairs, held_out = (open_pairs(paths.pairs_dir, split) for split in ("train", "eval"))
-    settings = config.train
-    total = num_steps(len(pairs), settings.global_batch_size, settings.num_epochs)
-    total = min(total, settings.max_steps or total)
-    check_token_budget(pairs.packed_lengths, range(len(pairs)), settings.micro_batch_tokens)
-    _check_held_out(config, held_out)
+    work, settings = checked_work(config), config.train
+    pairs, held_out, total = work.train, work.held_out, work.num_steps
     if config.checkpoint.resume == "auto" and (ended := _ended_at(config, pairs, total)):
         if topology.rank == 0:
             _logger.info("train: finished, %s", ended)
         return ended
-    if config.logging.wandb:
-        wandb_log.check_installed()
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
@@ -105,22 +96,6 @@ def run(config: RunConfig) -> Path:
         last_step = _train(job, first_step, identity, stop)
         zero.take_down(engine)
     return paths.checkpoint_dir(last_step)
-
-
-def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
-    """Raises DataError when a setting needs held-out pairs and there are none."""
-    needy = {
-        "checkpoint.best_by": config.checkpoint.best_by,
-        "eval.samples_every_steps": config.eval.samples_every_steps,
-    }
-    for key, value in needy.items():
-        if value is not None and not len(held_out):
-            raise DataError(
-                f"{key} is {value}, and there are no held-out pairs",
-                "at least one",
-                "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir, "
-                f"or set {key} to null.",
-            )
 
 
 def _ended_at(config: RunConfig, pairs: Pairs, total: int) -> Path | None:

@@ -1,0 +1,80 @@
+"""What the reference pass and training refuse before a model is loaded."""
+
+from pathlib import Path
+
+import pytest
+from tiny_run import make_run
+
+from dpo_dist.config import load_config
+from dpo_dist.engine import quantized
+from dpo_dist.errors import ConfigError, DataError, DPODistError
+from dpo_dist.stages import prepare, reference, train
+from dpo_dist.topology import SINGLE_PROCESS
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose pairs are there."""
+    path = make_run(tmp_path_factory.mktemp("disks"))
+    prepare.run(load_config(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "message"),
+    [
+        (["train.micro_batch_tokens=20"], DataError, "wanted at most micro_batch_tokens = 20"),
+        (["train.global_batch_size=41"], DataError, "wanted at least one global batch of 41"),
+        (["train.deepspeed=zero9"], ConfigError, "train.deepspeed: 'zero9' is no file"),
+        (
+            ["train.optimizer=adafactor", "train.deepspeed=zero3"],
+            ConfigError,
+            "train.optimizer: adafactor with train.deepspeed zero3",
+        ),
+        (["logging.wandb=true"], ConfigError, "logging.wandb is set, and wandb is not installed"),
+        (
+            ["model.quantization=nf4", "adapter.rank=4"],
+            ConfigError,
+            "model.quantization: nf4, and bitsandbytes is not installed",
+        ),
+        (
+            ["train.optimizer=paged_adamw"],
+            ConfigError,
+            "train.optimizer: paged_adamw, and bitsandbytes is not installed",
+        ),
+    ],
+)
+def test_what_training_refuses_without_a_model_is_refused_before_the_reference_pass(
+    run_yaml: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    kind: type[DPODistError],
+    message: str,
+) -> None:
+    from dpo_dist import wandb_log
+
+    for module in (quantized, wandb_log):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for variable, place in SINGLE_PROCESS.environment().items():
+        monkeypatch.setenv(variable, place)
+    config = load_config(run_yaml, [*overrides, "reference.store_dir=/nowhere"])
+    for stage in (reference, train):
+        with pytest.raises(kind) as error:
+            stage.run(config)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.best_by=eval_loss", "eval.samples_every_steps=5"])
+def test_held_out_pairs_are_missed_before_the_reference_pass(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for variable, place in SINGLE_PROCESS.environment().items():
+        monkeypatch.setenv(variable, place)
+    overrides = [f"run.dir={tmp_path}", "data.eval=[]", "checkpoint.every_steps=5"]
+    prepare.run(load_config(run_yaml, overrides))
+    with pytest.raises(DataError) as error:
+        reference.run(load_config(run_yaml, [*overrides, key]))
+    name, value = key.split("=")
+    assert str(error.value).startswith(f"{name} is {value}, and there are no held-out pairs; ")
