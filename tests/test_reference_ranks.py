@@ -1,15 +1,17 @@
-"""What the reference pass and training refuse before a model is loaded."""
+"""The reference pass and training on ranks that see different disks, and what both refuse first."""
 
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from tiny_run import make_run
 
+from dpo_dist import model_files
 from dpo_dist.config import load_config
 from dpo_dist.engine import quantized
 from dpo_dist.errors import ConfigError, DataError, DPODistError
 from dpo_dist.stages import prepare, reference, train
-from dpo_dist.topology import SINGLE_PROCESS
+from dpo_dist.topology import SINGLE_PROCESS, from_environment
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -20,6 +22,35 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(tmp_path_factory.mktemp("disks"))
     prepare.run(load_config(path))
     return path
+
+
+def own_disk_worker(run_yaml: str, stage: str, store: str) -> list[str]:
+    """Runs a stage with a store of this rank's own; the weight files that this rank hashed."""
+    hashed: list[str] = []
+    digest_of = model_files._cached_digest
+
+    def digest_of_file(path: Path) -> str:
+        hashed.append(path.name)
+        return digest_of(path)
+
+    model_files._cached_digest = digest_of_file
+    own_store = f"reference.store_dir={store}-{from_environment().rank}"
+    overrides = [own_store, "train.max_steps=1"]
+    stages = {"reference": reference, "train": train}
+    stages[stage].run(load_config(Path(run_yaml), overrides))
+    return hashed
+
+
+def test_only_rank_0_looks_at_the_store_and_reads_the_weights(run_yaml: Path) -> None:
+    store = run_yaml.parent / "store"
+    arguments = str(run_yaml), "reference", str(store)
+    for _ in ("scores", "finds rank 0's store complete and the other's absent"):
+        first, second = run_ranks(2, own_disk_worker, *arguments)
+        assert "model.safetensors" in first and second == []
+    assert list(run_yaml.parent.glob("store-*")) == [run_yaml.parent / "store-0"]
+    for _ in ("trains", "is finished"):
+        first, second = run_ranks(2, own_disk_worker, str(run_yaml), "train", str(store))
+        assert "model.safetensors" in first and second == []
 
 
 @pytest.mark.parametrize(

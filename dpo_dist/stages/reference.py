@@ -1,7 +1,7 @@
 """The reference pass: log-probs of a frozen model over all pairs, once, before training.
 
 1. Refuse what training would refuse, before anything expensive.
-2. Look which pairs the store lacks; with none there is nothing to load.
+2. Rank 0 looks which pairs the store lacks; with none there is nothing to load.
 3. Load the reference, whole on every rank when it fits, else in ZeRO-3 partitions.
 4. Score the missing pairs in waves; rank 0 appends each wave, so a killed pass goes on from it.
 """
@@ -56,19 +56,26 @@ def run(config: RunConfig) -> Path:
     if config.objective.reference_free:
         return _skip(config, paths)
     work = checked_work(config)
-    splits = [work.train, work.held_out]
-    done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
-    if done is not None:
-        layout, store = done
-        topology_rank = from_environment().rank
-        if topology_rank == 0:
-            _logger.info("reference: current, %s rows in %s", store.num_rows, store.directory)
-            _write_report(paths, splits, store, layout, num_scored=0)
-        return store.directory
-    topology = from_environment()
+    splits, topology = [work.train, work.held_out], from_environment()
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
+        if directory := _complete(config, paths, splits):
+            return directory
         return _run_pass(config, paths, splits, topology, device, stop)
+
+
+def _complete(config: RunConfig, paths: RunDir, splits: list[Pairs]) -> Path | None:
+    """The store's folder when it lacks nothing; looked up by rank 0 alone, without a model."""
+    directory = None
+    with collectives.same_error_everywhere():
+        if collectives.is_first():
+            done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
+            if done is not None:
+                layout, store = done
+                directory = store.directory
+                _logger.info("reference: current, %s rows in %s", store.num_rows, directory)
+                _write_report(paths, splits, store, layout, num_scored=0)
+    return collectives.broadcast(directory)
 
 
 def _skip(config: RunConfig, paths: RunDir) -> Path:
@@ -89,13 +96,7 @@ def _run_pass(
     stop: StopFlag,
 ) -> Path:
     model, layout, engine = _load_reference(config, topology, device)
-    contract = scoring_contract(config, layout)
-    store = open_store(store_root(config), contract)
-    if topology.rank == 0 and store.num_rows == 0:
-        for line in explain_miss(store_root(config), contract):
-            _logger.info("reference: %s", line)
-    todo = [own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
-    todo = collectives.broadcast(todo)
+    store, todo = _open_store(config, layout, splits)
     num_missing = sum(map(len, todo))
     num_pairs, num_scored = sum(map(len, splits)), 0
     if topology.rank == 0:
@@ -108,7 +109,7 @@ def _run_pass(
             ):
                 num_scored += _score_wave(config, model, store, pairs, wave, topology, device)
                 bar.update(task, completed=num_scored)
-                if topology.rank == 0 and config.reference.part is None:
+                if store is not None and config.reference.part is None:
                     update_status(
                         paths.status_path,
                         reference={"num_scored": num_scored, "num_missing": num_missing},
@@ -116,12 +117,28 @@ def _run_pass(
                     )
                 if any(collectives.gather(bool(stop))):
                     raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
-    if topology.rank == 0 and config.reference.part is None:
+    if store is not None and config.reference.part is None:
         _write_report(paths, splits, store, layout, num_scored=num_missing)
     if engine is not None:
         zero.take_down(engine)
     collectives.barrier()
-    return store.directory
+    return collectives.broadcast(store.directory if store is not None else store_root(config))
+
+
+def _open_store(
+    config: RunConfig, layout: str, splits: list[Pairs]
+) -> tuple[ReferenceStore | None, list[IndexArray]]:
+    """(The store, on rank 0 and None on the others; what this pass is to score of every split)."""
+    store, todo = None, []
+    with collectives.same_error_everywhere():
+        if collectives.is_first():
+            contract = scoring_contract(config, layout)
+            store = open_store(store_root(config), contract)
+            if store.num_rows == 0:
+                for line in explain_miss(store_root(config), contract):
+                    _logger.info("reference: %s", line)
+            todo = [own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
+    return store, collectives.broadcast(todo)
 
 
 def own_part(missing: IndexArray, part: str | None) -> IndexArray:
@@ -192,7 +209,7 @@ def _weights_gib(config: RunConfig, model_dir: Path) -> float:
 def _score_wave(
     config: RunConfig,
     model: torch.nn.Module,
-    store: ReferenceStore,
+    store: ReferenceStore | None,
     pairs: Pairs,
     wave: Plan,
     topology: Topology,
@@ -203,7 +220,7 @@ def _score_wave(
         model, wave[topology.rank], pairs.token_ids, device, Terms(config.objective.ld_alpha)
     )
     with collectives.same_error_everywhere():
-        if topology.rank == 0:
+        if store is not None:
             store.append(pairs.keys[wave_indices], wave_scores, wave_indices)
     return len(wave_indices)
 

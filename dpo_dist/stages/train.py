@@ -61,12 +61,11 @@ def run(config: RunConfig) -> Path:
     paths, topology = RunDir(config.run.dir), from_environment()
     work, settings = checked_work(config), config.train
     pairs, held_out, total = work.train, work.held_out, work.num_steps
-    if config.checkpoint.resume == "auto" and (ended := _ended_at(config, pairs, total)):
-        if topology.rank == 0:
-            _logger.info("train: finished, %s", ended)
-        return ended
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
+        digests = _input_digests(config, pairs)
+        if ended := _ended_at(config, digests, total):
+            return ended
         resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
         convert = checkpoint.needs_conversion(resume, topology.world_size)
         sharding = ds_config.training_config(
@@ -85,7 +84,7 @@ def run(config: RunConfig) -> Path:
         job = Job(
             config, paths, topology, device, engine, train, evaluated, total, objective, terms
         )
-        identity = _identity(job)
+        identity = digests | {"reference": _reference_digest(job)}
         if resume is None:
             check_start(job)
             first_step = 1
@@ -98,11 +97,36 @@ def run(config: RunConfig) -> Path:
     return paths.checkpoint_dir(last_step)
 
 
-def _ended_at(config: RunConfig, pairs: Pairs, total: int) -> Path | None:
+def _input_digests(config: RunConfig, pairs: Pairs) -> dict[str, str]:
+    """What a resume must find unchanged but for the reference: settings one by one, and digests.
+
+    Rank 0 alone reads the weights, which are many when no digest of them is cached.
+    """
+    digests: dict[str, str] = {}
+    with collectives.same_error_everywhere():
+        if collectives.is_first():
+            digests = training_identity(config)
+            digests |= {"pairs": pairs.digest, "model": start_digest(config)}
+    return collectives.broadcast(digests)
+
+
+def _reference_digest(job: Job) -> str:
+    return digest_of(job.train.reference.numpy().tobytes().hex())
+
+
+def _ended_at(config: RunConfig, digests: dict[str, str], total: int) -> Path | None:
     """The checkpoint that training ended with, if it has ended; found out without a model.
 
-    Raises CheckpointError when it was trained with other settings or inputs.
+    Rank 0 looks. Raises CheckpointError when it was trained with other settings or inputs.
     """
+    ended = None
+    with collectives.same_error_everywhere():
+        if collectives.is_first() and config.checkpoint.resume == "auto":
+            ended = _last_checkpoint(config, digests, total)
+    return collectives.broadcast(ended)
+
+
+def _last_checkpoint(config: RunConfig, digests: dict[str, str], total: int) -> Path | None:
     last_dir = next(iter(marked(RunDir(config.run.dir).checkpoints_dir)), None)
     if last_dir is None:
         return None
@@ -113,7 +137,8 @@ def _ended_at(config: RunConfig, pairs: Pairs, total: int) -> Path | None:
     if state.step != total and not _early_stop(config, state.evaluations):
         return None
     reference = {"reference": state.digests["reference"]}  # needs the model's layout to look up
-    checkpoint.check_resume(last_dir, state, _input_identity(config, pairs) | reference)
+    checkpoint.check_resume(last_dir, state, digests | reference)
+    _logger.info("train: finished, %s", last_dir)
     return last_dir
 
 
@@ -123,16 +148,6 @@ def _early_stop(config: RunConfig, evaluations: Sequence[Evaluation]) -> str | N
     if best_by is None or patience is None:
         return None
     return early_stop(evaluations, best_by, patience, config.eval.min_delta)
-
-
-def _identity(job: Job) -> dict[str, str]:
-    """What a resume must find unchanged: settings one by one, and digests of what was read."""
-    reference = digest_of(job.train.reference.numpy().tobytes().hex())
-    return _input_identity(job.config, job.train.pairs) | {"reference": reference}
-
-
-def _input_identity(config: RunConfig, pairs: Pairs) -> dict[str, str]:
-    return training_identity(config) | {"pairs": pairs.digest, "model": start_digest(config)}
 
 
 def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) -> int:
