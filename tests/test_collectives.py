@@ -1,9 +1,12 @@
 """The exchanges between ranks, on real ranks."""
 
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ranks import run_ranks, started_ranks, wait_until
 
 from dpo_dist.engine import collectives
@@ -73,3 +76,15 @@ def test_killed_ranks_leave_no_shared_memory_behind(tmp_path: Path) -> None:
         for process in ranks.processes:
             process.send_signal(signal.SIGKILL)
     assert buffers() <= before
+
+
+def test_a_killed_build_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    killed, running = (tmp_path / name / "lock" for name in ("py311_cpu/killed", "running"))
+    for lock in (killed, running):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    long_ago = time.time() - 2 * collectives.BUILD_S
+    os.utime(killed, (long_ago, long_ago))
+    collectives.remove_stale_build_locks()
+    assert not killed.exists() and running.exists()

@@ -205,7 +205,7 @@ def sampling_worker(model_dir: str, stage: str, sampled: bool) -> dict[str, Any]
     return {"losses": losses, "answers": answers, "random": float(torch.rand(()))}
 
 
-@pytest.mark.parametrize("stage", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_answers_leave_training_and_its_dropout_alone(run_yaml: Path, stage: str) -> None:
     model_dir = str(run_yaml.parent / "model")
     with_answers = run_ranks(2, sampling_worker, model_dir, stage, True)

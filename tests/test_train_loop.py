@@ -69,7 +69,7 @@ def timed_worker(run_yaml: str, overrides: list[str]) -> None:
     worker(run_yaml, overrides)
 
 
-@pytest.mark.parametrize("every_steps", [1, 4])
+@pytest.mark.parametrize("every_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_reported_speed_is_that_of_the_steps(run_yaml: Path, every_steps: int) -> None:
     settings = [
         f"logging.every_steps={every_steps}", "train.num_epochs=1", "eval.every_steps=2",
@@ -82,6 +82,7 @@ def test_the_reported_speed_is_that_of_the_steps(run_yaml: Path, every_steps: in
     assert [m["pairs_per_second"] for m in lines] == [PAIRS / STEP_S] * len(lines)
 
 
+@pytest.mark.slow
 def test_answers_in_training_are_sampled_as_generate_says(run_yaml: Path) -> None:
     settings = [
         "train.max_steps=1", "eval.samples_every_steps=1", "eval.num_samples=2",

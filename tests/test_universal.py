@@ -73,7 +73,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     ("world_size", "cases"),
     [
         pytest.param(1, [FULL, ADAPTER, STAGE0], id="1rank"),
-        pytest.param(3, [FULL, ADAPTER], id="3ranks"),
+        pytest.param(3, [FULL, ADAPTER], id="3ranks", marks=pytest.mark.slow),
         pytest.param(1, [STAGE2, *REST], id="1rank-rest", marks=pytest.mark.slow),
         pytest.param(3, [STAGE2, STAGE0, *REST], id="3ranks-rest", marks=pytest.mark.slow),
     ],

@@ -19,6 +19,7 @@ from dpo_dist.topology import Topology
 
 Value = TypeVar("Value")
 TIMEOUT = datetime.timedelta(minutes=30)
+BUILD_S = 600.0  # longer than any of DeepSpeed's extensions takes to build
 
 
 def device_of(topology: Topology) -> torch.device:
@@ -50,6 +51,7 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     import deepspeed
 
+    remove_stale_build_locks()
     os.environ.update(topology.environment())
     with contextlib.redirect_stdout(io.StringIO()):  # says that its extension was built
         deepspeed.init_distributed(
@@ -81,6 +83,17 @@ def _interface_to(address: str) -> str | None:
         if any(entry.address == own for entry in addresses):
             return name
     return None
+
+
+def remove_stale_build_locks() -> None:
+    """Removes the locks of extension builds that were killed: torch waits for them for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - lock.stat().st_mtime > BUILD_S:
+                lock.unlink()
 
 
 def _unlink_shared_memory(topology: Topology) -> None:
