@@ -13,7 +13,7 @@ from dpo_dist import __version__, plan
 from dpo_dist.cli_judge import judge
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import explain_keys, override_names, to_yaml
-from dpo_dist.errors import ArtefactError, ConfigError, DPODistError
+from dpo_dist.errors import ArtefactError, ConfigError, DPODistError, as_disk_error
 from dpo_dist.manifest import write_atomic
 from dpo_dist.ranks import launch, print_error, run_or_launch, set_up_command
 from dpo_dist.run_dir import RunDir
@@ -373,3 +373,9 @@ def main() -> None:
     except DPODistError as error:
         print_error(error)
         sys.exit(error.exit_code)
+    except (OSError, BaseExceptionGroup) as error:
+        disk = as_disk_error(error)
+        if disk is None:
+            raise
+        print_error(disk)
+        sys.exit(disk.exit_code)

@@ -1,10 +1,12 @@
 """What a user can get wrong or run into: every error says what was found, wanted and what to do."""
 
+import errno
 from typing import ClassVar
 
 EXIT_USER_ERROR = 2
 EXIT_RESTART = 75  # stopped by a signal with a checkpoint committed: start the same command again
 EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class DPODistError(Exception):
@@ -70,3 +72,25 @@ class EndpointError(DPODistError):
 
 class HarnessError(DPODistError):
     """lm-eval is not installed, or cannot run a task."""
+
+
+class DiskError(DPODistError):
+    """A file cannot be written: the disk is full or read-only, or a quota or a limit is reached."""
+
+
+def as_disk_error(error: BaseException) -> DiskError | None:
+    """What a full or read-only disk is told as; None for any other error.
+
+    A group is told as its first error when all of them are of the disk.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        told = [as_disk_error(inner) for inner in error.exceptions]
+        return told[0] if all(told) else None
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return DiskError(
+        f"{where}{error.strerror or error}",
+        "a writable disk with free space",
+        "Mend that, then start the same command again; what was done is kept.",
+    )

@@ -15,7 +15,7 @@ from dpo_dist import plan, run_lock
 from dpo_dist.attempts import begin
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.config_keys import to_yaml
-from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError
+from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError, as_disk_error
 from dpo_dist.local import count_workers, run_ranks
 from dpo_dist.logs import console, hush_libraries, set_up_logging
 from dpo_dist.manifest import write_atomic, write_json
@@ -102,9 +102,13 @@ def _guarded(
                 write_json(failure_path, failure)
         return error.exit_code
     except BaseException as error:
-        traceback.print_exc()
+        disk = as_disk_error(error)
+        if disk is None:
+            traceback.print_exc()
+        else:
+            print_error(disk)
         _add_to_log_file(traceback.format_exc())
-        tell("failed", error=repr(error), exit_code=1, restartable=True)
+        tell("failed", error=str(disk or repr(error)), exit_code=1, restartable=True)
         return 1
 
 

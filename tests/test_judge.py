@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from local_judge import Answer, LocalJudge, Request, serve
 from ranks import ROOT, wait_until
 
 from dpo_dist.endpoint import Limits, completions_url, retry_after_s
-from dpo_dist.errors import ArtefactError, DataError, DPODistError, EndpointError
+from dpo_dist.errors import ArtefactError, DataError, DPODistError, EndpointError, as_disk_error
 from dpo_dist.stages import judge as stage
 
 KEY = "sk-local-0123456789abcdef"
@@ -381,6 +382,23 @@ def test_the_key_is_in_no_file_and_no_message(
         assert "Bearer [key]" in replies(tmp_path / "out")[0]["reply"]
     else:
         assert "Bearer [key]" in said
+
+
+def test_a_disk_that_fills_up(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serve(larger_is_better) as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        try:
+            with pytest.raises(BaseException) as full:
+                judge(files, server.url, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "File too large; wanted a writable disk" in str(as_disk_error(full.value))
+        kept = (out / "replies.jsonl").read_bytes()
+        judge(files, server.url, out)
+        assert 0 < kept.count(b"\n") < len(replies(out)) == 12
+        assert (out / "replies.jsonl").read_bytes().startswith(kept[: kept.rindex(b"\n")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])

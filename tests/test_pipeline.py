@@ -102,6 +102,31 @@ def test_numbers_do_not_depend_on_ranks_packing_or_sharding(
     assert_same_curve(out_of(run_yaml), other)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sharding", ["zero0", "zero1", "zero3_hpz", "zero3_offload"])
+def test_every_sharding_trains_resumes_and_exports(
+    run_yaml: Path, tmp_path: Path, sharding: str
+) -> None:
+    if sharding == "zero3_hpz":  # groups as large as a node of this test
+        config = json.loads((ROOT / "ds_configs" / f"{sharding}.json").read_text())
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
+        path = tmp_path / "hpz.json"
+        path.write_text(json.dumps(config))
+        sharding = str(path)
+    other = fresh_copy(run_yaml, Path(sharding).stem)
+    arguments = run_yaml, f"run.dir={other}", f"train.deepspeed={sharding}"
+    succeed("train", *arguments)
+    assert_same_curve(out_of(run_yaml), other)
+    shutil.rmtree(other / "checkpoints" / f"step-{LAST_STEP:06d}")
+    resumed = succeed("train", *arguments)
+    assert "step 6/" in resumed.stderr and "step 5/" not in resumed.stderr
+    assert_same_curve(out_of(run_yaml), other)
+    succeed("export", *arguments)
+    succeed("verify", *arguments)
+    assert json.loads((other / "verify.json").read_text())["passed"]
+
+
 def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "killed")
     command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]

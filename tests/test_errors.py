@@ -1,0 +1,37 @@
+"""What a full disk is told as, whatever was being written."""
+
+import errno
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from dpo_dist.errors import DataError, as_disk_error
+
+
+def test_only_errors_of_the_disk_are_told_as_such() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "out/pairs")
+    assert str(as_disk_error(full)) == (
+        "out/pairs: No space left on device; wanted a writable disk with free space. "
+        "Mend that, then start the same command again; what was done is kept."
+    )
+    assert as_disk_error(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
+    assert as_disk_error(ValueError()) is None
+    group = ExceptionGroup("", [ExceptionGroup("", [full]), OSError(errno.EROFS, "Read-only")])
+    assert str(as_disk_error(group)).startswith("out/pairs: No space left")
+    other = ExceptionGroup("", [full, DataError("found", "wanted", "Remedy.")])
+    assert as_disk_error(other) is None
+
+
+def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> None:
+    (tmp_path / "trl.yaml").write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
+    command = "import-trl trl.yaml --num-processes 1 --out run.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_dist", *command.split()],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "File too large; wanted a writable disk with free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["trl.yaml"], "nothing half-written"
