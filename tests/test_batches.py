@@ -177,7 +177,8 @@ def test_a_pair_above_the_budget_is_named_with_the_value_needed(plan: Planner) -
         plan(np.array([10, 900, 1200, 20]), [3, 1, 2], 2, 500)
     assert str(error.value) == (
         "pair 2 has 1200 tokens (prompt + chosen + rejected); wanted at most micro_batch_tokens "
-        "= 500. Set micro_batch_tokens to 1200 or more, or lower data.max_length."
+        "= 500. Set train.micro_batch_tokens (of the reference pass: reference.micro_batch_tokens) "
+        "to 1200 or more, or lower data.max_length."
     )
 
 

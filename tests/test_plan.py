@@ -177,7 +177,7 @@ def test_steps_and_batches_come_from_the_prepared_pairs(prepared: Path) -> None:
 
 def test_a_pair_longer_than_a_micro_batch_is_found_now(prepared: Path) -> None:
     config = load_config(prepared, ["train.micro_batch_tokens=8"])
-    with pytest.raises(DataError, match="wanted at most micro_batch_tokens = 8. Set micro_batch"):
+    with pytest.raises(DataError, match="wanted at most micro_batch_tokens = 8. Set train"):
         make_plan(config, 2, None)
 
 

@@ -110,7 +110,8 @@ def check_token_budget(
     raise DataError(
         f"pair {longest} has {lengths[longest]} tokens (prompt + chosen + rejected)",
         f"at most micro_batch_tokens = {micro_batch_tokens}",
-        f"Set micro_batch_tokens to {lengths[longest]} or more, or lower data.max_length.",
+        f"Set train.micro_batch_tokens (of the reference pass: reference.micro_batch_tokens) to "
+        f"{lengths[longest]} or more, or lower data.max_length.",
     )
 
 
