@@ -199,13 +199,13 @@ def test_a_chain_ends_at_the_stage_that_fails(slurm: Slurm, local: Path, tmp_pat
     assert list(ids) == ["doctor", "prepare", "reference", "train", "export", "verify"]
     assert slurm.job(ids["train"])["Comment"] == "mine"
     assert slurm.job(ids["export"])["NumNodes"].startswith("1")
-    failed = slurm.wait(ids["train"], "FAILED")
+    failed = slurm.wait(ids["reference"], "FAILED")
     assert failed["ExitCode"] == "2:0"
-    for name in ("export", "verify"):
+    for name in ("train", "export", "verify"):
         assert slurm.wait(ids[name], "CANCELLED")["Restarts"] == "0"
-    for name in ("doctor", "prepare", "reference"):
+    for name in ("doctor", "prepare"):
         assert slurm.job(ids[name])["JobState"] == "COMPLETED"
-    log = (tmp_path / f"out-train-{ids['train']}.log").read_text()
+    log = (tmp_path / f"out-reference-{ids['reference']}.log").read_text()
     assert "wanted at most micro_batch_tokens = 8" in log and "Traceback" not in log
     assert not (out / "export").exists()
 
