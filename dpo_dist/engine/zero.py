@@ -58,9 +58,19 @@ def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) ->
 def update(engine: Any) -> tuple[float, float]:
     """One optimizer step; (gradient norm before clipping, learning rate it used)."""
     learning_rate = engine.optimizer.param_groups[0]["lr"]
+    norm = _plain_norm(engine)
     engine.step()
-    norm = engine.get_global_grad_norm()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
     return (math.nan if norm is None else float(norm)), float(learning_rate)
+
+
+def _plain_norm(engine: Any) -> float | None:
+    """The gradient norm under ZeRO-0 in float32, which DeepSpeed clips by and does not keep."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    gradients = (parameter.grad for parameter in engine.module.parameters())
+    return float(torch.nn.utils.get_total_norm(g for g in gradients if g is not None))
 
 
 def take_down(engine: Any) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
@@ -68,20 +67,24 @@ class Slurm:
         text = self.call("scontrol", "--oneliner", "show", "job", job_id)
         return dict(field.split("=", 1) for field in text.split(" ") if "=" in field)
 
-    def wait(self, job_id: str, *states: str) -> dict[str, str]:
-        """Waits until the job is in one of the states. A requeued job is hurried on: Slurm would
-        hold it back for two minutes, and needs a few seconds to get over the last attempt."""
-        deadline, hurried = time.monotonic() + JOB_S, False
+    def wait(self, job_id: str, *states: str, restarts: int = 0) -> dict[str, str]:
+        """Waits until the job is in one of the states, after so many restarts at least. A requeued
+        job is hurried on: Slurm would hold it back for two minutes, and needs a few seconds to get
+        over the last attempt."""
+        deadline, hurried = time.monotonic() + JOB_S, None
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"} - set(states)
-        while (job := self.job(job_id))["JobState"] not in states:
+        while True:
+            job = self.job(job_id)
+            if job["JobState"] in states and int(job["Restarts"]) >= restarts:
+                return job
             assert job["JobState"] not in ended, job
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and not hurried:
+            waits = job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
+            if waits and hurried != job["Restarts"]:
                 start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + HURRY_S))
                 self.call("scontrol", "update", f"JobId={job_id}", f"StartTime={start}")
-                hurried = True
+                hurried = job["Restarts"]
             assert time.monotonic() < deadline, job
             time.sleep(0.5)
-        return job
 
 
 @pytest.fixture(scope="module")
@@ -151,38 +154,32 @@ def cancel_step(slurm: Slurm, job_id: str) -> None:
     slurm.call("scancel", "--signal=KILL", f"{job_id}.0")
 
 
-def kill_rank(slurm: Slurm, job_id: str) -> None:
+def kill_rank(_: Slurm, job_id: str) -> None:
     for pid in rank_pids(job_id, 1):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "stop",
-    [
-        usr2,
-        pytest.param(cancel_step, marks=pytest.mark.slow),
-        pytest.param(kill_rank, marks=pytest.mark.slow),
-    ],
-    ids=lambda f: f.__name__,
-)
-def test_a_stopped_job_requeues_itself_and_ends_like_an_unbroken_one(
-    stop: Any, slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path
+def test_a_job_stopped_in_three_ways_requeues_itself_and_ends_like_an_unbroken_one(
+    slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     out = scored_copy(local, tmp_path / "out")
-    at = random.randrange(10, 90)
-    arguments = (str(local / "run.yaml"), *LONG, f"run.dir={out}")
-    job_id = slurm.submit(tmp_path, *arguments, stages="train")
-    wait_until(lambda: step_of(out) >= at, 120)
-    stop(slurm, job_id)
+    job_id = slurm.submit(
+        tmp_path, str(local / "run.yaml"), *LONG, f"run.dir={out}", stages="train"
+    )
+    log = tmp_path / f"dpo-{job_id}.log"
+    for number, stop in enumerate((usr2, kill_rank, cancel_step)):
+        at = 70 * number + random.randrange(10, 60)
+        wait_until(lambda at=at: step_of(out) >= at, 120)
+        stop(slurm, job_id)
+        print(f"{stop.__name__} after step {at}")
+        slurm.wait(job_id, "RUNNING", "COMPLETED", restarts=number + 1)
+        if stop is usr2:
+            assert "training stopped after step" in log.read_text()
     job = slurm.wait(job_id, "COMPLETED")
-    print(f"stopped after step {at}")
-    assert int(job["Restarts"]) == 1
+    assert int(job["Restarts"]) == 3
     status = status_of(out)
-    assert status["restarts"]["total"] == 1 and status["train"]["step"] == LAST_STEP
-    log = (tmp_path / f"dpo-{job_id}.log").read_text()
-    assert f"dpo.sh: job {job_id} goes back into the queue at train" in log
-    if stop is usr2:
-        assert "training stopped after step" in log
+    assert status["restarts"]["total"] == 3 and status["train"]["step"] == LAST_STEP
+    assert log.read_text().count(f"dpo.sh: job {job_id} goes back into the queue at train") == 3
     same_training(unbroken, out, LAST_STEP)
 
 
