@@ -45,19 +45,22 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
     train = status.get("train")
     if train:
         steps_left = 0 if status.get("early_stop") else train["num_steps"] - train["step"]
-        left = steps_left * train["seconds_per_step"]
         lines += [
             ("step", f"{train['step']} of {train['num_steps']}"),
             ("loss", f"{train['loss']:.4f}"),
             ("margin", f"{train['rewards/margins']:.4f}"),
             ("accuracy", f"{train['rewards/accuracies']:.3f}"),
             ("pairs/s", f"{train['pairs_per_second']:.2f}"),
-            ("time left", f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.1f} min"),
+            ("time left", _duration(steps_left * train["seconds_per_step"])),
         ]
     reference = status.get("reference")
     if reference:
-        scored = f"{reference['num_scored']:,} of {reference['num_missing']:,} new pairs scored"
-        lines.append(("reference", scored))
+        scored, missing = reference["num_scored"], reference["num_missing"]
+        value = f"{scored:,} of {missing:,} new pairs scored"
+        if scored < missing:
+            speed = reference["pairs_per_second"]
+            value += f", {speed:.2f} pairs/s, {_duration((missing - scored) / speed)} left"
+        lines.append(("reference", value))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))
     if status.get("best_checkpoint"):
@@ -71,3 +74,7 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
     if own.get("error"):
         lines.append(("error", str(own["error"])))
     return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

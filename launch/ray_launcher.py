@@ -114,12 +114,17 @@ def run(config_path: Path, overrides: list[str]) -> int:
 
 
 def count_workers(section: RaySection, nodes: list[dict[str, float]]) -> int:
-    """Workers that fit on the nodes, given the resources of each."""
+    """Workers that fit on the nodes, given the resources of each and the placement."""
     per_worker = {"GPU": section.gpus_per_worker, "CPU": section.cpus_per_worker}
     wanted = {name: amount for name, amount in per_worker.items() if amount > 0}
-    return sum(
+    fitting = [
         int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in nodes
-    )
+    ]
+    if section.placement == "STRICT_PACK":  # all on one node
+        return max(fitting, default=0)
+    if section.placement == "STRICT_SPREAD":  # one a node
+        fitting = [min(number, 1) for number in fitting]
+    return sum(fitting)
 
 
 def check_resources(section: RaySection, nodes: list[dict[str, float]]) -> None:
@@ -130,11 +135,14 @@ def check_resources(section: RaySection, nodes: list[dict[str, float]]) -> None:
         there = ", ".join(
             f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes
         )
+        strict = f" placed {section.placement}" if section.placement.startswith("STRICT") else ""
         raise ClusterError(
             f"the cluster has room for {possible} workers of {section.gpus_per_worker:g} GPUs and "
-            f"{section.cpus_per_worker:g} CPUs ({len(nodes)} nodes: {there})",
+            f"{section.cpus_per_worker:g} CPUs{strict} ({len(nodes)} nodes: {there})",
             f"room for {fewest}",
-            "Lower ray.workers, ray.gpus_per_worker or ray.cpus_per_worker, or add nodes.",
+            "Lower ray.workers, ray.gpus_per_worker or ray.cpus_per_worker, "
+            + ("set ray.placement=PACK, " if strict else "")
+            + "or add nodes.",
         )
 
 
@@ -313,7 +321,8 @@ def _has_ended(paths: RunDir, stage: str) -> bool:
 def _score_in_tasks(config: RunConfig) -> None:
     """Scores the missing pairs in independent tasks; one that is lost costs its own range only.
 
-    The reference stage that follows finds the rows there, or scores what is still missing.
+    The reference stage that follows finds the rows there, or scores what is still missing, and
+    says why when it cannot.
     """
     section, count = config.ray, config.ray.reference_tasks
     score = ray.remote(_score_part).options(
@@ -323,7 +332,13 @@ def _score_in_tasks(config: RunConfig) -> None:
     paths = RunDir(config.run.dir)
     log_dir = attempts.new_log_dir(paths, "reference")
     common = (str(paths.root), str(log_dir), os.getcwd())
-    ray.get([score.remote(f"{number}/{count}", *common) for number in range(1, count + 1)])
+    tasks = [score.remote(f"{number}/{count}", *common) for number in range(1, count + 1)]
+    for task in tasks:
+        try:
+            ray.get(task)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            print(f"reference: {reason}; left to the stage", file=sys.stderr, flush=True)
 
 
 def _score_part(part: str, run_dir: str, log_dir: str, submitted_from: str) -> None:

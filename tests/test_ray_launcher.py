@@ -60,6 +60,19 @@ def test_too_few_resources_are_said_at_once(launcher: Any) -> None:
     launcher.check_resources(section(workers=17, min_workers=9), NODES)
 
 
+@pytest.mark.parametrize(("placement", "room"), [("STRICT_PACK", 8), ("STRICT_SPREAD", 2)])
+def test_a_strict_placement_has_less_room(launcher: Any, placement: str, room: int) -> None:
+    launcher.check_resources(section(workers=room, placement=placement), NODES)
+    with pytest.raises(ClusterError) as error:
+        launcher.check_resources(section(workers=room + 1, placement=placement), NODES)
+    assert str(error.value) == (
+        f"the cluster has room for {room} workers of 1 GPUs and 1 CPUs placed {placement} (3 "
+        "nodes: 8 GPUs and 32 CPUs, 8 GPUs and 32 CPUs, 0 GPUs and 8 CPUs); wanted room for "
+        f"{room + 1}. Lower ray.workers, ray.gpus_per_worker or ray.cpus_per_worker, set "
+        "ray.placement=PACK, or add nodes."
+    )
+
+
 def test_the_scaling_that_ray_is_asked_for(launcher: Any) -> None:
     scaling = launcher.scaling_config(
         section(workers=4, min_workers=2, gpus_per_worker=2.0, placement="SPREAD"), True

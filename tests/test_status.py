@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from tiny_run import dpo_dist, succeed
 
@@ -22,13 +23,13 @@ def test_stages_are_noted_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_what_a_person_reads() -> None:
-    status = {
+    status: dict[str, Any] = {
         "stage": "train", "state": "failed", "time": time.time() - 5, "host": "n1", "pid": 7,
         "train": {
             "step": 10, "num_steps": 40, "seconds_per_step": 120.0, "loss": 0.5,
             "rewards/margins": 1.25, "rewards/accuracies": 0.75, "pairs_per_second": 3.0,
         },
-        "reference": {"num_scored": 1200, "num_missing": 2000},
+        "reference": {"num_scored": 1200, "num_missing": 2000, "pairs_per_second": 4.0},
         "last_checkpoint": "runs/x/checkpoints/step-000010",
         "restarts": {"total": 2},
         "stages": {"train": {"state": "failed", "error": "boom"}},
@@ -43,11 +44,13 @@ def test_what_a_person_reads() -> None:
         "accuracy": "0.750",
         "pairs/s": "3.00",
         "time left": "1.0 h",
-        "reference": "1,200 of 2,000 new pairs scored",
+        "reference": "1,200 of 2,000 new pairs scored, 4.00 pairs/s, 3.3 min left",
         "last checkpoint": "runs/x/checkpoints/step-000010",
         "restarts": "2",
         "error": "boom",
     }
+    status["reference"]["num_scored"] = 2000
+    assert dict(describe_status(status))["reference"] == "2,000 of 2,000 new pairs scored"
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 """
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _run_pass(
     if topology.rank == 0:
         _logger.info("reference: %d of %d pairs to score", num_missing, num_pairs)
     with progress_bar("pairs", enabled=topology.rank == 0) as bar:
-        task = bar.add_task("reference", total=num_missing)
+        task, began = bar.add_task("reference", total=num_missing), time.monotonic()
         for pairs, missing in zip(splits, todo, strict=True):
             for wave in plan_scoring_batches(
                 pairs.packed_lengths, missing, topology.world_size, scoring_budget(config)
@@ -112,7 +113,11 @@ def _run_pass(
                 if store is not None and config.reference.part is None:
                     update_status(
                         paths.status_path,
-                        reference={"num_scored": num_scored, "num_missing": num_missing},
+                        reference={
+                            "num_scored": num_scored,
+                            "num_missing": num_missing,
+                            "pairs_per_second": num_scored / (time.monotonic() - began),
+                        },
                         progress=f"{store.num_rows} reference rows",
                     )
                 if any(collectives.gather(bool(stop))):

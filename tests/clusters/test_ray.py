@@ -142,15 +142,19 @@ def test_more_than_the_cluster_has_is_refused_within_seconds(
 def test_the_reference_in_independent_tasks(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:
+    """One of three dies: its range, and no other, is left to the stage."""
     out = tmp_path / "out"
     shutil.copytree(local / "out" / "pairs", out / "pairs")
     job = cluster.submit(
         local / "run.yaml", f"run.dir={out}", *WORKERS, "ray.reference_tasks=3", stages="reference"
     )
+    wait_until(lambda: bool(rank_pids(out, 0)), 120)
+    os.kill(rank_pids(out, 0)[0], signal.SIGKILL)
     output = ended(job, out)
     assert "reference: 3 independent tasks" in output
+    assert "of the reference pass ended with -9; left to the stage" in output
     report = json.loads((out / "reference.json").read_text())
-    assert report["num_scored_now"] == 0, "the stage found every row that the tasks have written"
+    assert report["num_scored_now"] in (50 // 3, 50 // 3 + 1)
     logs = sorted(path.name for path in (out / "logs" / "reference-01").iterdir())
     assert logs == ["rank0001.log", "rank0002.log", "rank0003.log"]
     succeed("train", local / "run.yaml", f"run.dir={out}")
