@@ -1,6 +1,5 @@
 """The run on a real Ray cluster of three nodes, one of them in a network of its own."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -154,7 +153,7 @@ def test_the_reference_in_independent_tasks(
     assert "reference: 3 independent tasks" in output
     assert "of the reference pass ended with -9; left to the stage" in output
     report = json.loads((out / "reference.json").read_text())
-    assert report["num_scored_now"] in (50 // 3, 50 // 3 + 1)
+    assert report["num_scored_now"] in (14 + 4, 13 + 3)  # every third of 40 and of 10 pairs
     logs = sorted(path.name for path in (out / "logs" / "reference-01").iterdir())
     assert logs == ["rank0001.log", "rank0002.log", "rank0003.log"]
     succeed("train", local / "run.yaml", f"run.dir={out}")
@@ -177,48 +176,44 @@ def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:
     assert not processes(lambda arguments, _: any(secret in part for part in arguments))
 
 
-def test_a_killed_driver_and_a_lost_node_leave_fewer_workers_and_the_same_curve(
+def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     """The job is submitted again under the same name, and goes on where the first one was."""
     out = scored_copy(local, tmp_path / "out")
-    arguments = (
-        local / "run.yaml", *LONG, f"run.dir={out}",
-        "ray.workers=3", "ray.min_workers=1", "ray.gpus_per_worker=0", "ray.placement=SPREAD",
-    )  # fmt: skip
-    job = cluster.submit(*arguments, stages="train")
-    wait_until(lambda: step_of(out) >= 25, 120)
-    second = cluster.submit(*arguments, stages="train")
+    arguments = (local / "run.yaml", *LONG, f"run.dir={out}", "ray.gpus_per_worker=0")
+    elastic = ("ray.workers=3", "ray.min_workers=1", "ray.placement=SPREAD")
+    job = cluster.submit(*arguments, *elastic, stages="train")
+    wait_until(lambda: step_of(out) >= 10, 120)
+    wait_until(lambda: "ray_dpo_dist_loss{" in cluster.metrics(), 15)  # what the dashboard shows
+    wait_until(lambda: step_of(out) >= 30, 30)
+    cluster.stop_node(2)
+    wait_until(lambda: newest_world_size(out) == 2, 120)
+
+    second = cluster.submit(*arguments, *elastic, stages="train")
     mine = f"run.dir={out}".encode()
-    drivers = processes(
-        lambda a, e: mine in a and any(part.endswith(b"ray_launcher.py") for part in a[:2])
-    )
     refused, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"error: {out} is in use by job " in refused
     assert "Wait for that job, stop it, or set another run.dir." in refused
-    for pid in drivers:  # that of the second job may have ended
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for pid in processes(
+        lambda a, e: mine in a and any(part.endswith(b"ray_launcher.py") for part in a[:2])
+    ):
+        os.kill(pid, signal.SIGKILL)
     job.communicate(timeout=60)
     assert job.returncode == 1
     wait_until(lambda: not any(rank_pids(out, rank) for rank in range(3)), 60)
-    stopped_at = step_of(out)
-    assert stopped_at < LAST_STEP
-
-    again = cluster.submit(*arguments, stages="train")
-    wait_until(lambda: step_of(out) > stopped_at, 120)
-    wait_until(lambda: "ray_dpo_dist_loss{" in cluster.metrics(), 15)  # what the dashboard shows
     assert step_of(out) < LAST_STEP
-    cluster.stop_node(2)
-    ended(again, out)
+    ended(cluster.submit(*arguments, "ray.workers=2", stages="train"), out)
+
     ours, theirs = metrics_of(out), metrics_of(unbroken)
     for name in ("step", "consumed_pairs"):
         assert [line.get(name) for line in ours] == [line.get(name) for line in theirs]
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    world_sizes = [
-        json.loads(path.read_text())["world_size"]
-        for path in sorted((out / "checkpoints").glob("step-*/train_state.json"))
-    ]
-    assert world_sizes[-1] == 2
+
+
+def newest_world_size(run_dir: Path) -> int:
+    """Of the newest checkpoint, 0 when there is none."""
+    states = sorted((run_dir / "checkpoints").glob("step-*/train_state.json"))
+    return json.loads(states[-1].read_text())["world_size"] if states else 0
