@@ -1,14 +1,17 @@
 """What surrounds the steps of training: the speed that is reported, and the answers in between."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
-from tiny_run import NUM_TRAIN, make_run, succeed
+from tiny_run import NUM_TRAIN, make_run, metrics_of, same_training, succeed
 
 from dpo_dist.config import load_config
+from dpo_dist.engine.checkpoint import read_train_state
 from dpo_dist.metrics import read_lines
 
 pytestmark = pytest.mark.timeout(300)
@@ -96,3 +99,50 @@ def test_answers_in_training_are_sampled_as_generate_says(run_yaml: Path) -> Non
         out = trained(run_yaml, worker, name, *settings, *sampling)
         answers.append([s["answer"] for s in read_lines(out / "samples.jsonl")])
     assert answers[0] == answers[1] and len(answers[0]) == 4
+
+
+STOPPED_AT = 3
+
+
+def stopped_worker(run_yaml: str, overrides: list[str]) -> None:
+    """Gets USR2 during a step that an evaluation follows."""
+    import pytest
+
+    from dpo_dist.stages import train
+    from dpo_dist.stop_flag import Stopped
+
+    def step_of_the_signal(job: Any, step: int, stop: Any) -> Any:
+        if step == STOPPED_AT:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return real(job, step, stop)
+
+    real = train.optimizer_step
+    train.optimizer_step = step_of_the_signal
+    with pytest.raises(Stopped, match=f"stopped after step {STOPPED_AT} of"):
+        worker(run_yaml, overrides)
+
+
+def test_a_stopped_run_saves_at_once_and_evaluates_when_it_goes_on(run_yaml: Path) -> None:
+    settings = ["train.max_steps=6", f"eval.every_steps={STOPPED_AT}", "checkpoint.every_steps=5"]
+    unbroken = trained(run_yaml, worker, "unbroken", *settings)
+    out = trained(run_yaml, stopped_worker, "stopped", *settings)
+    assert [line["step"] for line in metrics_of(out)] == [1, 2, 3]
+    assert not any("eval_loss" in line for line in metrics_of(out))
+    run_ranks(1, worker, str(run_yaml), [f"run.dir={out}", *settings])
+    assert [line["step"] for line in metrics_of(out)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    same_training(unbroken, out, 6)
+
+
+def test_an_early_stop_by_an_evaluation_that_had_to_wait(run_yaml: Path) -> None:
+    """The second evaluation in a row that is not good enough is that of the step of the signal."""
+    settings = [
+        "train.max_steps=6", "eval.every_steps=1", "eval.patience=2", "eval.min_delta=100",
+        "checkpoint.best_by=eval_rewards/margins",
+    ]  # fmt: skip
+    unbroken = trained(run_yaml, worker, "ended", *settings)
+    assert metrics_of(unbroken)[-1]["step"] == STOPPED_AT
+    out = trained(run_yaml, stopped_worker, "ended-later", *settings)
+    run_ranks(1, worker, str(run_yaml), [f"run.dir={out}", *settings])
+    same_training(unbroken, out, STOPPED_AT)
+    states = [read_train_state(path / "checkpoints" / "step-000003") for path in (unbroken, out)]
+    assert states[0].evaluations == states[1].evaluations

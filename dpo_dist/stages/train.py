@@ -163,6 +163,11 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
         task = bar.add_task("train", total=job.num_steps * pairs, completed=done)
         if first_step == 1 and config.eval.samples_every_steps:
             _sample(job, writer, step=0)
+        if _evaluation_is_pending(job, step):
+            _evaluate(job, writer, step)
+            if _early_stop(config, job.evaluations):
+                _save(job, step, identity)
+                return step
         window, since = job.no_sums(), time.monotonic()
         for step in range(first_step, job.num_steps + 1):
             sums, grad_norm, learning_rate = optimizer_step(job, step, stop)
@@ -176,10 +181,10 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
                 window.zero_()
                 since = time.monotonic()
             paused = time.monotonic()  # what follows until `since` moves is no training
-            if len(job.held_out.pairs) and (step % config.eval.every_steps == 0 or last):
-                metrics = collectives.broadcast(evaluate(job))  # what follows is decided by them
-                job.evaluations.append(record(step, metrics))
-                _report(job, writer, step, metrics, "eval")
+            # A scheduler waits a few minutes: a run that is stopped saves, and evaluates when it
+            # goes on.
+            if _evaluation_is_pending(job, step) and (last or not stopping):
+                _evaluate(job, writer, step)
             ended = last or _early_stop(config, job.evaluations) is not None
             if step % config.checkpoint.every_steps == 0 or ended or stopping:
                 _save(job, step, identity)
@@ -193,6 +198,19 @@ def _train(job: Job, first_step: int, identity: dict[str, str], stop: StopFlag) 
             if stopping:
                 raise Stopped(f"training stopped after step {step} of {job.num_steps}")
     return step
+
+
+def _evaluation_is_pending(job: Job, step: int) -> bool:
+    """Whether step 1, 2, ... is followed by an evaluation that has not been made."""
+    due = step == job.num_steps or step % job.config.eval.every_steps == 0
+    made = bool(job.evaluations) and job.evaluations[-1]["step"] == step
+    return step > 0 and due and not made and len(job.held_out.pairs) > 0
+
+
+def _evaluate(job: Job, writer: MetricsWriter | None, step: int) -> None:
+    metrics = collectives.broadcast(evaluate(job))  # what follows is decided by them
+    job.evaluations.append(record(step, metrics))
+    _report(job, writer, step, metrics, "eval")
 
 
 def _save(job: Job, step: int, identity: dict[str, str]) -> None:
