@@ -36,7 +36,7 @@ from dpo_dist.topology import VARIABLES, Topology
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.02
 FAILURE_GRACE_S = 5.0  # for the other ranks to report what they saw
-SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "1000"}
 IMPORTED = ("deepspeed", "peft", "dpo_dist.stages.reference", "dpo_dist.stages.train")
 
 

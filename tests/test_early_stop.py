@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import ROOT, run_ranks, wait_until
-from tiny_run import make_run, metrics_of, same_training, succeed
+from tiny_run import make_run, metrics_of, same_training, succeed, succeed_on
 
 from dpo_dist.best import record
 from dpo_dist.config import load_config
@@ -38,9 +38,9 @@ SAMPLES = [
 def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its reference, trained to the end with the best checkpoint kept."""
     path = make_run(tmp_path_factory.mktemp("early"))
-    succeed("prepare", path)
-    succeed("reference", path)
-    succeed("train", path, *BEST, "checkpoint.every_steps=2")
+    succeed_on(1, "prepare", path)
+    succeed_on(2, "reference", path)
+    succeed_on(2, "train", path, *BEST, "checkpoint.every_steps=2")
     return path
 
 
@@ -48,7 +48,7 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ended(run_yaml: Path) -> Path:
     """The folder of a run that ended early."""
     target = fresh(run_yaml, "ended")
-    succeed("train", run_yaml, f"run.dir={target}", *EARLY)
+    succeed_on(2, "train", run_yaml, f"run.dir={target}", *EARLY)
     return target
 
 
@@ -99,8 +99,8 @@ def test_training_ends_early_with_a_checkpoint_and_says_why(ended: Path) -> None
 
 def test_an_ended_run_is_finished(run_yaml: Path, ended: Path) -> None:
     before = sorted((ended / "checkpoints").rglob("*"))
-    done = succeed("train", run_yaml, f"run.dir={ended}", *EARLY)
-    assert "train: finished" in done.stderr and "step-000006" in done.stderr
+    said = succeed_on(2, "train", run_yaml, f"run.dir={ended}", *EARLY)
+    assert "train: finished" in said and "step-000006" in said
     assert sorted((ended / "checkpoints").rglob("*")) == before
     assert status_of(ended)["early_stop"] is not None
 
@@ -135,7 +135,7 @@ def test_killed_and_resumed_with_samples_ends_as_unbroken_without(
 def test_more_patience_goes_on_as_if_it_had_been_there(run_yaml: Path, ended: Path) -> None:
     other = run_yaml.parent / "patient"
     shutil.copytree(ended, other, symlinks=True)
-    succeed("train", run_yaml, f"run.dir={other}", *EARLY, "eval.patience=9")
+    succeed_on(2, "train", run_yaml, f"run.dir={other}", *EARLY, "eval.patience=9")
     same_training(run_yaml.parent / "out", other, 10)
     assert status_of(other)["early_stop"] is None
 

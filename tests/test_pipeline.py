@@ -14,11 +14,12 @@ from ranks import ROOT, wait_until
 from tiny_run import (
     NUM_EVAL,
     NUM_TRAIN,
-    dpo_dist,
+    fail_on,
     make_run,
     metrics_of,
     same_training,
     succeed,
+    succeed_on,
     write_rows,
 )
 
@@ -36,8 +37,8 @@ LORA = "adapter.rank=4"
 def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose pairs and reference are there, and which is trained on two ranks."""
     path = make_run(tmp_path_factory.mktemp("pipeline"))
-    succeed("prepare", path)
-    succeed("reference", path)
+    succeed_on(1, "prepare", path)
+    succeed_on(2, "reference", path)
     succeed("train", path)
     return path
 
@@ -86,19 +87,19 @@ def test_the_run_learns_and_reports(run_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("num_ranks", "overrides"),
     [
-        ["local.workers=1"],
-        ["local.workers=3", "train.deepspeed=zero2"],
-        ["train.micro_batch_tokens=100", "train.gradient_checkpointing=true"],
+        (1, []),
+        (3, ["train.deepspeed=zero2"]),
+        (2, ["train.micro_batch_tokens=100", "train.gradient_checkpointing=true"]),
     ],
     ids=["1-rank", "3-ranks-zero2", "other-packing"],
 )
 def test_numbers_do_not_depend_on_ranks_packing_or_sharding(
-    run_yaml: Path, overrides: list[str]
+    run_yaml: Path, num_ranks: int, overrides: list[str]
 ) -> None:
-    other = fresh_copy(run_yaml, "-".join(overrides).replace("=", "."))
-    succeed("train", run_yaml, f"run.dir={other}", *overrides)
+    other = fresh_copy(run_yaml, f"ranks-{num_ranks}")
+    succeed_on(num_ranks, "train", run_yaml, f"run.dir={other}", *overrides)
     assert_same_curve(out_of(run_yaml), other)
 
 
@@ -138,7 +139,7 @@ def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     os.killpg(training.pid, signal.SIGKILL)
     training.wait(30)
     assert not (other / "checkpoints" / f"step-{LAST_STEP:06d}").exists()
-    succeed("train", run_yaml, f"run.dir={other}")
+    succeed_on(2, "train", run_yaml, f"run.dir={other}")
     same_training(out_of(run_yaml), other, LAST_STEP)
 
 
@@ -151,7 +152,7 @@ def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> Non
     assert training.wait(60) == 75
     status = json.loads((other / "status.json").read_text())
     assert status["state"] == "stopped"
-    succeed("train", run_yaml, f"run.dir={other}", "local.workers=3")
+    succeed_on(3, "train", run_yaml, f"run.dir={other}")
     assert_same_curve(out_of(run_yaml), other)
 
 
@@ -162,8 +163,7 @@ def log_of(run_dir: Path, attempt: int = 1) -> str:
 
 def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:
     checkpoints = sorted((out_of(run_yaml) / "checkpoints").iterdir())
-    done = succeed("train", run_yaml)
-    assert "finished" in done.stderr
+    assert "finished" in succeed_on(2, "train", run_yaml)
     assert sorted((out_of(run_yaml) / "checkpoints").iterdir()) == checkpoints
 
 
@@ -185,7 +185,8 @@ def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
     assert any((other / "tensorboard").iterdir())
     assert not (out_of(run_yaml) / "tensorboard").exists()
     assert json.loads((other / "verify.json").read_text())["passed"] is True
-    evaluation = json.loads(succeed("evaluate", *arguments, "--json").stdout)
+    succeed_on(1, "evaluate", *arguments)
+    evaluation = json.loads((other / "evaluate.json").read_text())
     assert evaluation["num_pairs"] == NUM_EVAL
     for name in ("rewards/accuracies", "rewards/margins"):
         assert evaluation["after"][name] == pytest.approx(lines[-1][f"eval_{name}"], abs=2e-2)
@@ -195,8 +196,8 @@ def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
 
 
 def test_full_is_exported_and_verified(run_yaml: Path) -> None:
-    succeed("export", run_yaml)
-    succeed("verify", run_yaml)
+    succeed_on(1, "export", run_yaml)
+    succeed_on(1, "verify", run_yaml)
     assert json.loads((out_of(run_yaml) / "verify.json").read_text())["passed"] is True
 
 
@@ -214,14 +215,8 @@ def test_reference_status_and_growing_data(run_yaml: Path) -> None:
         f"run.dir={run_yaml.parent / 'grown'}", f"data.train.0.path={grown}",
         f"reference.store_dir={out_of(run_yaml) / 'reference'}",
     ]  # fmt: skip
-    succeed("prepare", run_yaml, *shared)
-    assert "4 of 54 pairs to score" in succeed("reference", run_yaml, *shared).stderr
-
-
-def error_of(*arguments: str | Path) -> str:
-    done = dpo_dist(*arguments)
-    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
-    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    succeed_on(1, "prepare", run_yaml, *shared)
+    assert "4 of 54 pairs to score" in succeed_on(2, "reference", run_yaml, *shared)
 
 
 def test_a_reference_that_is_not_the_start_stops_at_the_gate(run_yaml: Path) -> None:
@@ -233,29 +228,29 @@ def test_a_reference_that_is_not_the_start_stops_at_the_gate(run_yaml: Path) -> 
     tiny_model("llama", seed=1, vocab_size=vocab_size).save_pretrained(folder)
     other = fresh_copy(run_yaml, "gate")
     arguments = [run_yaml, f"run.dir={other}", f"reference.model={folder}"]
-    succeed("reference", *arguments)
-    message = error_of("train", *arguments)
+    succeed_on(2, "reference", *arguments)
+    message = fail_on(2, "train", *arguments)
     assert "step-0 gate: pair " in message
     assert "wanted the same within 1e-03. Check that reference.model is what training" in message
     assert not (other / "checkpoints").exists()
 
 
 def test_resume_with_other_settings_is_refused(run_yaml: Path) -> None:
-    message = error_of("train", run_yaml, "objective.beta=0.1", "train.num_epochs=3")
+    message = fail_on(2, "train", run_yaml, "objective.beta=0.1", "train.num_epochs=3")
     assert 'objective.beta: "0.5" -> "0.1"' in message
     assert 'train.num_epochs: "2.0" -> "3.0"' in message
 
 
 def test_a_mistyped_resume_path_is_an_error(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "mistyped")
-    message = error_of("train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
+    message = fail_on(2, "train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
     assert "no/such" in message
 
 
 def test_missing_reference_rows_are_named(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "no-reference")
     shutil.rmtree(other / "reference")
-    message = error_of("train", run_yaml, f"run.dir={other}")
+    message = fail_on(2, "train", run_yaml, f"run.dir={other}")
     assert f"{NUM_TRAIN} of {NUM_TRAIN}" in message and "dpo-dist reference" in message
 
 
@@ -271,16 +266,17 @@ def reference_of(run_yaml: Path, run_dir: Path) -> np.ndarray:
 def test_a_sharded_reference_pass_gives_the_same_rows(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "sharded")
     shutil.rmtree(other / "reference")
-    done = succeed("reference", run_yaml, f"run.dir={other}", "reference.sharding=zero3")
-    assert "reference: ZeRO-3 (reference.sharding)" in done.stderr
+    said = succeed_on(2, "reference", run_yaml, f"run.dir={other}", "reference.sharding=zero3")
+    assert "reference: ZeRO-3 (reference.sharding)" in said
     whole, sharded = reference_of(run_yaml, out_of(run_yaml)), reference_of(run_yaml, other)
     assert whole.shape == (NUM_TRAIN, 2)
     assert np.abs(whole - sharded).max() < 1e-4
-    succeed("train", run_yaml, f"run.dir={other}", "train.max_steps=1")  # the gate compares them
+    # the gate compares them
+    succeed_on(2, "train", run_yaml, f"run.dir={other}", "train.max_steps=1")
 
 
 def test_stale_pairs_are_refused(run_yaml: Path) -> None:
-    message = error_of("prepare", run_yaml, "data.max_length=32")
+    message = fail_on(1, "prepare", run_yaml, "data.max_length=32")
     assert "max_length: 64 -> 32" in message
 
 
@@ -299,4 +295,4 @@ def test_impossible_batches_stop_before_a_model_is_loaded(
     run_yaml: Path, override: str, message: str
 ) -> None:
     other = fresh_copy(run_yaml, override)
-    assert message in error_of("train", run_yaml, f"run.dir={other}", override)
+    assert message in fail_on(2, "train", run_yaml, f"run.dir={other}", override)

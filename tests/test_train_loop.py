@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from tiny_run import NUM_TRAIN, make_run, metrics_of, same_training, succeed
+from tiny_run import NUM_TRAIN, make_run, metrics_of, same_training, succeed_on
 
 from dpo_dist.config import load_config
 from dpo_dist.engine.checkpoint import read_train_state
@@ -23,8 +23,8 @@ PAIRS = 8  # of a step
 def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose pairs and reference are there."""
     path = make_run(tmp_path_factory.mktemp("loop"))
-    succeed("prepare", path)
-    succeed("reference", path, "local.workers=1")
+    succeed_on(1, "prepare", path)
+    succeed_on(1, "reference", path)
     return path
 
 

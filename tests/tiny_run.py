@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ranks import ROOT
+from ranks import ROOT, started_ranks
 from tiny_models import tiny_model
 from tiny_tokenizer import make_tokenizer
 
@@ -105,6 +105,33 @@ def succeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     done = dpo_dist(*arguments)
     assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done
+
+
+def succeed_on(num_ranks: int, *arguments: str | Path) -> str:
+    """A stage as a launcher runs it, on ranks that need not import all anew; rank 0's output."""
+    codes, output = _launched(num_ranks, arguments)
+    assert set(codes) == {0}, f"{arguments}: exit {codes}\n{output}"
+    return output
+
+
+def fail_on(num_ranks: int, *arguments: str | Path) -> str:
+    """As `succeed_on` for a stage that refuses its input; the error."""
+    codes, output = _launched(num_ranks, arguments)
+    assert set(codes) == {2}, f"{arguments}: exit {codes}\n{output}"
+    return next(line for line in output.splitlines() if line.startswith("error: "))
+
+
+def _launched(num_ranks: int, arguments: tuple[str | Path, ...]) -> tuple[list[int], str]:
+    with started_ranks(num_ranks, _command, *map(str, arguments)) as ranks:
+        results = ranks.wait(timeout_s=400, grace_s=15)
+    return [result.exit_code for result in results], results[0].output
+
+
+def _command(*arguments: str) -> None:
+    from dpo_dist.cli import main
+
+    sys.argv = ["dpo-dist", *arguments]
+    main()
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 from cluster_runs import LONG, scored_copy
-from tiny_run import make_run, succeed
+from tiny_run import make_run, succeed, succeed_on
 
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages on two ranks: the folder of its run.yaml."""
+    """Trained on two ranks: the folder of its run.yaml."""
     folder = tmp_path_factory.mktemp("local")
-    succeed("run", make_run(folder))
+    path = make_run(folder)
+    for stage in ("prepare", "reference", "train"):
+        succeed(stage, path)
     return folder
 
 
@@ -19,5 +21,5 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(local: Path) -> Path:
     """A long training run on the local run's pairs and reference that nothing stopped."""
     out = scored_copy(local, local / "unbroken")
-    succeed("train", local / "run.yaml", *LONG, f"run.dir={out}")
+    succeed_on(2, "train", local / "run.yaml", *LONG, f"run.dir={out}")
     return out
