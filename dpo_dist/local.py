@@ -104,14 +104,18 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     failed, deadline = None, float("inf")
     while any(process.poll() is None for process in ranks):
         if failed is None:
-            failed = next((r for r, process in enumerate(ranks) if process.poll()), None)
+            failed = _failed(ranks)
             deadline = float("inf") if failed is None else time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             _kill(ranks)
         time.sleep(POLL_S)
-    if failed is None:
-        failed = next((r for r, process in enumerate(ranks) if process.returncode), None)
-    return failed
+    return _failed(ranks) if failed is None else failed
+
+
+def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """A rank that has failed, rather one that knows why: 1 is often the loss of another."""
+    failed = [rank for rank, process in enumerate(ranks) if process.poll()]
+    return min(failed, key=lambda rank: ranks[rank].returncode == 1, default=None)
 
 
 def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

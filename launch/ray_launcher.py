@@ -29,6 +29,7 @@ try:
 except ImportError:
     sys.exit("error: ray is not installed; wanted the extra `ray`. pip install 'dpo-dist[ray]'")
 from ray import train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
@@ -336,7 +337,7 @@ def _score_in_tasks(config: RunConfig) -> None:
     for task in tasks:
         try:
             ray.get(task)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             reason = str(error).strip().splitlines()[-1]
             print(f"reference: {reason}; left to the stage", file=sys.stderr, flush=True)
 

@@ -53,6 +53,14 @@ def test_a_failed_rank_ends_the_others_and_gives_the_exit_code(
     assert "rank 1 failed; the end of" in error and "the reason" in error
 
 
+def test_a_rank_that_lost_another_is_not_the_reason(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_dist.local.POLL_S", 3.0)  # both are seen to have ended at once
+    text = "import os, sys; sys.exit(1 + int(os.environ['RANK']))"
+    assert run_ranks(program(text), 2, out / "logs") == 2
+
+
 def test_death_by_signal_is_reported_as_a_shell_does(out: Path) -> None:
     assert run_ranks(program("import os; os.kill(os.getpid(), 9)"), 1, out / "logs") == 137
 

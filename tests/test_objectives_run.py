@@ -147,8 +147,8 @@ def test_routers_are_balanced_over_a_step_whatever_ranks_and_packing(tmp_path: P
     first, *_ = metrics_of(one)
     without, *_ = metrics_of(plain)
     assert first["loss"] == pytest.approx(without["loss"] + 0.5 * first["aux_loss"], abs=1e-5)
-    with pytest.raises(AssertionError):
-        assert_same(one, plain)
+    balanced, unbalanced = weights_of(one, STEPS), weights_of(plain, STEPS)
+    assert max(float((balanced[n] - unbalanced[n]).abs().max()) for n in balanced) > 1e-4
 
 
 @pytest.mark.slow
