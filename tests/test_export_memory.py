@@ -16,6 +16,7 @@ from dpo_dist.engine.base_weights import build_skeleton, open_base
 from dpo_dist.engine.changes import adapter_changes
 from dpo_dist.engine.export import plan_model, write_model
 from dpo_dist.sections.training import AdapterSection
+from tests.ranks import ROOT
 from tests.tiny_export import make_trained_run
 from tests.tiny_tokenizer import make_tokenizer
 from tests.trained_weights import InMemory
@@ -106,6 +107,7 @@ def test_135m_parameters_stay_under_300_mb(
     run_yaml = run.paths.root.parent / "run.yaml"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, run_yaml, *overrides],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
