@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_run, metrics_of
+from tiny_run import fail_on, make_run, metrics_of
 
 from dpo_dist.config import RunConfig, load_config
 from dpo_dist.data.pairs import open_pairs
@@ -85,7 +85,8 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
         "gpt_oss",
         None,
         ["adapter.target_modules=[q_proj,o_proj]",
-         "adapter.target_parameters=[experts.gate_up_proj,experts.down_proj]"],
+         "adapter.target_parameters=[experts.gate_up_proj,experts.down_proj]",
+         "train.deepspeed=zero2"],
     ),
     "conv1d": ("gpt2", None, ["adapter.use_dora=true"]),
     "embeddings and head saved": ("llama", None, [BOTH_SAVED]),
@@ -226,3 +227,16 @@ def test_trained_continued_on_one_rank_exported_and_verified(name: str, tmp_path
 @pytest.mark.parametrize("name", MORE)
 def test_the_rest_of_the_matrix(name: str, tmp_path: Path) -> None:
     run_case(tmp_path, name)
+
+
+def test_partitions_beside_adapted_experts_are_refused(tmp_path: Path) -> None:
+    name = "transposed experts"
+    make_case(tmp_path, name)
+    overrides = [f"train.deepspeed={tmp_path / 'zero3.json'}", *COMMON, *MORE[name][2][:-1]]
+    message = fail_on(1, "train", tmp_path / "run.yaml", "adapter.rank=3", *overrides)
+    assert (
+        "the adapter takes down_proj, gate_up_proj of experts that have gate_up_proj_bias, "
+        "down_proj_bias beside, in the partitions of ZeRO-3; wanted whole weights there: DeepSpeed "
+        "loses track of what is beside an adapted parameter. Set train.deepspeed=zero2 and "
+        "reference.sharding=whole, or name the layers without the experts in adapter.target_modules."
+    ) in message

@@ -41,7 +41,31 @@ def add_adapter(
         ) from error
     if start is None:
         _check_patterns(policy, adapter)
+    _refuse_partitions_beside_adapted(policy)
     return policy
+
+
+def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
+    """Raises ConfigError where ZeRO-3 would end with a tracing error at the second forward.
+
+    Peft takes an adapted parameter off its module during a forward, and DeepSpeed then looks in
+    vain for the parameters that are left there in the order that it noted.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers = [module for module in policy.modules() if isinstance(module, ParamWrapper)]
+    for wrapper in wrappers:
+        module = wrapper.get_base_layer()
+        adapted = {w.parameter_name for w in wrappers if w.get_base_layer() is module}
+        beside = [name for name in module._parameters if name not in adapted]
+        if beside and hasattr(getattr(module, wrapper.parameter_name), "ds_id"):
+            raise ConfigError(
+                f"the adapter takes {', '.join(sorted(adapted))} of experts that have "
+                f"{', '.join(beside)} beside, in the partitions of ZeRO-3",
+                "whole weights there: DeepSpeed loses track of what is beside an adapted parameter",
+                "Set train.deepspeed=zero2 and reference.sharding=whole, or name the layers without "
+                "the experts in adapter.target_modules.",
+            )
 
 
 def _lora_config(adapter: AdapterSection) -> Any:
