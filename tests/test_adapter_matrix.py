@@ -238,5 +238,6 @@ def test_partitions_beside_adapted_experts_are_refused(tmp_path: Path) -> None:
         "the adapter takes down_proj, gate_up_proj of experts that have gate_up_proj_bias, "
         "down_proj_bias beside, in the partitions of ZeRO-3; wanted whole weights there: DeepSpeed "
         "loses track of what is beside an adapted parameter. Set train.deepspeed=zero2 and "
-        "reference.sharding=whole, or name the layers without the experts in adapter.target_modules."
+        "reference.sharding=whole, or name the layers without the experts in "
+        "adapter.target_modules."
     ) in message

@@ -63,8 +63,8 @@ def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
                 f"the adapter takes {', '.join(sorted(adapted))} of experts that have "
                 f"{', '.join(beside)} beside, in the partitions of ZeRO-3",
                 "whole weights there: DeepSpeed loses track of what is beside an adapted parameter",
-                "Set train.deepspeed=zero2 and reference.sharding=whole, or name the layers without "
-                "the experts in adapter.target_modules.",
+                "Set train.deepspeed=zero2 and reference.sharding=whole, or name the layers "
+                "without the experts in adapter.target_modules.",
             )
 
 
