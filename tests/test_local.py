@@ -56,8 +56,9 @@ def test_a_failed_rank_ends_the_others_and_gives_the_exit_code(
 def test_a_rank_that_lost_another_is_not_the_reason(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.local.POLL_S", 3.0)  # both are seen to have ended at once
-    text = "import os, sys; sys.exit(1 + int(os.environ['RANK']))"
+    # the first look finds both at work, the second both at their end
+    monkeypatch.setattr("dpo_dist.local.POLL_S", 4.0)
+    text = "import os, sys, time; time.sleep(1); sys.exit(1 + int(os.environ['RANK']))"
     assert run_ranks(program(text), 2, out / "logs") == 2
 
 
