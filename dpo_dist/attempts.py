@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
 from dpo_dist.plan import PUSH, STAGES
-from dpo_dist.run_dir import RunDir, rank_failure_path, rank_log_path
+from dpo_dist.run_dir import RunDir, rank_failures, rank_log_path
 from dpo_dist.run_lock import refuse_if_held
 from dpo_dist.sections.cluster import RestartSection
 from dpo_dist.status import read_status, update_status
@@ -106,10 +106,9 @@ def judge(paths: RunDir, stage: str) -> Outcome:
 def _failure_of_another_rank(paths: RunDir, stage: str) -> Outcome | None:
     """Of a rank other than 0, whose errors are not in status.json."""
     log_dir = paths.log_dir(stage, paths.count_attempts(stage))
-    for path in sorted(log_dir.glob(rank_failure_path(log_dir, 0).name.replace("0000", "*"))):
+    for rank, path in rank_failures(log_dir).items():
         failure = json.loads(path.read_text())
-        rank = path.name.removeprefix("rank").partition(".")[0]
-        return Outcome("stop", f"rank {int(rank)}: {failure['error']}", int(failure["exit_code"]))
+        return Outcome("stop", f"rank {rank}: {failure['error']}", int(failure["exit_code"]))
     return None
 
 

@@ -227,3 +227,9 @@ def rank_log_path(log_dir: Path, rank: int) -> Path:
 def rank_failure_path(log_dir: Path, rank: int) -> Path:
     """What a rank other than 0 ended with, where the same command would end so again."""
     return log_dir / f"rank{rank:04d}.failed.json"
+
+
+def rank_failures(log_dir: Path) -> dict[int, Path]:
+    """These files of an attempt by rank, in rank order."""
+    paths = sorted(log_dir.glob("rank*.failed.json"))
+    return {int(path.name.removeprefix("rank").partition(".")[0]): path for path in paths}

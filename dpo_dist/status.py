@@ -51,7 +51,7 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
             ("margin", f"{train['rewards/margins']:.4f}"),
             ("accuracy", f"{train['rewards/accuracies']:.3f}"),
             ("pairs/s", f"{train['pairs_per_second']:.2f}"),
-            ("time left", _duration(steps_left * train["seconds_per_step"])),
+            ("time left", duration(steps_left * train["seconds_per_step"])),
         ]
     reference = status.get("reference")
     if reference:
@@ -59,7 +59,7 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
         value = f"{scored:,} of {missing:,} new pairs scored"
         if scored < missing:
             speed = reference["pairs_per_second"]
-            value += f", {speed:.2f} pairs/s, {_duration((missing - scored) / speed)} left"
+            value += f", {speed:.2f} pairs/s, {duration((missing - scored) / speed)} left"
         lines.append(("reference", value))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))
@@ -76,5 +76,8 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds, for a person."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -22,7 +22,7 @@ from dpo_dist.config import load_config
 from dpo_dist.errors import DataError
 from dpo_dist.manifest import read_manifest
 from dpo_dist.metrics import read_lines
-from dpo_dist.stages import export, prepare, train
+from dpo_dist.stages import export, prepare, reference, train
 from dpo_dist.topology import SINGLE_PROCESS
 
 pytestmark = pytest.mark.timeout(900)
@@ -149,20 +149,22 @@ def test_min_delta_decides_what_is_better(run_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["checkpoint.best_by=eval_loss", "eval.samples_every_steps=5"])
-def test_settings_that_need_held_out_pairs(
+def test_settings_that_need_held_out_pairs_are_refused_before_the_reference_pass(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     for variable, place in SINGLE_PROCESS.environment().items():
         monkeypatch.setenv(variable, place)
     overrides = [f"run.dir={tmp_path}", "data.eval=[]", "checkpoint.every_steps=5"]
     prepare.run(load_config(run_yaml, overrides))
-    with pytest.raises(DataError) as error:
-        train.run(load_config(run_yaml, [*overrides, key]))
     name, value = key.split("=")
-    assert str(error.value) == (
-        f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set data.eval "
-        f"or data.eval_fraction and prepare the pairs in another run.dir, or set {name} to null."
-    )
+    for stage in (reference, train):
+        with pytest.raises(DataError) as error:
+            stage.run(load_config(run_yaml, [*overrides, key]))
+        assert str(error.value) == (
+            f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set "
+            "data.eval or data.eval_fraction and prepare the pairs in another run.dir, or set "
+            f"{name} to null."
+        )
 
 
 def sampling_worker(model_dir: str, stage: str, sampled: bool) -> dict[str, Any]:

@@ -95,17 +95,3 @@ def test_what_training_refuses_without_a_model_is_refused_before_the_reference_p
         with pytest.raises(kind) as error:
             stage.run(config)
         assert message in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["checkpoint.best_by=eval_loss", "eval.samples_every_steps=5"])
-def test_held_out_pairs_are_missed_before_the_reference_pass(
-    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    for variable, place in SINGLE_PROCESS.environment().items():
-        monkeypatch.setenv(variable, place)
-    overrides = [f"run.dir={tmp_path}", "data.eval=[]", "checkpoint.every_steps=5"]
-    prepare.run(load_config(run_yaml, overrides))
-    with pytest.raises(DataError) as error:
-        reference.run(load_config(run_yaml, [*overrides, key]))
-    name, value = key.split("=")
-    assert str(error.value).startswith(f"{name} is {value}, and there are no held-out pairs; ")

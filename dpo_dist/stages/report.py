@@ -21,7 +21,7 @@ from dpo_dist.manifest import atomic_dir
 from dpo_dist.metrics import read_lines
 from dpo_dist.report_page import Section, number, page
 from dpo_dist.run_dir import PAIRS_REPORT_NAME, REPORT_PAGE_NAME, TRAIN_STATE_NAME, RunDir
-from dpo_dist.status import read_status
+from dpo_dist.status import duration, read_status
 
 
 def run(run_dir: Path) -> Path:
@@ -107,7 +107,7 @@ def _facts(lines: Sequence[Line], status: dict[str, Any]) -> Iterator[tuple[str,
                 break
     if speeds := points(lines, "pairs_per_second")[1]:
         yield "pairs a second, median", number(statistics.median(speeds))
-        yield "in training steps", _duration(_seconds_trained(lines))
+        yield "in training steps", duration(_seconds_trained(lines))
     if memory := points(lines, "peak_memory_gib")[1]:
         yield "peak memory, GiB", number(max(memory))
 
@@ -120,12 +120,6 @@ def _seconds_trained(lines: Sequence[Line]) -> float:
             seconds += (line["consumed_pairs"] - before) / line["pairs_per_second"]
             before = line["consumed_pairs"]
     return seconds
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _warnings(
