@@ -100,13 +100,16 @@ def die_with_parent() -> None:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The first rank seen to fail, once all have ended; None when all ended well."""
+    """The rank that tells why, once all have ended; None when all ended well.
+
+    It is chosen at the end: a rank that lost another is often gone before the one that failed.
+    """
     failed, deadline = None, float("inf")
     while any(process.poll() is None for process in ranks):
-        if failed is None:
-            failed = _failed(ranks)
-            deadline = float("inf") if failed is None else time.monotonic() + GRACE_S
+        if deadline == float("inf") and _failed(ranks) is not None:
+            deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
+            failed = _failed(ranks) if failed is None else failed
             _kill(ranks)
         time.sleep(POLL_S)
     return _failed(ranks) if failed is None else failed

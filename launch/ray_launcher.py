@@ -11,6 +11,7 @@ DPO_STAGES="train export" in the environment runs these stages only.
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -23,18 +24,22 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Ray would install a package environment of its own on the workers.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# `_is_draining` is ours: Ray Train's is a barrier of all workers, and they end at different times.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 try:
     import ray
 except ImportError:
     sys.exit("error: ray is not installed; wanted the extra `ray`. pip install 'dpo-dist[ray]'")
 from ray import train
-from ray.exceptions import RayError
+from ray._private import state as ray_state  # nothing public tells of a node to be drained
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_dist import attempts
 from dpo_dist.config import RunConfig, load_config
@@ -159,19 +164,33 @@ class _Owner:
 
 
 def _take_run_dir(paths: RunDir) -> Any:
-    who = f"job {os.environ.get('RAY_JOB_SUBMISSION_ID', ray.get_runtime_context().get_job_id())}"
+    context = ray.get_runtime_context()
+    who = f"job {_submission_id() or context.get_job_id()}"
     name = f"run:{paths.root}"
-    try:
-        owner = _Owner.options(name=name).remote(f"{who} on {socket.gethostname()}")
-        ray.get(owner.name.remote())
-        return owner
-    except ValueError:
-        other = ray.get(ray.get_actor(name).name.remote())
-        raise ClusterError(
-            f"{paths.root} is in use by {other}",
-            "a run folder of its own for every job",
-            "Wait for that job, stop it, or set another run.dir.",
-        ) from None
+    # On the driver's node: on another it would be lost with that node while the job goes on.
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    while True:
+        try:
+            owner = _Owner.options(name=name, scheduling_strategy=here).remote(
+                f"{who} on {socket.gethostname()}"
+            )
+            ray.get(owner.name.remote())
+            return owner
+        except ValueError:  # the name is taken
+            with contextlib.suppress(ValueError, RayActorError):  # its job ends at this moment
+                other = ray.get(ray.get_actor(name).name.remote())
+                raise ClusterError(
+                    f"{paths.root} is in use by {other}",
+                    "a run folder of its own for every job",
+                    "Wait for that job, stop it, or set another run.dir.",
+                ) from None
+        time.sleep(POLL_S)
+
+
+def _submission_id() -> str | None:
+    """What `ray job stop` takes; None when this is not a submitted job."""
+    job: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return job.get("metadata", {}).get("job_submission_id")
 
 
 def _run_stage(stage: Stage, config: RunConfig) -> None:
@@ -278,15 +297,24 @@ def _run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: Run
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             preexec_fn=die_with_parent,
         )  # fmt: skip
+        warned = topology.local_rank != 0  # one rank is enough: all agree on the step to stop at
         try:
             while child.poll() is None:
                 time.sleep(POLL_S)
+                if not warned and _is_draining():
+                    warned = True
+                    child.send_signal(signal.SIGUSR2)
                 if topology.rank == 0:
                     _show(gauges, read_status(paths.status_path).get("train", {}))
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
     return child.returncode
+
+
+def _is_draining() -> bool:
+    """Whether Ray knows that this node goes soon: a spot instance called back, a scale-down."""
+    return ray.get_runtime_context().get_node_id() in ray_state.state.get_draining_nodes()
 
 
 def _exists(job: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ranks import ROOT, free_port, wait_until
 
@@ -26,7 +27,7 @@ RAY = Path(sys.executable).parent / "ray"
 UP = ROOT / "launch" / "ray_up.sh"
 LAUNCHER = ROOT / "launch" / "ray_launcher.py"
 LINK, HEAD_IP, FAR_IP = "dpo1", "10.98.8.1", "10.98.8.2"
-NUM_CPUS = (0, 2, 1)  # of each node: two spread ranks must be in two networks, not on the head
+NUM_CPUS = (0, 2, 1, 2)  # of each node: two spread ranks must be in two networks, not on the head
 START_S = 90
 STOP_S = 20
 
@@ -48,6 +49,8 @@ class RayCluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_node(self) -> None:
+        """Starts one node more and waits until it is there."""
+        before = self.num_alive()
         far = len(self.nodes) == 2
         inside = ["nsenter", f"--net=/run/netns/{self.namespace}"] if far else []
         token = self.environment["RAY_AUTH_TOKEN_PATH"]
@@ -70,6 +73,7 @@ class RayCluster:
                     command, env=self.environment, stdout=log, stderr=log, start_new_session=True
                 )
             )
+        wait_until(lambda: self.num_alive() == before + 1, START_S)
 
     def stop_node(self, number: int) -> None:
         """Ends all processes of one node."""
@@ -81,15 +85,40 @@ class RayCluster:
             os.killpg(node.pid, signal.SIGKILL)
         node.wait(STOP_S)
 
-    def num_alive(self) -> int:
-        listed = self.call("list", "nodes", "--format=json", "--filter", "state=ALIVE")
-        return listed.stdout.count('"node_id"')
-
-    def call(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(RAY), *arguments], env=self.environment, capture_output=True, text=True,
-            timeout=timeout_s,
+    def drain_node(self, node_id: str) -> None:
+        """What a cloud does that wants a node back."""
+        subprocess.run(
+            [
+                RAY, "drain-node", f"--address={HEAD_IP}:{self.port}", f"--node-id={node_id}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=wanted back",
+                "--deadline-remaining-seconds=120",
+            ],
+            env=self.environment, check=True, timeout=60,
         )  # fmt: skip
+
+    def num_alive(self) -> int:
+        return len([node for node in self.listed("nodes") if node["state"] == "ALIVE"])
+
+    def nodes_of(self, class_name: str) -> set[tuple[str, bool]]:
+        """(id, whether it is the head) of the nodes that have living actors of a class."""
+        is_head = {node["node_id"]: node["is_head_node"] for node in self.listed("nodes")}
+        return {
+            (actor["node_id"], is_head[actor["node_id"]])
+            for actor in self.listed("actors")
+            if actor["class_name"] == class_name and actor["state"] == "ALIVE"
+        }
+
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        """What `ray list` shows, empty while the dashboard starts."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
+        with contextlib.suppress(OSError):
+            request = urllib.request.Request(
+                f"{self.dashboard}/api/v0/{kind}",
+                headers={"Authorization": f"Bearer {token.read_text()}"},
+            )
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)["data"]["result"]["result"]
+        return []
 
     def metrics(self) -> str:
         """What Prometheus, and with it the dashboard, would read from all nodes."""
@@ -128,6 +157,7 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
         "RAY_TMPDIR": str(sessions),
         "RAY_DEDUP_LOGS": "0",
         "RAY_metrics_report_interval_ms": "1000",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # how long a lost node is waited for
         "RAY_raylet_start_wait_time_s": "60",  # two cores start three nodes
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a node that is lost gives no notice
         "OMP_NUM_THREADS": "1",
@@ -146,9 +176,8 @@ def ray_cluster(folder: Path, num_nodes: int = 3) -> Iterator[RayCluster]:
             _ip(*inside, "addr", "add", f"{address}/24", "dev", LINK)
             _ip(*inside, "link", "set", LINK, "up")
         _ip("-n", namespace, "link", "set", "lo", "up")
-        for number in range(1, num_nodes + 1):
+        for _ in range(num_nodes):
             cluster.start_node()
-            wait_until(lambda wanted=number: cluster.num_alive() == wanted, START_S)
         yield cluster
     finally:
         for number in reversed(range(len(cluster.nodes))):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,8 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     wait_until(lambda: step_of(out) >= 10, 120)
     wait_until(lambda: "ray_dpo_dist_loss{" in cluster.metrics(), 15)  # what the dashboard shows
     wait_until(lambda: step_of(out) >= 30, 30)
+    ((_, is_head),) = cluster.nodes_of("_Owner")
+    assert is_head, "a run's owner goes with its driver, with no other node"
     cluster.stop_node(2)
     wait_until(lambda: newest_world_size(out) == 2, 120)
 
@@ -194,7 +197,7 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     mine = f"run.dir={out}".encode()
     refused, _ = second.communicate(timeout=60)
     assert second.returncode == 1
-    assert f"error: {out} is in use by job " in refused
+    assert f"error: {out} is in use by job raysubmit_" in refused
     assert "Wait for that job, stop it, or set another run.dir." in refused
     for pid in processes(
         lambda a, e: mine in a and any(part.endswith(b"ray_launcher.py") for part in a[:2])
@@ -211,6 +214,29 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
         assert [line.get(name) for line in ours] == [line.get(name) for line in theirs]
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_drained_is_left_without_a_step_done_twice(
+    cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    cluster.start_node()  # the workers have room on one node, and another one is to spare
+    job = cluster.submit(
+        local / "run.yaml", *LONG, f"run.dir={out}", *WORKERS, "ray.placement=STRICT_PACK",
+        stages="train",
+    )  # fmt: skip
+    wait_until(lambda: step_of(out) >= 30, 120)
+    ((node_id, _),) = cluster.nodes_of("RayTrainWorker")
+    cluster.drain_node(node_id)
+    output = ended(job, out)
+    assert "training stopped after step " in output
+    steps = [line["step"] for line in metrics_of(out)]
+    assert steps == [line["step"] for line in metrics_of(unbroken)]
+    logged = re.findall(r"step (\d+)/240 train: ", (out / "logs/train-01/rank0000.log").read_text())
+    again = re.findall(r"step (\d+)/240 train: ", (out / "logs/train-02/rank0000.log").read_text())
+    assert int(again[0]) == int(logged[-1]) + 1 > 31
+    assert metrics_of(out) == metrics_of(unbroken)
 
 
 def newest_world_size(run_dir: Path) -> int:
