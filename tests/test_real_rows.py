@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import metrics_of, succeed
+from tiny_run import metrics_of, succeed_on
 
 DATA = os.environ.get("DPO_DIST_REAL_DATA")
 MODEL = os.environ.get("DPO_DIST_REAL_MODEL")
@@ -26,12 +26,16 @@ pytestmark = [
 
 @pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path, stage: str) -> None:
+    """The two shortest rows of each format, all of which are kept and trained on."""
+    for name in FILES:
+        rows = Path(f"{DATA}/{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(sorted(rows, key=len)[:2]))
     config = {
         "run": {"dir": str(tmp_path / "out")},
         "model": {"path": MODEL, "dtype": "float32"},
         "data": {
-            "train": [{"path": f"{DATA}/{name}.jsonl", "limit": 2} for name in FILES],
-            "max_length": 160,
+            "train": [{"path": str(tmp_path / f"{name}.jsonl")} for name in FILES],
+            "max_length": 320,
         },
         "adapter": {"rank": 4},
         "objective": {"beta": 0.1},
@@ -40,22 +44,23 @@ def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path, stage: str)
             "global_batch_size": 2,
             "micro_batch_tokens": 512,
             "learning_rate": 1e-4,
-            "max_steps": 2,
             "warmup_ratio": 0.0,
         },
+        "checkpoint": {"probe_pairs": 2},
         "export": {"dtype": "float32", "max_shard_size_mib": 200},
-        "local": {"workers": 2},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    succeed("run", path)
+    for name, num_ranks in (("prepare", 1), ("reference", 2), ("train", 2), ("export", 1)):
+        succeed_on(num_ranks, name, path)
+    succeed_on(1, "verify", path)
 
     report = json.loads((tmp_path / "out" / "pairs" / "report.json").read_text())
-    text = json.dumps(report)
-    for name, kind in FILES.items():
-        assert name in text and kind in text
+    sources = report["splits"]["train"]["sources"]
+    assert {name: source["format"] for name, source in sources.items()} == FILES
+    assert {source["pairs"] for source in sources.values()} == {2}
     steps = metrics_of(tmp_path / "out")
-    assert [line["step"] for line in steps] == [1, 2]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]  # two pairs each: all eight
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3)  # the gate's ln 2
     assert steps[1]["rewards/margins"] != 0.0
     verified = json.loads((tmp_path / "out" / "verify.json").read_text())

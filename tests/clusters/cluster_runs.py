@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-LONG = ("train.num_epochs=48", "checkpoint.every_steps=20", "eval.every_steps=60")
-LAST_STEP = 240
+LONG = ("train.num_epochs=32", "checkpoint.every_steps=20", "eval.every_steps=40")
+LAST_STEP = 160
 
 
 def scored_copy(local: Path, out: Path) -> Path:

@@ -168,7 +168,7 @@ def test_a_job_stopped_in_three_ways_requeues_itself_and_ends_like_an_unbroken_o
     )
     log = tmp_path / f"dpo-{job_id}.log"
     for number, stop in enumerate((usr2, kill_rank, cancel_step)):
-        at = 70 * number + random.randrange(10, 60)
+        at = 45 * number + random.randrange(10, 40)
         wait_until(lambda at=at: step_of(out) >= at, 120)
         stop(slurm, job_id)
         print(f"{stop.__name__} after step {at}")
