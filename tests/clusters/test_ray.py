@@ -155,8 +155,9 @@ def test_the_reference_in_independent_tasks(
     assert "of the reference pass ended with -9; left to the stage" in output
     report = json.loads((out / "reference.json").read_text())
     assert report["num_scored_now"] in (14 + 4, 13 + 3)  # every third of 40 and of 10 pairs
-    logs = sorted(path.name for path in (out / "logs" / "reference-01").iterdir())
-    assert logs == ["rank0001.log", "rank0002.log", "rank0003.log"]
+    logs = {path.name for path in (out / "logs" / "reference-01").iterdir()}
+    assert logs <= {"rank0001.log", "rank0002.log", "rank0003.log"}
+    assert len(logs) >= 2  # the one that was killed may not have begun its own
     succeed("train", local / "run.yaml", f"run.dir={out}")
     # other neighbours in a micro-batch move the last bits of a reference log-prob
     for our, their in zip(metrics_of(out), metrics_of(local / "out"), strict=True):
