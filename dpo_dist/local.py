@@ -49,7 +49,7 @@ def count_workers(local: LocalSection) -> tuple[int, str]:
 
 
 def run_ranks(argv: Sequence[str], num_ranks: int, log_dir: Path) -> int:
-    """Runs `argv` once a rank and waits; the exit code of the first rank that failed, or 0.
+    """Runs `argv` once a rank and waits; the exit code of the rank that tells why, or 0.
 
     Rank 0 has the terminal, the others write to their file in `log_dir`. When a rank fails the
     others get GRACE_S to leave and are then killed. Stop signals are passed on to every rank. The
