@@ -34,9 +34,9 @@ from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_dist.engine.backends import choose_backend
-from dpo_dist.engine.forward import PairScorer, score_pairs
-from dpo_dist.engine.packing import PackedPairs, PairIds, pack_pairs
+from dpo_dist.engine.forward.backend_choice import choose_backend
+from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
+from dpo_dist.engine.forward.pair_scorer import PairScorer, score_pairs
 
 BETA = 0.1
 

@@ -1,5 +1,5 @@
 """python -m dpo_dist"""
 
-from dpo_dist.cli import main
+from dpo_dist.cli.app import main
 
 main()

@@ -12,26 +12,26 @@ import os
 import sys
 from pathlib import Path
 
-from dpo_dist import attempts, plan
-from dpo_dist.config import load_config
-from dpo_dist.config_keys import to_yaml
+from dpo_dist.config.keys import to_yaml
+from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import DPODistError
-from dpo_dist.manifest import write_atomic
-from dpo_dist.run_dir import RunDir
+from dpo_dist.run import attempts, pipeline
+from dpo_dist.run.manifest import write_atomic
+from dpo_dist.run.run_dir import RunDir
 
 
 def begin(stage: str, config_path: Path, overrides: list[str]) -> str:
     """The answer to `begin`; also writes the resolved config."""
     config = load_config(config_path, overrides)
     paths = RunDir(config.run.dir)
-    if stage == plan.PUSH.name and config.export.push_to_hub is None:
+    if stage == pipeline.PUSH.name and config.export.push_to_hub is None:
         return "skip"
     resubmitted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     log_dir = attempts.begin(paths, stage, config.restart, resubmitted=resubmitted)
     if log_dir is None:
         return "skip"
     write_atomic(paths.config_path, to_yaml(config))
-    (found,) = (s for s in (plan.DOCTOR, *plan.STAGES, plan.PUSH) if s.name == stage)
+    (found,) = (s for s in (pipeline.DOCTOR, *pipeline.STAGES, pipeline.PUSH) if s.name == stage)
     return f"{'all' if found.distributed else '1'} {log_dir.absolute()}"
 
 

@@ -41,18 +41,18 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dpo_dist import attempts
-from dpo_dist.config import RunConfig, load_config
-from dpo_dist.config_keys import to_yaml
+from dpo_dist.config.cluster_section import RaySection
+from dpo_dist.config.keys import to_yaml
+from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import EXIT_RESTART, ClusterError, DPODistError
-from dpo_dist.local import die_with_parent
-from dpo_dist.manifest import write_atomic
-from dpo_dist.plan import DOCTOR, Stage, stage_argv, stages_of
-from dpo_dist.run_dir import RunDir, rank_log_path
-from dpo_dist.run_lock import refuse_if_held
-from dpo_dist.sections.cluster import RaySection
-from dpo_dist.status import read_status, update_stage
-from dpo_dist.topology import Topology
+from dpo_dist.run import attempts
+from dpo_dist.run.local_ranks import die_with_parent
+from dpo_dist.run.lock import refuse_if_held
+from dpo_dist.run.manifest import write_atomic
+from dpo_dist.run.pipeline import DOCTOR, Stage, stage_argv, stages_of
+from dpo_dist.run.run_dir import RunDir, rank_log_path
+from dpo_dist.run.status import read_status, update_stage
+from dpo_dist.run.topology import Topology
 
 POLL_S = 1.0
 FINAL_STATE_S = 30.0  # rank 0 writes what became of a stage a little after the others have left

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.errors import DPODistError
-from dpo_dist.plan import Stage
-from dpo_dist.sweep import INPUT_STAGES, Run, Sweep, link_pairs, plan_sweep, state_of
+from dpo_dist.run.pipeline import Stage
+from dpo_dist.sweeps.points import INPUT_STAGES, Run, Sweep, link_pairs, plan_sweep, state_of
 
 LAUNCHER = Path(__file__).absolute().with_name("ray_launcher.py")
 RAY = Path(sys.executable).with_name("ray")

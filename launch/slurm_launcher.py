@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_dist.config import RunConfig, load_config
+from dpo_dist.config.cluster_section import SlurmJobSection
+from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import ClusterError, ConfigError, DPODistError
-from dpo_dist.plan import DOCTOR, stages_of
-from dpo_dist.sections.cluster import SlurmJobSection
+from dpo_dist.run.pipeline import DOCTOR, stages_of
 
 SCRIPT = Path(__file__).absolute().parent.parent / "slurm" / "dpo.sh"
 # One process on one node, whatever the distributed stages have.

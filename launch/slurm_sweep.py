@@ -16,8 +16,16 @@ from pathlib import Path
 from slurm_launcher import SCRIPT, check_sbatch, job_options
 
 from dpo_dist.errors import ClusterError, DPODistError
-from dpo_dist.manifest import digest_of, write_atomic
-from dpo_dist.sweep import INPUT_STAGES, Point, Run, Sweep, link_pairs, plan_sweep, state_of
+from dpo_dist.run.manifest import digest_of, write_atomic
+from dpo_dist.sweeps.points import (
+    INPUT_STAGES,
+    Point,
+    Run,
+    Sweep,
+    link_pairs,
+    plan_sweep,
+    state_of,
+)
 
 TABLE_SCRIPT = SCRIPT.parent / "sweep_table.sh"
 

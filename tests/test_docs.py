@@ -40,7 +40,7 @@ def test_every_doc_is_found_from_the_readme() -> None:
 def test_every_command_is_on_the_page_of_commands() -> None:
     from typer.main import get_command
 
-    from dpo_dist.cli import app
+    from dpo_dist.cli.app import app
 
     page = (ROOT / "docs/commands.md").read_text()
     names = list(vars(get_command(app))["commands"])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ranks import ROOT
+from support.ranks import ROOT
 
-from dpo_dist.config_keys import override_names
+from dpo_dist.config.keys import override_names
 from dpo_dist.stages import doctor
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,7 +109,7 @@ def test_help_takes_less_than_a_second(installed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["config"]])
 def test_what_only_explains_does_not_import_torch(command: list[str]) -> None:
     program = (
-        "import sys; from dpo_dist.cli import app\n"
+        "import sys; from dpo_dist.cli.app import app\n"
         f"try: app({command!r})\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'peft'} & set(sys.modules)\n"
@@ -179,7 +179,7 @@ def test_a_clean_venv(wheel: Path, tmp_path: Path, extra: str) -> None:
     asked = {*map(name_of, [*PROJECT["dependencies"], *EXTRAS.get(extra, [])])}
     assert not [name for name in asked & versions.keys() if versions[name] == "missing"]
     if not extra:
-        from tiny_run import make_run
+        from support.tiny_run import make_run
 
         path = str(folder / "bin") + os.pathsep + os.environ["PATH"]
         few = ("train.max_steps=2", "local.workers=1")

@@ -23,9 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_dist.data.keys import KEY_BYTES, KEY_DTYPE, pair_key
 from dpo_dist.errors import ArtefactError
-from dpo_dist.manifest import read_manifest
+from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, pair_key
+from dpo_dist.run.manifest import read_manifest
+from dpo_dist.wording import first_line
 
 IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "eval"]
@@ -111,7 +112,7 @@ def open_pairs(pairs_dir: Path, split: str) -> Pairs:
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(folder / DATA_NAME))).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(folder, f"is not readable ({str(error).splitlines()[0]})") from None
+        raise _damaged(folder, f"is not readable ({first_line(error)})") from None
     if table.schema != SCHEMA:
         raise _damaged(folder, f"has the columns {', '.join(table.schema.names)}")
     pairs = Pairs(table, folder)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import PairLogps
-from dpo_dist.objective.settings import Objective
 
 Loss = Callable[[PairLogps, Objective], Tensor]
 LARGEST_EXPONENT = 80.0  # of an alpha divergence; exp(80) is finite in float32

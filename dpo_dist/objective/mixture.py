@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.objective.losses import LOSSES
+from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import PairLogps
-from dpo_dist.objective.settings import Objective
 
 
 def pair_losses(logps: PairLogps, objective: Objective) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from dpo_dist.objective.losses import log_odds, orpo_nll
 from dpo_dist.objective.mixture import router_aux_loss
+from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import PairLogps
-from dpo_dist.objective.settings import Objective
 
 COUNT = "num_pairs"
 METRIC_NAMES = (

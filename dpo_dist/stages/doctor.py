@@ -22,15 +22,15 @@ import torch
 import torch.cuda.nccl as nccl
 from rich.table import Table
 
-from dpo_dist.config import RunConfig
-from dpo_dist.engine import collectives
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import ClusterError
-from dpo_dist.estimate import GIB, total
-from dpo_dist.logs import console
-from dpo_dist.manifest import write_json
-from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.sizes import disk_lines, make_setup, prepared_work
-from dpo_dist.topology import Topology, from_environment, node_names
+from dpo_dist.inputs.sizes import disk_lines, make_setup, prepared_work
+from dpo_dist.planning.estimate import GIB, total
+from dpo_dist.run.logs import console
+from dpo_dist.run.manifest import write_json
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.topology import Topology, from_environment, node_names
 
 _logger = logging.getLogger(__name__)
 PACKAGES = (

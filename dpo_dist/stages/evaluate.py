@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.run_config import RunConfig, scoring_budget
 from dpo_dist.data.batches import plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
-from dpo_dist.engine import collectives
-from dpo_dist.engine.forward import PairScorer
-from dpo_dist.engine.policy import settle_layout
-from dpo_dist.engine.reload import choose_model, load_chosen
-from dpo_dist.engine.scoring import score_on_all_ranks
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.scoring import score_on_all_ranks
+from dpo_dist.engine.model.model_choice import choose_model, load_chosen
+from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.errors import DataError
-from dpo_dist.logs import console, progress_bar
-from dpo_dist.manifest import write_json
+from dpo_dist.inputs.scored_pairs import ScoredPairs, objective_of, with_reference
+from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.objective.rewards import reward_metrics
-from dpo_dist.objective.settings import Objective
-from dpo_dist.plan import base_model_dir, scoring_budget
-from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.inputs import ScoredPairs, objective_of, with_reference
-from dpo_dist.topology import Topology, from_environment
+from dpo_dist.run.logs import console, progress_bar
+from dpo_dist.run.manifest import write_json
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.topology import Topology, from_environment
 
 _logger = logging.getLogger(__name__)
 SHOWN = ("rewards/accuracies", "rewards/margins", "logps/accuracies")

@@ -18,22 +18,34 @@ from typing import Any
 
 import torch
 
-from dpo_dist.best import ranked_steps
-from dpo_dist.config import RunConfig
-from dpo_dist.curves import QUALITY_PLOTS
-from dpo_dist.data.templates import resolve_template
-from dpo_dist.engine import export as weights
-from dpo_dist.engine.adapters import add_adapter
-from dpo_dist.engine.base_weights import build_skeleton, open_base
-from dpo_dist.engine.changes import adapter_changes, check_adapter, full_changes
-from dpo_dist.engine.checkpoint import newest_committed
-from dpo_dist.engine.commit import record_files
-from dpo_dist.engine.retention import best_committed
-from dpo_dist.engine.shards import ShardedCheckpoint, open_checkpoint
-from dpo_dist.engine.train_state import TrainState, read_train_state
+from dpo_dist.config.resume_identity import training_identity
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.tokens.templates import resolve_template
+from dpo_dist.engine.checkpoints.checkpoint import newest_committed
+from dpo_dist.engine.checkpoints.commit import record_files
+from dpo_dist.engine.checkpoints.retention import best_committed
+from dpo_dist.engine.checkpoints.shard_reader import ShardedCheckpoint, open_checkpoint
+from dpo_dist.engine.checkpoints.train_state import TrainState, read_train_state
+from dpo_dist.engine.export import weight_writer as weights
+from dpo_dist.engine.export.weight_changes import adapter_changes, check_adapter, full_changes
+from dpo_dist.engine.model.adapters import add_adapter
+from dpo_dist.engine.weights.base_weights import build_skeleton, open_base
 from dpo_dist.errors import ArtefactError, CheckpointError, ModelFilesError
-from dpo_dist.logs import progress_bar
-from dpo_dist.manifest import (
+from dpo_dist.metrics.curves import QUALITY_PLOTS
+from dpo_dist.metrics.evaluations import ranked_steps
+from dpo_dist.metrics.writer import read_lines
+from dpo_dist.model_files.files import (
+    CONFIG_NAME,
+    TOKENIZER_FILES,
+    model_config,
+    read_model_config,
+)
+from dpo_dist.model_files.of_run import base_model_dir, makes_base, start_adapter_dir, start_digest
+from dpo_dist.report.model_card import Training, model_card
+from dpo_dist.report.plots import draw_plots, plot_path
+from dpo_dist.run.exports import Kind, export_folders
+from dpo_dist.run.logs import progress_bar
+from dpo_dist.run.manifest import (
     Manifest,
     atomic_dir,
     differences,
@@ -43,19 +55,8 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.metrics import read_lines
-from dpo_dist.model_card import Kind, Training, export_folders, model_card
-from dpo_dist.model_files import CONFIG_NAME, TOKENIZER_FILES, model_config, read_model_config
-from dpo_dist.plan import (
-    base_model_dir,
-    makes_base,
-    start_adapter_dir,
-    start_digest,
-    training_identity,
-)
-from dpo_dist.plots import draw_plots, plot_path
-from dpo_dist.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
-from dpo_dist.stop_flag import StopFlag, Stopped
+from dpo_dist.run.run_dir import MANIFEST_NAME, PAIRS_REPORT_NAME, RunDir
+from dpo_dist.run.stop_flag import StopFlag, Stopped
 
 _logger = logging.getLogger(__name__)
 STAGE = "export"

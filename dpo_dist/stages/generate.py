@@ -6,20 +6,20 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.pairs import open_pairs
-from dpo_dist.data.templates import load_tokenizer, resolve_template
-from dpo_dist.engine.collectives import device_of
-from dpo_dist.engine.generate import Answer, answer
-from dpo_dist.engine.policy import load_policy
-from dpo_dist.engine.reload import choose_model, load_chosen
+from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
+from dpo_dist.engine.distributed.collectives import device_of
+from dpo_dist.engine.forward.generation import Answer, answer
+from dpo_dist.engine.model.model_choice import choose_model, load_chosen
+from dpo_dist.engine.model.policy import load_policy
 from dpo_dist.errors import DataError
-from dpo_dist.logs import console
-from dpo_dist.manifest import write_json
-from dpo_dist.plan import base_model_dir, start_adapter_dir
-from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.inputs import distinct_prompts
-from dpo_dist.topology import from_environment
+from dpo_dist.inputs.scored_pairs import distinct_prompts
+from dpo_dist.model_files.of_run import base_model_dir, start_adapter_dir
+from dpo_dist.run.logs import console
+from dpo_dist.run.manifest import write_json
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.topology import from_environment
 
 
 def run(config: RunConfig) -> Path:

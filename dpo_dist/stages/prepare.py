@@ -20,29 +20,33 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dpo_dist.config import RunConfig
-from dpo_dist.data.columns import PairColumns, collect, truncate
-from dpo_dist.data.gate import apply_gate, choose_max_length, describe_split
+from dpo_dist.config.data_section import SourceSection
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.drop_reasons import DROP_REASONS, KEPT
 from dpo_dist.data.pairs import SPLITS, Split, open_pairs
-from dpo_dist.data.preview import preview_pair
-from dpo_dist.data.reasons import DROP_REASONS, KEPT
-from dpo_dist.data.report import bias_warnings, print_report, split_report
-from dpo_dist.data.report_html import report_page
-from dpo_dist.data.sources import Source, digest_of_source, open_sources
-from dpo_dist.data.stream_rows import StreamRows
-from dpo_dist.data.templates import resolve_template, split_markers
-from dpo_dist.data.tokenize import PairTokenizer
-from dpo_dist.data.vocabulary import check_vocabulary
-from dpo_dist.data.worker import (
+from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
+from dpo_dist.data.rows.stream_rows import StreamRows
+from dpo_dist.data.screening.data_report import bias_warnings, print_report, split_report
+from dpo_dist.data.screening.drops import apply_gate, choose_max_length, describe_split
+from dpo_dist.data.screening.preview import preview_pair
+from dpo_dist.data.screening.tokenized_rows import PairColumns, collect, truncate
+from dpo_dist.data.screening.tokenizer_pool import (
     Chunk,
     ChunkTokenizer,
     TokenizeJob,
     make_chunks,
     tokenize_chunks,
 )
-from dpo_dist.data.write_pairs import write_pairs
-from dpo_dist.logs import console, progress_bar
-from dpo_dist.manifest import (
+from dpo_dist.data.screening.write_pairs import write_pairs
+from dpo_dist.data.tokens.templates import resolve_template, split_markers
+from dpo_dist.data.tokens.tokenize import PairTokenizer
+from dpo_dist.data.tokens.vocabulary import check_vocabulary
+from dpo_dist.inputs.own_base import make_base
+from dpo_dist.model_files.files import digest_of_tokenizer, read_model_config
+from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.report.data_section import report_page
+from dpo_dist.run.logs import console, progress_bar
+from dpo_dist.run.manifest import (
     Manifest,
     atomic_dir,
     digest_of,
@@ -52,11 +56,7 @@ from dpo_dist.manifest import (
     write_json,
     write_manifest,
 )
-from dpo_dist.model_files import digest_of_tokenizer, read_model_config
-from dpo_dist.plan import base_model_dir
-from dpo_dist.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
-from dpo_dist.sections.data import SourceSection
-from dpo_dist.stages.base import make_base
+from dpo_dist.run.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
 
 _logger = logging.getLogger(__name__)
 STAGE = "prepare"

@@ -10,13 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config import RunConfig
-from dpo_dist.engine.commit import FileRecord, find_changed
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
 from dpo_dist.errors import ArtefactError, ConfigError
-from dpo_dist.hub import push_folder
-from dpo_dist.manifest import digest_of_file, read_manifest, write_json
-from dpo_dist.model_card import Kind, export_folders
-from dpo_dist.run_dir import MANIFEST_NAME, RunDir
+from dpo_dist.model_files.hub import push_folder
+from dpo_dist.run.exports import Kind, export_folders
+from dpo_dist.run.manifest import digest_of_file, read_manifest, write_json
+from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _logger = logging.getLogger(__name__)

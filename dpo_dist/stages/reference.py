@@ -17,33 +17,28 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.run_config import RunConfig, scoring_budget
 from dpo_dist.data.batches import Plan, plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
-from dpo_dist.engine import collectives, ds_config, zero
-from dpo_dist.engine.forward import PairScorer
-from dpo_dist.engine.policy import load_policy, settle_layout
-from dpo_dist.engine.scoring import score_on_all_ranks
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.scoring import score_on_all_ranks
+from dpo_dist.engine.model.policy import load_policy, settle_layout
+from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.errors import ArtefactError
-from dpo_dist.estimate import GIB, parameter_lines, total
-from dpo_dist.logs import progress_bar
-from dpo_dist.manifest import write_json
-from dpo_dist.model_files import weight_files
+from dpo_dist.inputs.sizes import checked_work, count_shape, make_setup, read_sizes
+from dpo_dist.model_files.files import weight_files
+from dpo_dist.model_files.of_run import reference_adapter_dir, reference_model_dir
 from dpo_dist.objective.pair_logps import Terms
-from dpo_dist.plan import (
-    complete_store,
-    reference_adapter_dir,
-    reference_model_dir,
-    scoring_budget,
-    scoring_contract,
-    store_root,
-)
-from dpo_dist.reference_store import ReferenceStore, explain_miss, open_store
-from dpo_dist.run_dir import RunDir
-from dpo_dist.stages.sizes import checked_work, count_shape, make_setup, read_sizes
-from dpo_dist.status import update_status
-from dpo_dist.stop_flag import StopFlag, Stopped
-from dpo_dist.topology import Topology, from_environment
+from dpo_dist.planning.estimate import GIB, parameter_lines, total
+from dpo_dist.reference.contract import complete_store, scoring_contract, store_root
+from dpo_dist.reference.store import ReferenceStore, explain_miss, open_store
+from dpo_dist.run.logs import progress_bar
+from dpo_dist.run.manifest import write_json
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.status import update_status
+from dpo_dist.run.stop_flag import StopFlag, Stopped
+from dpo_dist.run.topology import Topology, from_environment
 
 _logger = logging.getLogger(__name__)
 IndexArray = npt.NDArray[np.int64]

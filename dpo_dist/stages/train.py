@@ -18,40 +18,34 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist import wandb_log
-from dpo_dist.best import Evaluation, early_stop, ranked_steps, record
-from dpo_dist.config import RunConfig
+from dpo_dist.config.resume_identity import training_identity
+from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import plan_micro_batches
 from dpo_dist.data.pairs import Pairs
-from dpo_dist.data.templates import load_tokenizer, resolve_template
-from dpo_dist.engine import checkpoint, collectives, ds_config, zero
-from dpo_dist.engine.generate import answer_in_training
-from dpo_dist.engine.memory import peak_memory_gib
-from dpo_dist.engine.model_parts import num_experts
-from dpo_dist.engine.policy import build_policy, settle_layout
-from dpo_dist.engine.retention import best_standing, marked
-from dpo_dist.engine.scoring import score
+from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
+from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints.retention import best_standing, marked
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.memory import peak_memory_gib
+from dpo_dist.engine.forward.generation import answer_in_training
+from dpo_dist.engine.forward.model_parts import num_experts
+from dpo_dist.engine.forward.scoring import score
+from dpo_dist.engine.model.policy import build_policy, settle_layout
+from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.errors import CheckpointError
-from dpo_dist.logs import progress_bar
-from dpo_dist.manifest import digest_of
-from dpo_dist.metrics import Kind, MetricsWriter
-from dpo_dist.plan import (
-    base_model_dir,
-    start_adapter_dir,
-    start_digest,
-    training_identity,
-)
-from dpo_dist.run_dir import RunDir, step_of
-from dpo_dist.stages.inputs import (
-    distinct_prompts,
-    objective_of,
-    with_reference,
-)
-from dpo_dist.stages.sizes import checked_work
-from dpo_dist.stages.train_step import Job, check_start, evaluate, optimizer_step, window_metrics
-from dpo_dist.status import update_status
-from dpo_dist.stop_flag import StopFlag, Stopped
-from dpo_dist.topology import from_environment
+from dpo_dist.inputs.scored_pairs import distinct_prompts, objective_of, with_reference
+from dpo_dist.inputs.sizes import checked_work
+from dpo_dist.metrics import wandb_log
+from dpo_dist.metrics.evaluations import Evaluation, early_stop, ranked_steps, record
+from dpo_dist.metrics.writer import Kind, MetricsWriter
+from dpo_dist.model_files.of_run import base_model_dir, start_adapter_dir, start_digest
+from dpo_dist.run.logs import progress_bar
+from dpo_dist.run.manifest import digest_of
+from dpo_dist.run.run_dir import RunDir, step_of
+from dpo_dist.run.status import update_status
+from dpo_dist.run.stop_flag import StopFlag, Stopped
+from dpo_dist.run.topology import from_environment
+from dpo_dist.training.step import Job, check_start, evaluate, optimizer_step, window_metrics
 
 _logger = logging.getLogger(__name__)
 

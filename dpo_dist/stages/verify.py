@@ -21,28 +21,28 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from dpo_dist.config import RunConfig
+from dpo_dist.config.run_config import RunConfig, scoring_budget
 from dpo_dist.data.batches import plan_micro_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
-from dpo_dist.data.templates import load_tokenizer, resolve_template
-from dpo_dist.engine.base_weights import open_base
-from dpo_dist.engine.checkpoint import read_probe
-from dpo_dist.engine.commit import FileRecord, find_changed
-from dpo_dist.engine.export import export_dtype
-from dpo_dist.engine.forward import PairScorer
-from dpo_dist.engine.generate import answer
-from dpo_dist.engine.packing import pack_pairs
-from dpo_dist.engine.policy import settle_layout
-from dpo_dist.engine.reload import load_adapted, load_whole, stored_specs
-from dpo_dist.engine.safetensors_stream import TensorSpec
-from dpo_dist.engine.scoring import score
+from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
+from dpo_dist.engine.checkpoints.checkpoint import read_probe
+from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
+from dpo_dist.engine.export.weight_writer import export_dtype
+from dpo_dist.engine.forward.generation import answer
+from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.scoring import score
+from dpo_dist.engine.model.model_choice import load_adapted, load_whole, stored_specs
+from dpo_dist.engine.model.policy import settle_layout
+from dpo_dist.engine.weights.base_weights import open_base
+from dpo_dist.engine.weights.safetensors_stream import TensorSpec
 from dpo_dist.errors import ArtefactError, DPODistError, VerificationError
-from dpo_dist.logs import progress_bar
-from dpo_dist.manifest import Manifest, digest_of_file, read_manifest, write_json
-from dpo_dist.model_card import Kind, export_folders
-from dpo_dist.model_files import read_model_config
-from dpo_dist.plan import base_model_dir, scoring_budget
-from dpo_dist.run_dir import MANIFEST_NAME, RunDir
+from dpo_dist.model_files.files import read_model_config
+from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.run.exports import Kind, export_folders
+from dpo_dist.run.logs import progress_bar
+from dpo_dist.run.manifest import Manifest, digest_of_file, read_manifest, write_json
+from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 
 _logger = logging.getLogger(__name__)
 LogpArray = npt.NDArray[np.float32]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_dist.config.objective_section import SMOOTHED
 from dpo_dist.errors import ConfigError
-from dpo_dist.sections.objective import SMOOTHED
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.convert_train import put_every
 from dpo_dist.trl_import.settings import Run

@@ -3,7 +3,7 @@
 import re
 from typing import get_args
 
-from dpo_dist.best import Metric
+from dpo_dist.config.training_section import Metric
 from dpo_dist.trl_import.convert_train import put_every
 from dpo_dist.trl_import.settings import OUR_DEFAULTS, Run
 

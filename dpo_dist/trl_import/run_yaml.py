@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config import parse_config
-from dpo_dist.config_keys import explain_keys
+from dpo_dist.config.keys import explain_keys
+from dpo_dist.config.run_config import parse_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.convert import convert_data, convert_model

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config_keys import explain_keys
+from dpo_dist.config.keys import explain_keys
 from dpo_dist.errors import ConfigError
 from dpo_dist.trl_import import keys
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dpo_dist.run_dir import RunDir
+from dpo_dist.run.run_dir import RunDir
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_preferences import follows_preference

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from cluster_runs import LONG, scored_copy
-from tiny_run import make_run, succeed, succeed_on
+from support.tiny_run import make_run, succeed, succeed_on
 
 
 @pytest.fixture(scope="session")

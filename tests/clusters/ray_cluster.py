@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranks import ROOT, free_port, wait_until
+from support.ranks import ROOT, free_port, wait_until
 
 RAY = Path(sys.executable).parent / "ray"
 UP = ROOT / "launch" / "ray_up.sh"

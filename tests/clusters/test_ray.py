@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
-from ranks import wait_until
 from ray_cluster import RAY, RayCluster, ray_cluster
-from tiny_run import metrics_of, succeed
+from support.ranks import wait_until
+from support.tiny_run import metrics_of, succeed
 
 WORKERS = ("ray.workers=2", "ray.gpus_per_worker=0")
 JOB_S = 240

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
-from ranks import ROOT, wait_until
-from tiny_run import metrics_of, same_training
+from support.ranks import ROOT, wait_until
+from support.tiny_run import metrics_of, same_training
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
 DPO = ROOT / "slurm" / "dpo.sh"

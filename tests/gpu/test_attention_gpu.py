@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.oracles.plain_forward import pairs
+from support.tiny_models import tiny_model
 from torch import Tensor, nn
 
-from dpo_dist.engine.attention import Backend, PackedRow, packed_attention
-from dpo_dist.engine.backends import choose_backend
-from dpo_dist.engine.forward import PairScorer, score_pairs
-from dpo_dist.engine.layout import choose_layout
-from dpo_dist.engine.packing import pack_pairs
-from tests.test_forward import pairs
-from tests.tiny_models import tiny_model
+from dpo_dist.engine.forward.attention import Backend, PackedRow, packed_attention
+from dpo_dist.engine.forward.backend_choice import choose_backend
+from dpo_dist.engine.forward.layout_choice import choose_layout
+from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.pair_scorer import PairScorer, score_pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -1,0 +1,137 @@
+"""A stage as processes: a user's command starts the ranks, and a rank runs the stage."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dpo_dist.config.keys import to_yaml
+from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError, as_disk_error
+from dpo_dist.run import lock as run_lock
+from dpo_dist.run import pipeline
+from dpo_dist.run.attempts import begin
+from dpo_dist.run.local_ranks import count_workers, run_ranks
+from dpo_dist.run.logs import console, hush_libraries, set_up_logging
+from dpo_dist.run.manifest import write_atomic, write_json
+from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_log_path
+from dpo_dist.run.status import update_stage
+from dpo_dist.run.stop_flag import Stopped
+from dpo_dist.run.topology import from_environment, launched
+
+
+def run_or_launch(stage: pipeline.Stage, config_path: Path, overrides: list[str]) -> RunConfig:
+    """One rank of a launcher's job runs the stage; a user's command starts the ranks first."""
+    config = load_config(config_path, overrides)
+    if launched():
+        _run_rank(stage, config)
+    elif code := launch(stage, config, config_path, overrides):
+        raise typer.Exit(code)
+    return config
+
+
+def launch(
+    stage: pipeline.Stage, config: RunConfig, config_path: Path, overrides: list[str]
+) -> int:
+    """Runs a stage on this machine; its exit code."""
+    paths = RunDir(config.run.dir)
+    num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
+    ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
+    console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
+    log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
+    assert log_dir is not None
+    write_atomic(paths.config_path, to_yaml(config))
+    return run_ranks(pipeline.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
+
+
+def set_up_command() -> None:
+    """Prepares this process for work that a user's command does by itself, on no other rank."""
+    set_up_logging(0, None)
+    hush_libraries()
+
+
+def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
+    """Runs a stage as one rank and leaves the process with its exit code."""
+    topology = from_environment()
+    paths = RunDir(config.run.dir)
+    attempt = paths.count_attempts(stage.name)
+    log_dir = paths.log_dir(stage.name, attempt)
+    part = config.reference.part
+    # the parts of a reference pass run at the same time, each as a job of its own
+    number = 0 if part is None else int(part.split("/")[0])
+    set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
+    hush_libraries()
+    lead = topology.rank == 0 and part is None  # a part is not the stage
+    try:
+        with run_lock.held(paths, stage.name) if lead else contextlib.nullcontext():
+            noted = rank_failure_path(log_dir, topology.rank) if attempt and topology.rank else None
+            code = _guarded(stage, config, paths, lead, noted)
+    except ArtefactError as error:  # the folder is another job's, and so is its status.json
+        print_error(error)
+        code = error.exit_code
+    _leave(code)
+
+
+def _guarded(
+    stage: pipeline.Stage, config: RunConfig, paths: RunDir, lead: bool, failure_path: Path | None
+) -> int:
+    def tell(state: str, **fields: Any) -> None:
+        if lead:
+            update_stage(paths.status_path, stage.name, state, **fields)
+
+    logger = logging.getLogger("dpo_dist")
+    try:
+        tell("running")
+        artefact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
+        tell("finished", artefact=str(artefact))
+        return 0
+    except Stopped as stopped:
+        logger.info("%s; start the same command again to go on", stopped)
+        tell("stopped", exit_code=EXIT_RESTART)
+        return EXIT_RESTART
+    except DPODistError as error:
+        print_error(error)
+        _add_to_log_file(f"error: {error}")
+        failure = {"error": str(error), "exit_code": error.exit_code, "restartable": False}
+        tell("failed", **failure)
+        if failure_path is not None:
+            with contextlib.suppress(OSError):  # what went wrong may be this folder
+                write_json(failure_path, failure)
+        return error.exit_code
+    except BaseException as error:
+        disk = as_disk_error(error)
+        if disk is None:
+            traceback.print_exc()
+        else:
+            print_error(disk)
+        _add_to_log_file(traceback.format_exc())
+        tell("failed", error=str(disk or repr(error)), exit_code=1, restartable=True)
+        return 1
+
+
+def _add_to_log_file(text: str) -> None:
+    """For rank 0, whose stderr is the terminal and not its log."""
+    for handler in logging.getLogger("dpo_dist").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR}))
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once: libraries sometimes abort in their exit handlers, after the work,
+    and a rank that failed must not wait in one for the others."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def print_error(error: DPODistError) -> None:
+    console.print(
+        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+    )

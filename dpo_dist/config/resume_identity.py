@@ -1,0 +1,27 @@
+"""What a resume must find unchanged in a run config."""
+
+from dpo_dist.config.run_config import RunConfig
+
+
+def training_identity(config: RunConfig) -> dict[str, str]:
+    """What a resume must find unchanged, one entry a setting so that a difference has a name.
+
+    Memory and speed settings (micro_batch_tokens, sharding, attention, checkpointing, logging)
+    are left out: they change no number.
+    """
+    free = {"micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
+    sections = {
+        "objective": config.objective.model_dump(mode="json"),
+        "train": {k: v for k, v in config.train.model_dump(mode="json").items() if k not in free},
+        # of the adapter it starts from the content counts, which is part of the model's digest
+        "adapter": config.adapter.model_dump(mode="json", exclude={"path"})
+        if config.adapter
+        else {"none": True},
+        "model": {"dtype": config.model.dtype, "quantization": config.model.quantization},
+        "run": {"seed": config.run.seed},
+    }
+    return {
+        f"{section}.{key}": str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }

@@ -1,0 +1,135 @@
+"""Rows of one answer and one label, as KTO takes them, paired by prompt.
+
+The k-th good answer to a prompt is paired with its k-th bad one, so that no answer counts twice
+and a prompt with many answers does not outweigh the others. An answer whose prompt has no further
+answer of the other label stays without a partner.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.data_section import PreferenceFormat
+from dpo_dist.data.rows.formats import LABELLED_COLUMNS, detect_format, rename_columns
+from dpo_dist.data.rows.json_rows import JsonRows
+from dpo_dist.data.rows.row import Row, type_name
+from dpo_dist.data.rows.table_rows import TableRows
+from dpo_dist.errors import DataError
+from dpo_dist.run.manifest import digest_of
+
+IntArray = npt.NDArray[np.int64]
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_PROMPT_COLUMNS = ("prompt", "question", "system", "tools")
+NONE = -1  # in place of the row of a partner
+_READ_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Pairs of rows, in the order of their earlier row, as rows with `chosen` and `rejected`."""
+
+    rows: JsonRows | TableRows
+    columns: dict[str, str]
+    good: IntArray  # (N,) rows of the good answers, NONE where there is none
+    bad: IntArray  # (N,)
+
+    @property
+    def label(self) -> str:
+        """The file's name in origins."""
+        return self.rows.label
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def read(self, positions: Iterable[int]) -> Iterator[Row]:
+        """The pairs at these positions; a row without a partner says so."""
+        wanted = list(map(int, positions))
+        needed = [int(side[at]) for at in wanted for side in (self.good, self.bad)]
+        numbers = sorted({number for number in needed if number != NONE})
+        read = dict(zip(numbers, self.rows.read(numbers), strict=True))
+        for at in wanted:
+            good, bad = (read.get(int(side[at])) for side in (self.good, self.bad))
+            if good is None or bad is None:
+                yield Row({}, self.origin(at), lacks_partner=True)
+            else:
+                good, bad = (rename_columns(row, self.columns) for row in (good, bad))
+                yield _joined(good, bad, self.origin(at))
+
+    def origin(self, position: int) -> str:
+        """`file:line+line` of the good and the bad answer, or `file:line` of a single one."""
+        good, bad = int(self.good[position]), int(self.bad[position])
+        if NONE in (good, bad):
+            return self.rows.origin(max(good, bad))
+        return f"{self.rows.origin(good)}+{self.rows.origin(bad).rpartition(':')[2]}"
+
+
+def pair_labels(
+    rows: JsonRows | TableRows, columns: dict[str, str], where: str
+) -> tuple[LabelledRows, PreferenceFormat]:
+    """Pairs all rows of a source; also the format that its pairs have.
+
+    Raises DataError at a row without completion, label or prompt; `where` is the source's key.
+    """
+    waiting: dict[tuple[str, bool], deque[int]] = defaultdict(deque)
+    starts: list[int] = []  # row of each pair's first answer
+    partners: list[int] = []
+    labels: list[bool] = []
+    row_format: PreferenceFormat | None = None
+    for position, row in enumerate(_all_rows(rows)):
+        row = rename_columns(row, columns)
+        missing = LABELLED_COLUMNS - row.fields.keys()
+        if missing and position == 0:
+            raise DataError(
+                f"{row.origin} has the columns {', '.join(row.fields) or '(none)'}",
+                "prompt, completion and label, because the format is labelled",
+                f"Map the file's names, for example {where}.columns={{completion: answer}}.",
+            )
+        row_format = row_format or detect_format(_joined(row, row, row.origin), where)
+        label, prompt = _label(row), _prompt_of(row)
+        others = waiting[prompt, not label]
+        if others:
+            partners[others.popleft()] = position
+            continue
+        waiting[prompt, label].append(len(starts))
+        starts.append(position)
+        labels.append(label)
+        partners.append(NONE)
+    assert row_format is not None, "the source has rows"
+    is_good = np.array(labels)
+    first, second = np.array(starts, dtype=np.int64), np.array(partners, dtype=np.int64)
+    good, bad = np.where(is_good, first, second), np.where(is_good, second, first)
+    return LabelledRows(rows, columns, good, bad), row_format
+
+
+def _all_rows(rows: JsonRows | TableRows) -> Iterator[Row]:
+    for start in range(0, len(rows), _READ_ROWS):
+        yield from rows.read(range(start, min(start + _READ_ROWS, len(rows))))
+
+
+def _joined(good: Row, bad: Row, origin: str) -> Row:
+    """One row of both answers; what else they hold, the prompt among it, is the good one's."""
+    fields = {name: value for name, value in good.fields.items() if name not in LABELLED_COLUMNS}
+    answers = {"chosen": good.field("completion"), "rejected": bad.field("completion")}
+    return Row({**fields, **answers}, origin)
+
+
+def _label(row: Row) -> bool:
+    value: Any = row.field("label")
+    found = _LABELS.get(str(value).strip().lower())
+    if found is None:
+        shown = f"{value!r}" if isinstance(value, str) else type_name(value)
+        raise row.unusable(f"field 'label' is {shown}", "true or false")
+    return found
+
+
+def _prompt_of(row: Row) -> str:
+    """Identity of a prompt."""
+    prompt = {name: row.fields[name] for name in _PROMPT_COLUMNS if row.fields.get(name)}
+    if not {"prompt", "question"} & prompt.keys():
+        row.field("prompt")  # raises with the row's columns
+        raise row.unusable("field 'prompt' is empty", "a prompt to find the partner by")
+    return digest_of(prompt)

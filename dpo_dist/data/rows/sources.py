@@ -1,0 +1,219 @@
+"""Where preference rows come from: files, folders and hub data sets, and which rows are taken.
+
+1. `open_sources` opens every source of a split as rows that can be read by position, or, of a
+   stream, once in order; `limit` is applied here.
+2. `count_copies` applies `weight`: how often each row counts.
+"""
+
+import contextlib
+import difflib
+import itertools
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.data_section import PreferenceFormat, SourceSection
+from dpo_dist.data.pairs import Split
+from dpo_dist.data.rows.formats import (
+    check_column_map,
+    detect_format,
+    implied_columns,
+    rename_columns,
+)
+from dpo_dist.data.rows.json_rows import JsonRows, index_json
+from dpo_dist.data.rows.labelled_rows import LabelledRows, pair_labels
+from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream
+from dpo_dist.data.rows.table_rows import (
+    TableRows,
+    digest_of_table,
+    open_csv,
+    open_folder,
+    open_hub,
+    open_parquet,
+)
+from dpo_dist.errors import DataError
+from dpo_dist.run.manifest import digest_of_file
+
+IntArray = npt.NDArray[np.int64]
+Rows = JsonRows | TableRows | LabelledRows | StreamRows
+Kind = Literal["json", "parquet", "csv", "folder", "hub"]
+SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+FOLDER_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source of a split."""
+
+    name: str
+    split: Split
+    rows: Rows
+    row_format: PreferenceFormat
+    columns: dict[str, str]
+    weight: float = 1.0
+    min_score_margin: float | None = None
+
+    def positions(self) -> IntArray:
+        """The rows that are taken, ascending; of a stream they are known only as it is read."""
+        assert not isinstance(self.rows, StreamRows), self.name
+        return np.flatnonzero(count_copies(np.arange(len(self.rows)), self.weight))
+
+
+def open_sources(
+    sections: Sequence[SourceSection],
+    split: Split,
+    scratch_dir: Path,
+    taken_names: Sequence[str] = (),
+) -> list[Source]:
+    """Opens the sources of a split; raises DataError, naming the config key or `file:line`."""
+    sources: list[Source] = []
+    for index, section in enumerate(sections):
+        key = f"data.{split}.{index}"
+        check_column_map(section.columns, key)
+        rows = _open_rows(section, key, scratch_dir / f"{split}-{index}.arrow")
+        first = _first_row(rows)
+        if first is None:
+            raise DataError(f"{key}: {rows.label} has no rows", "preference rows", "Fill it.")
+        columns, row_format = section.columns, section.format
+        if row_format == "labelled":
+            assert isinstance(rows, JsonRows | TableRows), "the config refuses labelled streams"
+            rows, row_format = pair_labels(rows, columns, key)
+            columns = {}
+        elif row_format == "auto":
+            columns = columns | implied_columns(rename_columns(first, columns))
+            row_format = detect_format(rename_columns(first, columns), key)
+        name = _unique_name(section, [*taken_names, *(source.name for source in sources)])
+        margin = section.min_score_margin
+        sources.append(Source(name, split, rows, row_format, columns, section.weight, margin))
+    return sources
+
+
+def count_copies(positions: npt.ArrayLike, weight: float) -> IntArray:
+    """How often the rows at these positions count: 0 or 1 below weight 1, else 1 or more.
+
+    Row p counts as often as integers lie in [p * weight, (p + 1) * weight): 0.5 takes every second
+    row and 2 takes all of them twice. It depends on no other row, so data that grow at their end
+    keep the rows they had, and a stream takes what a file would.
+    """
+    rows = np.asarray(positions, dtype=np.int64)
+    # without the small number 100 * 0.29 = 28.999999999999996 and its like decide
+    first, last = (np.ceil(edge * weight - 1e-6) for edge in (rows, rows + 1))
+    return (last - first).astype(np.int64)
+
+
+def digest_of_source(section: SourceSection, key: str) -> str:
+    """Identity of what a source is read from: its bytes, not its name or its date."""
+    path = Path(section.path).expanduser()
+    kind = _kind(section, path, key)
+    if section.streaming:
+        return digest_of_stream(_stream(kind, section, path, key))
+    if kind in ("folder", "hub"):
+        return digest_of_table(_open_data_set(kind, section, path, key))
+    with _readable(section, key):
+        return digest_of_file(path)
+
+
+def _open_rows(
+    section: SourceSection, key: str, scratch_path: Path
+) -> JsonRows | TableRows | StreamRows:
+    path = Path(section.path).expanduser()
+    kind = _kind(section, path, key)
+    if section.streaming:
+        return _stream(kind, section, path, key)
+    with _readable(section, key):
+        match kind:
+            case "json":
+                return index_json(path, section.path, section.limit)
+            case "parquet":
+                return open_parquet(path, section.path, scratch_path, section.limit)
+            case "csv":
+                return open_csv(path, section.path, scratch_path, section.limit)
+            case "folder" | "hub":
+                return _open_data_set(kind, section, path, key).first(section.limit)
+
+
+def _stream(kind: Kind, section: SourceSection, path: Path, key: str) -> StreamRows:
+    if kind != "hub":
+        raise DataError(
+            f"{key}.streaming is true, but {section.path} is a file or folder of this machine",
+            "a hub data set, or a folder of data files",
+            "Remove streaming: such rows are read where they lie.",
+        )
+    name = str(path) if path.is_dir() else section.path
+    revision = section.revision
+    return StreamRows(name, section.config, section.split, revision, section.limit, key)
+
+
+def _first_row(rows: JsonRows | TableRows | StreamRows) -> Row | None:
+    if isinstance(rows, StreamRows):
+        return next(iter(rows), None)
+    return next(iter(rows.read([0])), None) if len(rows) else None
+
+
+def _kind(section: SourceSection, path: Path, key: str) -> Kind:
+    if path.is_dir():
+        return "folder" if any((path / mark).is_file() for mark in FOLDER_MARKS) else "hub"
+    suffix = path.suffix.lower()
+    if not path.exists():
+        if section.path.startswith((".", "/", "~")) or section.path.count("/") > 1:
+            raise _missing(path, key)
+        if suffix in SUFFIXES:
+            raise _missing(path, key)
+        return "hub"
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{key}.path {section.path} ends in {suffix or 'no suffix'}",
+            f"a file that ends in {', '.join(SUFFIXES)}",
+            "Rename or convert it.",
+        )
+    return SUFFIXES[suffix]
+
+
+def _open_data_set(kind: Kind, section: SourceSection, path: Path, key: str) -> TableRows:
+    if kind == "folder":
+        return open_folder(path, section.path, section.split)
+    name = str(path) if path.is_dir() else section.path
+    return open_hub(name, section.config, section.split, section.revision, key)
+
+
+@contextlib.contextmanager
+def _readable(section: SourceSection, key: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{key}.path {section.path} is not readable ({error.strerror or error})",
+            "a readable file",
+            "Check its permissions, and the space left in run.dir.",
+        ) from None
+
+
+def _missing(path: Path, key: str) -> DataError:
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    if close:
+        hint = f"Did you mean {path.parent / close[0]}?"
+    elif path.parent.is_dir():
+        hint = f"Correct it; paths are relative to {Path.cwd()}."
+    else:
+        hint = f"The folder {path.parent} does not exist either."
+    return DataError(f"{key}.path {path} does not exist", "a file, folder or hub id", hint)
+
+
+def _unique_name(section: SourceSection, taken: Sequence[str]) -> str:
+    """The name in reports: the given one, or the file's stem, numbered where it is taken."""
+    name = section.name or Path(section.path).stem
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)

@@ -1,0 +1,175 @@
+"""What the gate needs to know about every row, as numpy columns: about 100 bytes a row.
+
+The token ids themselves stay in a scratch Arrow file. N rows read, in the order of the sources.
+"""
+
+# pyright: basic
+# (pyarrow has no types)
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpo_dist.data.drop_reasons import NOTE_BITS, TRUNCATED
+from dpo_dist.data.pairs import Split, key_column, list_lengths
+from dpo_dist.data.rows.sources import Source, count_copies
+from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
+
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.bytes_]
+
+_IDS = pa.list_(pa.int32())
+_KEY = pa.binary(KEY_BYTES)
+# A batch of tokenised rows; the ids are not truncated.
+SCHEMA = pa.schema(
+    [
+        ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
+        ("source", pa.int32()), ("position", pa.int64()),
+        ("reason", pa.int8()),  # KEPT or a code of DROP_REASONS
+        ("notes", pa.uint8()),  # bits of NOTES
+        ("detail", pa.string()),  # a refusing template's words
+        ("pair_key", _KEY), ("swapped_key", _KEY),  # swapped: chosen and rejected exchanged
+        ("prompt_key", _KEY),
+        ("held_out", pa.bool_()),  # of the eval split
+        ("score_margin", pa.float64()),  # null: no scores
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """N rows of a split; lengths are token counts, keys are compared as arrays only."""
+
+    sources: tuple[Source, ...]
+    source: IntArray  # (N,) index into sources
+    position: IntArray  # (N,) row of the source
+    copies: IntArray  # (N,) how often the row counts
+    reasons: IntArray  # (N,) KEPT or a code of DROP_REASONS
+    notes: IntArray  # (N,) bits of NOTES
+    prompt_lengths: IntArray
+    chosen_lengths: IntArray
+    rejected_lengths: IntArray
+    pair_keys: KeyArray
+    swapped_keys: KeyArray
+    prompt_keys: KeyArray
+    score_margins: npt.NDArray[np.float64]  # (N,) NaN: no scores
+    refusals: tuple[str, ...]  # `file:line: words of the template`, in row order
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def longest(self) -> IntArray:
+        """(N,) tokens of the prompt and the longer answer."""
+        return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
+
+    def origin(self, row: int) -> str:
+        """Where a row lies, `file:line`."""
+        return self.sources[self.source[row]].rows.origin(int(self.position[row]))
+
+
+def collect(
+    batches: Iterable[pa.RecordBatch],
+    sources: Sequence[Source],
+    scratch_paths: Mapping[Split, Path],
+    advance: Callable[[int], None],
+) -> dict[Split, PairColumns]:
+    """Streams batches of SCHEMA to a scratch file a split and keeps their columns.
+
+    `advance` is called with the number of rows of each batch. A split without rows is left out.
+    """
+    parts: dict[Split, list[dict[str, npt.NDArray]]] = {split: [] for split in scratch_paths}
+    refusals: dict[Split, list[str]] = {split: [] for split in scratch_paths}
+    with contextlib.ExitStack() as stack:
+        writers: dict[Split, Any] = {
+            split: stack.enter_context(
+                pa.ipc.new_stream(stack.enter_context(pa.OSFile(str(path), "wb")), SCHEMA)
+            )
+            for split, path in scratch_paths.items()
+        }
+        for batch in batches:
+            held_out = batch["held_out"].to_numpy(zero_copy_only=False)
+            for split, writer in writers.items():
+                part = batch.filter(pa.array(held_out == (split == "eval")))
+                if part.num_rows:
+                    writer.write_batch(part)
+                    parts[split].append(_columns_of(part))
+                    refusals[split] += part["detail"].drop_null().to_pylist()
+            advance(batch.num_rows)
+    found: dict[Split, PairColumns] = {}
+    for split, columns in parts.items():
+        if columns:
+            joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+            copies = _copies(sources, split, joined["source"], joined["position"])
+            found[split] = PairColumns(
+                sources=tuple(sources), copies=copies, refusals=tuple(refusals[split]), **joined
+            )
+    return found
+
+
+def read_scratch(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of a scratch file, one at a time (not mapped, so memory stays one batch)."""
+    with pa.OSFile(str(path), "rb") as stream, pa.ipc.open_stream(stream) as reader:
+        yield from reader
+
+
+def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairColumns:
+    """Cuts the ends of answers so that prompt + answer is at most `max_length` tokens.
+
+    A prompt is never cut; where it leaves no room the answers have length 0. The keys of the
+    pairs that change are those of the remaining ids.
+    """
+    room = np.maximum(max_length - columns.prompt_lengths, 0)
+    chosen_lengths = np.minimum(columns.chosen_lengths, room)
+    rejected_lengths = np.minimum(columns.rejected_lengths, room)
+    cut = (chosen_lengths < columns.chosen_lengths) | (rejected_lengths < columns.rejected_lengths)
+    pair_keys, swapped_keys = columns.pair_keys.copy(), columns.swapped_keys.copy()
+    first = 0
+    for batch in read_scratch(scratch_path):
+        for row in np.flatnonzero(cut[first : first + batch.num_rows]).tolist():
+            prompt = batch["prompt_ids"][row].values.to_numpy()
+            chosen = batch["chosen_ids"][row].values.to_numpy()[: chosen_lengths[first + row]]
+            rejected = batch["rejected_ids"][row].values.to_numpy()[: rejected_lengths[first + row]]
+            keys = pair_key(prompt, chosen, rejected), pair_key(prompt, rejected, chosen)
+            pair_keys[first + row], swapped_keys[first + row] = keys
+        first += batch.num_rows
+    return replace(
+        columns,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        pair_keys=pair_keys,
+        swapped_keys=swapped_keys,
+        notes=columns.notes | np.where(cut, NOTE_BITS[TRUNCATED], 0),
+    )
+
+
+def _copies(
+    sources: Sequence[Source], split: Split, source: IntArray, position: IntArray
+) -> IntArray:
+    """How often rows count; one that is held out of a training source counts once."""
+    copies = np.ones(len(source), dtype=np.int64)
+    for index, opened in enumerate(sources):
+        if opened.split == split:
+            rows = source == index
+            copies[rows] = count_copies(position[rows], opened.weight)
+    return copies
+
+
+def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
+    columns: dict[str, npt.NDArray] = {
+        f"{part}_lengths": list_lengths(batch[f"{part}_ids"])
+        for part in ("prompt", "chosen", "rejected")
+    }
+    for name, ours in (("reason", "reasons"), ("notes", "notes"), ("source", "source")):
+        columns[ours] = batch[name].to_numpy().astype(np.int64)
+    columns["position"] = batch["position"].to_numpy()
+    columns["score_margins"] = batch["score_margin"].to_numpy(zero_copy_only=False)
+    for name in ("pair", "swapped", "prompt"):
+        columns[f"{name}_keys"] = key_column(batch[f"{name}_key"])
+    return columns

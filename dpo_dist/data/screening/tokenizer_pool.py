@@ -1,0 +1,235 @@
+"""Tokenising rows in parallel: chunks of rows in, Arrow record batches of token ids out, in order.
+
+The processes come from a fork server that has loaded the tokenizer library: no thread of the
+parent is copied in the middle of something, and a process that is killed is noticed.
+`datasets.map` was not taken because it wants all rows in one typed table first, where messages
+with different keys do not fit, and loses the `file:line` of an error.
+"""
+
+# pyright: basic
+# (pyarrow has no types)
+
+import contextlib
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from dpo_dist.data.drop_reasons import CODES, EMPTY, KEPT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.rows.formats import Pair, read_pair, rename_columns
+from dpo_dist.data.rows.json_rows import JsonRows
+from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.scores import score_margin
+from dpo_dist.data.rows.sources import Source, count_copies
+from dpo_dist.data.rows.stream_rows import StreamRows
+from dpo_dist.data.screening.held_out import is_held_out
+from dpo_dist.data.screening.tokenized_rows import SCHEMA
+from dpo_dist.data.tokens.templates import TemplateRefusal, load_tokenizer
+from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
+from dpo_dist.errors import DataError
+from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
+
+CHUNK_ROWS = 256
+CHUNK_BYTES = 4 << 20  # of text, so that long rows come in small chunks
+CHUNKS_AHEAD = 4  # a process, so that none waits for the writer
+TOKENIZER_MODULE = "transformers.models.auto.tokenization_auto"  # seconds to import: done once
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a source; those of a stream travel with it, since only one process reads it."""
+
+    source: int
+    positions: list[int]
+    streamed: list[Row] | None = None
+
+    def first(self, count: int) -> "Chunk":
+        """Its first rows."""
+        streamed = None if self.streamed is None else self.streamed[:count]
+        return replace(self, positions=self.positions[:count], streamed=streamed)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """Everything a process needs; travels to it once."""
+
+    model_dir: Path
+    template: str | None
+    trust_remote_code: bool
+    system_message: str | None
+    sources: tuple[Source, ...]
+    eval_fraction: float = 0.0
+    eval_seed: int = 0
+
+    def load_tokenizer(self) -> PairTokenizer:
+        """The tokenizer with the job's template and system message."""
+        tokenizer = load_tokenizer(self.model_dir, self.template, self.trust_remote_code)
+        return PairTokenizer(tokenizer, self.system_message)
+
+
+@dataclass(frozen=True)
+class ChunkTokenizer:
+    """A job in a process that has the tokenizer loaded."""
+
+    job: TokenizeJob
+    tokenizer: PairTokenizer
+
+    def read(self, chunk: Chunk) -> list[tuple[Pair | str, float | None]]:
+        """The pairs of a chunk, or a reason to drop the row, and their score margins."""
+        source = self.job.sources[chunk.source]
+        if chunk.streamed is not None:
+            rows = iter(chunk.streamed)
+        else:
+            assert not isinstance(source.rows, StreamRows), "a stream is read by one process only"
+            rows = source.rows.read(chunk.positions)
+        return [_read_one(rename_columns(row, source.columns), source) for row in rows]
+
+    def tokenize(self, chunk: Chunk) -> pa.RecordBatch:
+        """The batch of a chunk: one row for every row read, dropped or not."""
+        read = self.read(chunk)
+        encoded = iter(self.tokenizer.encode([pair for pair, _ in read if isinstance(pair, Pair)]))
+        rows: list[dict[str, object]] = []
+        for (pair, margin), position in zip(read, chunk.positions, strict=True):
+            row = _dropped(pair) if isinstance(pair, str) else _outcome(pair, next(encoded))
+            held_out = self._is_held_out(pair, chunk.source)
+            row.update(
+                source=chunk.source, position=position, held_out=held_out, score_margin=margin
+            )
+            rows.append(row)
+        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+    def _is_held_out(self, pair: Pair | str, source: int) -> bool:
+        if self.job.sources[source].split == "eval":
+            return True
+        if isinstance(pair, str) or not self.job.eval_fraction:
+            return False
+        return is_held_out(pair.prompt_words, self.job.eval_fraction, self.job.eval_seed)
+
+
+def make_chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
+    """Cuts all taken rows into chunks of at most CHUNK_ROWS rows and about CHUNK_BYTES bytes."""
+    for index, source in enumerate(sources):
+        if isinstance(source.rows, StreamRows):
+            yield from _stream_chunks(index, source.rows, source.weight)
+            continue
+        positions: list[int] = []
+        size = 0
+        for position in source.positions().tolist():
+            positions.append(position)
+            if isinstance(source.rows, JsonRows):
+                size += int(source.rows.stops[position] - source.rows.starts[position])
+            if len(positions) == CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield Chunk(index, positions)
+                positions, size = [], 0
+        if positions:
+            yield Chunk(index, positions)
+
+
+def _stream_chunks(index: int, stream: StreamRows, weight: float) -> Iterator[Chunk]:
+    numbered = (
+        (position, row) for position, row in enumerate(stream) if count_copies(position, weight)
+    )
+    while taken := list(itertools.islice(numbered, CHUNK_ROWS)):
+        yield Chunk(index, [position for position, _ in taken], [row for _, row in taken])
+
+
+def tokenize_chunks(
+    job: TokenizeJob, tokenizer: PairTokenizer, chunks: Iterable[Chunk], num_workers: int
+) -> Iterator[pa.RecordBatch]:
+    """Yields the batches of the chunks in order, from `num_workers` processes.
+
+    One worker is this process with `tokenizer`; others load their own.
+    Raises the first DataError in row order, and DataError when a process was killed.
+    """
+    if num_workers == 1:
+        yield from map(ChunkTokenizer(job, tokenizer).tokenize, chunks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, TOKENIZER_MODULE])
+    with ProcessPoolExecutor(num_workers, context, _start_process, (job,)) as pool:
+        pending: deque[Future[pa.RecordBatch]] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_tokenize_in_process, chunk))
+                if len(pending) > CHUNKS_AHEAD * num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenising process was killed",
+                f"{num_workers} processes to the end",
+                "If memory ran out, lower data.num_workers.",
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_chunk_tokenizer: ChunkTokenizer  # of this process, set once when it starts
+
+
+def _start_process(job: TokenizeJob) -> None:
+    global _chunk_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _chunk_tokenizer = ChunkTokenizer(job, job.load_tokenizer())
+
+
+def _leave_with_parent() -> None:
+    """A killed parent closes nothing: its processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with contextlib.suppress(OSError):
+        multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _tokenize_in_process(chunk: Chunk) -> pa.RecordBatch:
+    return _chunk_tokenizer.tokenize(chunk)
+
+
+def _dropped(reason: str, detail: str | None = None) -> dict[str, object]:
+    nothing = bytes(KEY_BYTES)
+    return {
+        "prompt_ids": [], "chosen_ids": [], "rejected_ids": [],
+        "reason": CODES[reason], "notes": 0, "detail": detail,
+        "pair_key": nothing, "swapped_key": nothing, "prompt_key": nothing,
+    }  # fmt: skip
+
+
+def _read_one(row: Row, source: Source) -> tuple[Pair | str, float | None]:
+    pair = read_pair(row, source.row_format, source.name)
+    if isinstance(pair, str):
+        return pair, None
+    least = source.min_score_margin
+    margin = score_margin(row, required=least is not None)
+    # 7.3 - 7.2 is 0.0999..., which nobody means to be below 0.1
+    is_low = least is not None and margin is not None and margin < least - 1e-9
+    return (LOW_MARGIN if is_low else pair), margin
+
+
+def _outcome(pair: Pair, encoded: TokenPair | TemplateRefusal) -> dict[str, object]:
+    if isinstance(encoded, TemplateRefusal):
+        return _dropped(TEMPLATE, f"{pair.origin}: {encoded}")
+    prompt, chosen, rejected = encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids
+    # a template may drop a text that is not empty
+    is_empty = pair.has_empty_part or not (prompt and chosen and rejected)
+    return {
+        "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
+        "reason": CODES[EMPTY] if is_empty else KEPT,
+        "notes": encoded.notes, "detail": None,
+        "pair_key": pair_key(prompt, chosen, rejected),
+        "swapped_key": pair_key(prompt, rejected, chosen),
+        "prompt_key": pair_key(prompt, [], []),
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""Pairs to token ids.
+
+Tokenised are the prompt, as a model gets it when it generates, and the prompt followed by each
+answer. An answer's ids are what follows the prompt's ids.
+
+| the prompt's ids are | then |
+| --- | --- |
+| the beginning of both longer texts, as nearly always | the rest are the answers |
+| not, though its text is: tokens would merge across the boundary | the answer is tokenised apart |
+| not, and its text is neither: the template rewrites it | all are cut at their common prefix |
+
+The second rule keeps the prompt exactly as it is at generation time; TRL shortens the prompt
+there. In the third case, as in TRL, what the generation prompt adds is left out.
+
+A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenised
+behind the end of the prompt only, from its last `<|im_start|>` or the like, not behind all of it.
+"""
+
+# pyright: basic
+# (transformers' types are partial)
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpo_dist.data.drop_reasons import (
+    ANSWER_IS_PROMPT,
+    CUT_TO_SHARED,
+    MERGED_BOUNDARY,
+    NOTE_BITS,
+    REWRITTEN_PROMPT,
+    SPECIAL_IN_TEXT,
+)
+from dpo_dist.data.rows.formats import Pair
+from dpo_dist.data.rows.messages import Conversation
+from dpo_dist.data.tokens.templates import (
+    RenderedPair,
+    TemplateRefusal,
+    generation_prompt,
+    render_pair,
+    render_prompt,
+)
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """Token ids of a pair, not truncated, and the notes on it (bits of NOTE_BITS)."""
+
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    notes: int
+
+
+class PairTokenizer:
+    """Tokenises pairs with one tokenizer and default system message."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.system_message = system_message
+        self._bos_ids = _leading_special_ids(tokenizer)
+        # the SentencePiece sign of a space
+        self._prepends_space = "".join(tokenizer.tokenize("x")).startswith("\u2581")
+        self._special = _special_tokens_pattern(tokenizer)
+        *_, self._anchor = "", *self._special.findall(generation_prompt(tokenizer))
+
+    def encode(self, pairs: Sequence[Pair]) -> list[TokenPair | TemplateRefusal]:
+        """One result a pair, in order; a refusal where the chat template does not take it."""
+        rendered: list[RenderedPair | TemplateRefusal] = []
+        for pair in pairs:
+            try:
+                rendered.append(render_pair(self.tokenizer, pair, self.system_message))
+            except TemplateRefusal as refusal:
+                rendered.append(refusal)
+        taken = [item for item in rendered if isinstance(item, RenderedPair)]
+        texts = list(dict.fromkeys(text for item in taken for text in self._texts(item)))
+        ids = dict(zip(texts, self._ids(texts), strict=True))
+        return [
+            item if isinstance(item, TemplateRefusal) else self._split(pair, item, ids)
+            for pair, item in zip(pairs, rendered, strict=True)
+        ]
+
+    def prompt_ids(self, prompt: str | Conversation) -> Ids:
+        """Ids of a prompt that waits for an answer, those that `encode` gives it in a pair.
+
+        Raises TemplateRefusal when the chat template does not take it.
+        """
+        if not isinstance(prompt, str):
+            return self._ids([render_prompt(self.tokenizer, prompt, self.system_message)])[0]
+        (ids,) = self._ids([prompt])
+        return ids if self._writes_bos(prompt) else self._bos_ids + ids
+
+    def _texts(self, text: RenderedPair) -> tuple[str, ...]:
+        """The texts whose ids `_split` needs: prompt, its end, its end with each answer."""
+        if not text.begin_with_prompt:
+            return text.prompt, text.prompt, text.chosen, text.rejected
+        start = text.prompt.rfind(self._anchor) if self._anchor else 0
+        start = max(start, 0)
+        return text.prompt, text.prompt[start:], text.chosen[start:], text.rejected[start:]
+
+    def _split(
+        self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]
+    ) -> TokenPair | TemplateRefusal:
+        notes = self._notes_on_text(pair)
+        prompt, end, chosen, rejected = (ids[part] for part in self._texts(text))
+        if not text.begin_with_prompt:
+            cut = min(_num_shared(prompt, chosen), _num_shared(prompt, rejected))
+            notes |= NOTE_BITS[REWRITTEN_PROMPT]
+            if cut == 0:
+                return TemplateRefusal("it renders the prompt otherwise before an answer")
+            return TokenPair(prompt[:cut], chosen[cut:], rejected[cut:], notes)
+        start = len(text.prompt)
+        answers: list[Ids] = []
+        for answer, answer_ids in ((text.chosen, chosen), (text.rejected, rejected)):
+            if answer_ids[: len(end)] == end:
+                answers.append(answer_ids[len(end) :])
+            else:
+                notes |= NOTE_BITS[MERGED_BOUNDARY]
+                answers.append(self._continuation_ids(answer[start:]))
+        if isinstance(pair.prompt, str) and not self._writes_bos(text.prompt):
+            # a template writes its own BOS; plain text gets what the tokenizer would add
+            prompt = self._bos_ids + prompt
+        return TokenPair(prompt, answers[0], answers[1], notes)
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def _continuation_ids(self, text: str) -> Ids:
+        """Ids of a text that continues another, also where the tokenizer prepends a space."""
+        anchor_ids, anchored_ids, ids = self._ids(["\n", "\n" + text, text])
+        if self._prepends_space and anchored_ids[: len(anchor_ids)] == anchor_ids:
+            return anchored_ids[len(anchor_ids) :]
+        return ids
+
+    def _writes_bos(self, prompt: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and prompt.startswith(str(bos))
+
+    def _notes_on_text(self, pair: Pair) -> int:
+        notes = NOTE_BITS[CUT_TO_SHARED] if pair.cut_to_shared else 0
+        if pair.answer_repeats_prompt:
+            notes |= NOTE_BITS[ANSWER_IS_PROMPT]
+        if any(map(self._special.search, pair.texts())):
+            notes |= NOTE_BITS[SPECIAL_IN_TEXT]
+        return notes
+
+
+def _num_shared(ids: Ids, others: Ids) -> int:
+    """Length of the common prefix."""
+    for index, (a, b) in enumerate(zip(ids, others, strict=False)):
+        if a != b:
+            return index
+    return min(len(ids), len(others))
+
+
+def _special_tokens_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches every special token, also those without a role such as BOS."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """The ids a tokenizer puts before a text by itself: BOS, or nothing."""
+    bare = tokenizer.encode("x", add_special_tokens=False)
+    full = tokenizer.encode("x", add_special_tokens=True)
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []

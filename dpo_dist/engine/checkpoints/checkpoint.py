@@ -1,0 +1,306 @@
+"""Sharded checkpoints: written in two phases, verified before they are read.
+
+    checkpoints/step-000200/
+        *_optim_states.pt, *_model_states.pt    DeepSpeed's shards, trainable parameters only
+        rng_rank_00000.pt ...                   random generators of every rank
+        train_state.json, probe.safetensors     where training stood; log-probs of a few pairs
+        MANIFEST.json, COMMITTED                see engine/commit.py
+
+1. Every rank writes its files into .step-000200.partial and takes their hashes on the way.
+2. All ranks agree that their part is on disk, else all raise and nothing else has changed.
+3. Rank 0 commits the folder and renames it; only then older ones are pruned.
+
+The temporary name keeps a folder that is being written apart from one that is damaged, and lets a
+step be written again without touching its older version first.
+
+K probe pairs.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import torch as safetensors
+
+from dpo_dist.config.training_section import Metric
+from dpo_dist.engine.checkpoints.commit import (
+    Files,
+    commit,
+    find_changed,
+    read_committed,
+    remove_leftovers,
+)
+from dpo_dist.engine.checkpoints.retention import newest_plausible, prune, quarantine, supersede
+from dpo_dist.engine.checkpoints.shard_writer import ShardWriter
+from dpo_dist.engine.checkpoints.train_state import (
+    TrainState,
+    check_resume,
+    check_stage,
+    read_train_state,
+)
+from dpo_dist.engine.checkpoints.universal import (
+    discard_universal,
+    needs_conversion,
+    prepare_universal,
+)
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.rng import restore_rng, rng_states
+from dpo_dist.errors import CheckpointError
+from dpo_dist.metrics.evaluations import ranked_steps
+from dpo_dist.run.manifest import fsync_dir
+from dpo_dist.run.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir, rng_name
+
+LogpArray = npt.NDArray[np.float32]
+IndexArray = npt.NDArray[np.int64]
+
+
+def save(
+    engine: Any,
+    checkpoints_dir: Path,
+    state: TrainState,
+    probe_indices: IndexArray,
+    probe_logps: LogpArray,
+    *,
+    keep: int,
+    best_by: Metric | None = None,
+) -> Path:
+    """Commits a checkpoint of all ranks and prunes to the `keep` newest; returns its folder.
+
+    The best by `best_by` among the evaluations in `state` is kept too. `probe_indices` is (K,),
+    `probe_logps` (K, 2). Frozen parameters are not written: they are the base model's, whose
+    digest a resume compares. Raises CheckpointError on every rank, naming the rank that failed
+    and why, and leaves the earlier checkpoints as they were.
+    """
+    assert keep >= 2, f"keep={keep}, wanted at least 2"
+    run = _run_dir(checkpoints_dir)
+    final = run.checkpoint_dir(state.step)
+    partial = checkpoints_dir / f".{final.name}.partial"
+    with _alone("write", partial):
+        if collectives.is_first():
+            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(checkpoints_dir, "step-")
+            partial.mkdir()
+    files = _write_together(engine, partial, state, probe_indices, probe_logps)
+    with _alone("commit", partial):
+        if collectives.is_first():
+            commit(partial, files)
+            supersede(run, state.step)
+            os.replace(partial, final)
+            fsync_dir(checkpoints_dir)
+    if collectives.is_first():
+        prune(checkpoints_dir, keep, ranked_steps(state.evaluations, best_by))
+    return final
+
+
+def choose_resume(checkpoints_dir: Path, resume: Path | Literal["auto"]) -> Path | None:
+    """The checkpoint to continue from: the newest that verifies, or the one that is named.
+
+    None only under "auto" when there is none. Raises CheckpointError on every rank when the named
+    folder is not a whole checkpoint: a mistyped path must not start a fresh run.
+    """
+    if resume == "auto":
+        return newest_committed(checkpoints_dir)
+    with _alone("read", resume):
+        files = read_committed(resume) if collectives.is_first() else {}
+    changed = _find_changed_together(resume, files)
+    if changed:
+        raise CheckpointError(changed, "the committed content", "Resume from another checkpoint.")
+    return resume
+
+
+def newest_committed(checkpoints_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies in full, None when there is none; for all ranks.
+
+    Sizes are compared for every candidate, contents for the one that is chosen, each rank reading
+    its share of the files. Damaged ones are moved to quarantine with the reason. Raises
+    CheckpointError on every rank when a file cannot be read.
+    """
+    run, refused = _run_dir(checkpoints_dir), set[Path]()
+    while True:
+        candidate = None
+        with _alone("read", checkpoints_dir):
+            if collectives.is_first():
+                candidate = newest_plausible(run, refused)
+        candidate = collectives.broadcast(candidate)
+        if candidate is None:
+            return None
+        step_dir, files = candidate
+        changed = _find_changed_together(step_dir, files)
+        if not changed:
+            return step_dir
+        if collectives.is_first():
+            quarantine(run, step_dir, changed, refused)
+
+
+def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainState:
+    """Puts a verified checkpoint into a fresh engine; returns where training stood.
+
+    Restores weights, optimizer, schedule and, on the same number of ranks, the random generators.
+    On another number the shards are converted first, for which the engine must have been built
+    with checkpoint.load_universal (`needs_conversion` tells). Raises CheckpointError on every rank
+    when the run differs from the one that wrote it.
+    """
+    state = read_train_state(step_dir)
+    check_resume(step_dir, state, digests_now)
+    check_stage(step_dir, state, engine.zero_optimization_stage())
+    rank, world_size = collectives.place()
+    convert = needs_conversion(step_dir, world_size)
+    universal = engine.load_universal_checkpoint()
+    assert universal == convert, f"load_universal is {universal}, wanted {convert}"
+    if convert:
+        _load_shards(engine, prepare_universal(step_dir))
+        _own_step_counts(engine)
+        discard_universal(step_dir)
+    else:
+        _load_shards(engine, step_dir)
+    if state.world_size == world_size:
+        restore_rng(torch.load(step_dir / rng_name(rank), weights_only=True))
+    return state
+
+
+def read_probe(step_dir: Path) -> tuple[IndexArray, LogpArray]:
+    """(pair indices (K,), log-probs of chosen and rejected (K, 2)) of a verified checkpoint."""
+    tensors = safetensors.load_file(step_dir / PROBE_NAME)
+    return tensors["pair_index"].numpy(), tensors["logps"].numpy()
+
+
+def _write_together(
+    engine: Any,
+    partial: Path,
+    state: TrainState,
+    probe_indices: IndexArray,
+    probe_logps: LogpArray,
+) -> Files:
+    """Every rank writes its part; the records of all files, or CheckpointError on every rank."""
+    frozen = {
+        name
+        for name, parameter in engine.module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    writer = ShardWriter(partial, frozen)
+    if not partial.is_dir():
+        writer.failure = f"{partial} is not visible, run.dir must be on a shared file system"
+    with _saving_through(engine, writer):
+        engine.save_checkpoint(
+            str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+        )
+    rank, _ = collectives.place()
+    writer.write(partial / rng_name(rank), lambda stream: torch.save(rng_states(), stream))
+    if collectives.is_first():
+        probe = {
+            "pair_index": torch.from_numpy(probe_indices),
+            "logps": torch.from_numpy(probe_logps),
+        }
+        writer.write(partial / TRAIN_STATE_NAME, lambda s: s.write(state.to_json().encode()))
+        writer.write(partial / PROBE_NAME, lambda s: s.write(safetensors.save(probe)))
+    reports = collectives.gather((writer.files, writer.failure))
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(reports) if failure]
+    if failures:
+        if collectives.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _not_written(partial, "; ".join(failures))
+    return {name: record for files, _ in reports for name, record in files.items()}
+
+
+@contextlib.contextmanager
+def _saving_through(engine: Any, writer: ShardWriter) -> Iterator[None]:
+    """DeepSpeed's own writer and its recovery script put aside, on all ranks, for one save."""
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    # Would write a program beside the checkpoints, and fail between collectives on a full disk.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+
+
+def _load_shards(engine: Any, folder: Path) -> None:
+    loaded, _ = engine.load_checkpoint(
+        str(folder.parent), tag=folder.name, custom_load_fn=_load_trainable
+    )
+    assert loaded is not None, f"no shards in {folder}"
+
+
+def _own_step_counts(engine: Any) -> None:
+    """Gives every sub-group of ZeRO-3 a step count of its own, where its optimizer wants it.
+
+    DeepSpeed hands one CPU tensor to all of them: torch's AdamW would count it up once a
+    sub-group, and its fused form takes counts on the device of the parameters only.
+    """
+    optimizer = engine.optimizer.optimizer
+    fused = bool(optimizer.defaults.get("fused"))
+    for parameter, state in optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):
+            device = parameter.device if fused else torch.device("cpu")
+            state["step"] = state["step"].detach().clone().to(device)
+
+
+def _load_trainable(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Loads a module's weights, of which only frozen ones may be missing."""
+    result = dst.load_state_dict(src, strict=False)
+    parameters = dst.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    wrong = [*sorted(set(result.missing_keys) - frozen), *result.unexpected_keys]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint and the model disagree about {wrong[0]} ({len(wrong)} parameters)",
+            "the trainable parameters of this model",
+            "Resume with the model and adapter settings that wrote the checkpoint.",
+        )
+
+
+def _find_changed_together(step_dir: Path, files: Files) -> str | None:
+    """What is damaged, if anything; every rank reads its share of the files."""
+    rank, world_size = collectives.place()
+    files = collectives.broadcast(files)
+    changed: list[str] = []
+    unreadable = None
+    try:
+        changed = find_changed(step_dir, files, sorted(files)[rank::world_size])
+    except OSError as error:
+        unreadable = f"rank {rank} cannot read {error.filename} ({error.strerror})"
+    reports = collectives.gather((changed, unreadable))
+    for _, problem in reports:
+        if problem:
+            raise CheckpointError(
+                problem, "files that every rank can read", "Check the file system and run.dir."
+            )
+    return next((found[0] for found, _ in reports if found), None)
+
+
+@contextlib.contextmanager
+def _alone(action: str, path: Path) -> Iterator[None]:
+    """File work of rank 0; its OSError becomes a CheckpointError on every rank."""
+    with collectives.same_error_everywhere():
+        try:
+            yield
+        except OSError as error:
+            if action == "read":
+                raise CheckpointError(
+                    f"cannot read {path} ({error.strerror})",
+                    "a readable checkpoint",
+                    "Check the path and its permissions.",
+                ) from error
+            raise _not_written(path, f"rank 0: {error.strerror}") from error
+
+
+def _not_written(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be written ({reason})",
+        "a writable folder with free space",
+        "Mend that and start again: training continues from the checkpoint before.",
+    )
+
+
+def _run_dir(checkpoints_dir: Path) -> RunDir:
+    run = RunDir(checkpoints_dir.parent)
+    assert run.checkpoints_dir == checkpoints_dir, f"{checkpoints_dir} is not {run.checkpoints_dir}"
+    return run

@@ -1,0 +1,97 @@
+"""Scoring without gradients: the reference pass, evaluation, the gate and the probe.
+
+N pairs of a wave, K columns of what is scored (2 unless other terms are asked for).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.rng import restore_rng, rng_states
+from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs
+from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
+
+TokenIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
+
+
+class MicroBatch(Protocol):
+    """Pairs of one forward; one that is not counted only keeps its rank in step."""
+
+    @property
+    def pair_indices(self) -> tuple[int, ...]: ...
+    @property
+    def counted(self) -> bool: ...
+
+
+@torch.no_grad()
+def score(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], TokenIds],
+    device: torch.device,
+    terms: Terms = COMPLETIONS,
+    *,
+    dropout: bool = False,
+    layout: Layout | None = None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """This rank's counted pairs: indices (N,) and columns (N, K), completion log-probs first.
+
+    Without `dropout` it is off while scoring and the model's mode is put back after. The layout is
+    the settled one unless another is given.
+    """
+    indices: list[int] = []
+    scores = [np.zeros((0, terms.num_columns), dtype=np.float32)]
+    training = model.training
+    model.train(training and dropout)
+    try:
+        for batch in micro_batches:
+            pairs = [token_ids(index) for index in batch.pair_indices]
+            columns = score_pairs(model, pack_pairs(pairs, device, terms), layout)
+            if batch.counted:
+                indices += batch.pair_indices
+                scores.append(columns.float().cpu().numpy())
+    finally:
+        model.train(training)
+    return np.array(indices, dtype=np.int64), np.concatenate(scores)
+
+
+def score_on_all_ranks(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], TokenIds],
+    device: torch.device,
+    terms: Terms = COMPLETIONS,
+    *,
+    layout: Layout | None = None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
+    own = score(model, micro_batches, token_ids, device, terms, layout=layout)
+    parts = collectives.gather(own)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def look_ahead(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], TokenIds],
+    device: torch.device,
+    terms: Terms,
+    rank: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], slice]:
+    """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
+
+    This rank's rows are in the order of its micro-batches. Dropout is as in training, and the
+    generators are put back, so that a forward of the same micro-batches makes the same numbers.
+    """
+    states = rng_states()
+    own = score(model, micro_batches, token_ids, device, terms, dropout=True)
+    restore_rng(states)
+    parts = collectives.gather(own)
+    start = sum(len(part[0]) for part in parts[:rank])
+    indices, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return indices, columns, slice(start, start + len(own[0]))

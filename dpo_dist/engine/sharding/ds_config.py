@@ -1,0 +1,140 @@
+"""The DeepSpeed config: a JSON says how to shard, the run config owns every number.
+
+Imports neither torch nor deepspeed, so that the planner can read it on a login node.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.training_section import TrainSection
+from dpo_dist.errors import ConfigError
+
+# Who owns a number: setting it twice would let one of the two be silently ignored.
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and the other AdamW keys",
+    "scheduler": "train.lr_schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "checkpoint": "checkpoint",
+}
+
+
+def config_folder() -> Path:
+    """Where the built-in JSON files lie: in the wheel inside the package, else beside it."""
+    package = Path(__file__).parents[2]
+    return next(p for p in (package / "ds_configs", package.parent / "ds_configs") if p.is_dir())
+
+
+def read_sharding(name: str) -> dict[str, Any]:
+    """The JSON of a built-in name or a path.
+
+    Raises ConfigError when there is no such file, when it is not JSON, and when it sets a number
+    that the run config owns.
+    """
+    path = config_folder() / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    built_in = ", ".join(sorted(p.stem for p in config_folder().glob("*.json")))
+    try:
+        raw = json.loads(path.read_text())
+    except OSError:
+        raise ConfigError(
+            f"train.deepspeed: {name!r} is no file",
+            f"a path, or one of {built_in}",
+            "Correct train.deepspeed.",
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error})", "a DeepSpeed JSON", "Correct it."
+        ) from None
+    owned = [f"{key} (owned by {OWNED[key]})" for key in raw if key in OWNED]
+    if owned:
+        raise ConfigError(
+            f"{path} sets {', '.join(owned)}",
+            "only how to shard",
+            "Remove it there and set the run config's key.",
+        )
+    if "stage" not in raw.get("zero_optimization", {}):
+        raise ConfigError(
+            f"{path} has no zero_optimization.stage", "a ZeRO stage from 0 to 3", "Add it."
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if raw["zero_optimization"].get(key, {}).get("device") == "nvme":
+            raise ConfigError(
+                f"{path} offloads to NVMe ({key})",
+                "offload to cpu, or none",
+                "Set its device to cpu: checkpoints do not hold what lies on NVMe.",
+            )
+    return raw
+
+
+def zero_stage(sharding: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed JSON."""
+    return sharding["zero_optimization"]["stage"]
+
+
+def training_config(
+    train: TrainSection, dtype: str, world_size: int, *, universal: bool = False
+) -> dict[str, Any]:
+    """The whole DeepSpeed config of a training run.
+
+    DeepSpeed's own batch arithmetic is switched off with ones: micro-batches hold as many pairs
+    as their tokens allow, and the accumulation boundary is set by hand.
+    """
+    config = read_sharding(train.deepspeed)
+    check_optimizer(train, dtype, config)
+    if train.optimizer == "muon":  # needs whole gradients, and DeepSpeed refuses it otherwise
+        config["zero_optimization"] |= {"reduce_scatter": False}
+    config |= _without_batch_arithmetic(world_size) | {
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,  # check_optimizer knows which were tested
+    }
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
+    return config
+
+
+def check_optimizer(train: TrainSection, dtype: str, sharding: dict[str, Any]) -> None:
+    """Raises ConfigError when the optimizer is not right under this sharding."""
+    if train.optimizer == "adamw":
+        return
+    where = f"train.optimizer: {train.optimizer} with train.deepspeed {train.deepspeed}"
+    if "offload_optimizer" in sharding["zero_optimization"]:
+        raise ConfigError(
+            f"{where}, which keeps the optimizer in host memory",
+            "adamw, the only optimizer that DeepSpeed updates there",
+            "Choose train.optimizer=adamw, or a train.deepspeed without offload.",
+        )
+    if train.optimizer == "adafactor" and (zero_stage(sharding) > 0 or dtype != "float32"):
+        raise ConfigError(
+            f"{where} and model.dtype {dtype}, where DeepSpeed hands it vectors, not matrices",
+            "zero0 and float32, because on a vector it has no rows and columns to factor: it would "
+            "save little and step differently on another number of ranks",
+            "Choose train.optimizer=adamw_8bit to save memory under ZeRO.",
+        )
+
+
+def inference_config(dtype: str, world_size: int) -> dict[str, Any]:
+    """ZeRO-3 without optimizer, for a reference model that does not fit one rank."""
+    return read_sharding("zero3") | _without_batch_arithmetic(world_size) | {
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }  # fmt: skip
+
+
+def _without_batch_arithmetic(world_size: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 1 << 40,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,87 @@
+"""The base model of a run whose config changes the one at model.path: more tokens, or merged.
+
+`prepare` makes it before anything else; every later stage reads it through `base_model_dir`.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.tokens.vocabulary import extended_tokenizer
+from dpo_dist.engine.export.own_base import check_new_tokens_train, lengthen, merge_start
+from dpo_dist.model_files.adapter import digest_of_adapter
+from dpo_dist.model_files.files import TOKENIZER_FILES, digest_of_tokenizer, digest_of_weights
+from dpo_dist.model_files.of_run import (
+    BASE,
+    base_settings,
+    makes_base,
+    named_adapter_dir,
+    source_model_dir,
+    start_adapter_dir,
+)
+from dpo_dist.run.manifest import Manifest, atomic_dir, is_current, write_manifest
+from dpo_dist.run.run_dir import RunDir
+
+_logger = logging.getLogger(__name__)
+
+
+def make_base(config: RunConfig) -> None:
+    """Writes the run's own base model unless it is current, or none is needed.
+
+    Raises ArtefactError when one made from other settings or files stands there, ModelFilesError
+    when model or adapter are not usable, ConfigError when added tokens would stay untrained.
+    """
+    if not makes_base(config):
+        return
+    folder, source, model = RunDir(config.run.dir).base_dir, source_model_dir(config), config.model
+    settings = base_settings(config)
+    merged = named_adapter_dir(config) if settings["merged_adapter"] else None
+    inputs = {
+        "model": digest_of_weights(source, model.allow_pickle_weights),
+        "tokenizer": digest_of_tokenizer(source),
+        **({"adapter": digest_of_adapter(merged)} if merged is not None else {}),
+    }
+    if is_current(folder, BASE, settings, inputs):
+        _logger.info("prepare: base model current, %s", folder)
+        return
+    with atomic_dir(folder) as partial:
+        longer = source
+        if model.add_tokens or model.pad_vocab_to_multiple:
+            longer = partial if merged is None else partial / "longer"
+            _lengthen(config, source, longer)
+        if merged is not None and config.adapter is not None:
+            remote = model.trust_remote_code
+            merge_start(longer, partial, config.adapter, merged, model.dtype, remote)
+            _logger.info("prepare: %s merged, as %s", merged, model.dtype)
+        for name in TOKENIZER_FILES:
+            if (longer / name).is_file() and longer != partial:
+                shutil.copyfile(longer / name, partial / name)
+        if longer not in (source, partial):
+            shutil.rmtree(longer)
+        if model.add_tokens and config.adapter is not None:
+            start = start_adapter_dir(config)
+            check_new_tokens_train(partial, config.adapter, start, model.trust_remote_code)
+        write_manifest(partial, Manifest(BASE, settings, inputs))
+    _logger.info("prepare: base model in %s", folder)
+
+
+def _lengthen(config: RunConfig, source: Path, folder: Path) -> None:
+    """Model and tokenizer of `source` with the run's added tokens."""
+    model = config.model
+    tokenizer, vocabulary = extended_tokenizer(source, model.add_tokens, model.trust_remote_code)
+    folder.mkdir(exist_ok=True)
+    if vocabulary.new_ids:
+        tokenizer.save_pretrained(folder)
+    else:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    size = lengthen(
+        source, folder, vocabulary.num_tokens, vocabulary.new_ids, model.pad_vocab_to_multiple,
+        model.trust_remote_code,
+    )  # fmt: skip
+    _logger.info(
+        "prepare: %d tokens added, %d in all, embeddings for %d",
+        len(vocabulary.new_ids), vocabulary.num_tokens, size,
+    )  # fmt: skip

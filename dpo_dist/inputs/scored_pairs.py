@@ -1,0 +1,133 @@
+"""What several stages open: pairs beside their reference log-probs, the objective, a tokenizer.
+
+N pairs of a split, B pairs in a micro-batch, K columns that a forward makes of a pair.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.pairs import Pairs
+from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.errors import ReferenceStoreError
+from dpo_dist.objective.objective import Objective
+from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
+from dpo_dist.reference.contract import scoring_contract, store_root
+from dpo_dist.reference.store import explain_miss, open_store
+from dpo_dist.run.run_dir import RunDir
+
+IntArray = npt.NDArray[np.int64]
+Indices = Sequence[int] | IntArray
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Pairs with their reference log-probs: (N, 2) float32."""
+
+    pairs: Pairs
+    reference: torch.Tensor
+
+    def logps(
+        self,
+        policy: torch.Tensor,
+        indices: Indices,
+        terms: Terms = COMPLETIONS,
+        step: Indices | None = None,
+    ) -> PairLogps:
+        """Columns (B, K) of the pairs at `indices` beside what the losses need.
+
+        `step` are the pairs whose mean the loss is, for losses per token; by default the same.
+        """
+        rows, step_rows = np.asarray(indices), np.asarray(indices if step is None else step)
+        columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])
+        lengths = torch.from_numpy(np.stack(columns, axis=1)).to(policy.device)
+        chosen = self.pairs.chosen_lengths[step_rows]
+        return PairLogps.from_columns(
+            policy,
+            self.reference[rows].to(policy.device),
+            lengths,
+            terms,
+            prompt_lengths=torch.from_numpy(self.pairs.prompt_lengths[rows]).to(policy.device),
+            mean_chosen_length=float(chosen.mean()),
+            mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
+        )
+
+    def by_source(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+        """What to put behind a metric's name, and which of `indices` it is of.
+
+        All of them under "", then, where there are several sources, each under "/NAME".
+        """
+        yield "", np.arange(len(indices))
+        sources = self.pairs.sources[indices]
+        names = np.unique(sources).tolist()
+        for name in names if len(names) > 1 else ():
+            yield f"/{name}", np.flatnonzero(sources == name)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The objective as the losses read it."""
+    section = config.objective
+    settings = section.model_dump(exclude={"loss", "loss_weights"})
+    return Objective(
+        losses=section.weighted_losses, reference_free=section.reference_free, **settings
+    )
+
+
+def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
+    """Token ids of the first `count` prompts that differ, or of all when there are fewer."""
+    distinct: dict[tuple[int, ...], None] = {}
+    for index in range(len(pairs)):
+        distinct[tuple(int(token) for token in pairs.token_ids(index)[0])] = None
+        if len(distinct) == count:
+            break
+    return [list(prompt) for prompt in distinct]
+
+
+def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
+    """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
+
+    An objective without a reference gets zeros.
+
+    Raises ReferenceStoreError on every rank when rows are missing, saying what the store holds
+    instead.
+    """
+    if config.objective.reference_free:
+        return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
+    reference = None
+    with collectives.same_error_everywhere():
+        if collectives.is_first():
+            contract = scoring_contract(config, layout)
+            store = open_store(store_root(config), contract)
+            try:
+                reference = store.lookup(pairs.keys, np.arange(len(pairs)))
+            except ReferenceStoreError as error:
+                held = explain_miss(store_root(config), contract)
+                raise ReferenceStoreError(
+                    "; ".join([error.found, *held]), error.wanted, error.remedy
+                ) from None
+    received = collectives.broadcast(reference)
+    assert received is not None, "rank 0 sent no reference log-probs"
+    return ScoredPairs(pairs, torch.from_numpy(received))
+
+
+def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:
+    """The tokenizer to talk to a model with, under the template that the run was trained with.
+
+    A whole model from elsewhere keeps its own tokenizer, and its own template if it has one.
+    """
+    trusted, template = config.model.trust_remote_code, resolve_template(config.data.chat_template)
+    exports = RunDir(config.run.dir).export_dir.resolve()
+    ours = is_adapter or folder == base_dir or folder.resolve().is_relative_to(exports)
+    if not ours:
+        own = load_tokenizer(folder, None, trusted)
+        return own if own.chat_template else load_tokenizer(folder, template, trusted)
+    return load_tokenizer(base_dir, template, trusted)

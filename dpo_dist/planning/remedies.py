@@ -1,0 +1,100 @@
+"""What could make a run fit that does not: single changes of its config, each estimated again."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from dpo_dist.planning.estimate import RESERVE_BYTES, ModelShape, Setup, Sharding, estimate
+
+DOUBLINGS = 10  # of the ranks, at most
+
+Change = tuple[str, Setup]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change as the run config spells it, and the memory of a GPU that it leads to."""
+
+    change: str
+    peak_bytes: int
+    fits: bool
+
+
+def remedies(
+    setup: Setup,
+    limit_bytes: int,
+    *,
+    shardings: Mapping[str, Sharding],
+    with_adapter: ModelShape | None,
+    longest_pair: int,
+    quantized: ModelShape | None = None,
+) -> list[Remedy]:
+    """Single changes that lower the peak: those that fit first, then by the peak.
+
+    `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
+    LoRA, None when there is one already; `quantized` the shape on NF4, None without an adapter. A
+    micro-batch stays at or above `longest_pair` tokens.
+    """
+    chains = [
+        _checkpointed(setup),
+        _smaller_micro_batches(setup, longest_pair),
+        *(
+            iter([(f"train.deepspeed={n}", replace(setup, sharding=s))])
+            for n, s in shardings.items()
+        ),
+        _more_ranks(setup),
+        _adapted(setup, with_adapter),
+        _quantized(setup, quantized),
+        _smaller_states(setup),
+    ]
+    found = [remedy for chain in chains for remedy in _first_that_fits(chain, limit_bytes)]
+    now = estimate(setup).peak_bytes
+    return sorted(
+        (remedy for remedy in found if remedy.peak_bytes < now),
+        key=lambda remedy: (not remedy.fits, remedy.peak_bytes),
+    )
+
+
+def _first_that_fits(chain: Iterator[Change], limit_bytes: int) -> list[Remedy]:
+    """The first of ever stronger changes that fits, else the strongest."""
+    remedy = None
+    for change, setup in chain:
+        peak = estimate(setup).peak_bytes
+        remedy = Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
+        if remedy.fits:
+            break
+    return [remedy] if remedy else []
+
+
+def _checkpointed(setup: Setup) -> Iterator[Change]:
+    yield "train.gradient_checkpointing=true", replace(setup, checkpointing=True)
+
+
+def _smaller_micro_batches(setup: Setup, longest_pair: int) -> Iterator[Change]:
+    tokens = setup.micro_batch_tokens // 2
+    while tokens >= max(longest_pair, 1):
+        smaller = replace(setup, micro_batch_tokens=tokens)
+        if setup.scoring_tokens == 2 * setup.micro_batch_tokens:  # its default follows
+            smaller = replace(smaller, scoring_tokens=2 * tokens)
+        yield f"train.micro_batch_tokens={tokens}", smaller
+        tokens //= 2
+
+
+def _more_ranks(setup: Setup) -> Iterator[Change]:
+    for times in range(1, DOUBLINGS + 1):
+        ranks = setup.world_size << times
+        yield f"{ranks} ranks", replace(setup, world_size=ranks)
+
+
+def _quantized(setup: Setup, quantized: ModelShape | None) -> Iterator[Change]:
+    if quantized is not None:
+        yield "model.quantization=nf4 (QLoRA)", replace(setup, shape=quantized)
+
+
+def _smaller_states(setup: Setup) -> Iterator[Change]:
+    if setup.optimizer == "adamw" and not setup.sharding.offload_optimizer:
+        yield "train.optimizer=adamw_8bit", replace(setup, optimizer="adamw_8bit")
+
+
+def _adapted(setup: Setup, with_adapter: ModelShape | None) -> Iterator[Change]:
+    if with_adapter is not None:
+        yield "adapter.rank=16 (LoRA)", replace(setup, shape=with_adapter)

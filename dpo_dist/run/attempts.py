@@ -1,0 +1,148 @@
+"""Attempts at a stage: where their logs go, what has been tried, and whether to try again.
+
+A launcher calls `begin` once before it starts the ranks of a stage and `judge` once after. Both
+read status.json, where rank 0 wrote what became of the stage, and what other ranks wrote beside
+their logs: exit codes get lost on the way through a scheduler.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_dist.config.cluster_section import RestartSection
+from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
+from dpo_dist.run.lock import refuse_if_held
+from dpo_dist.run.pipeline import PUSH, STAGES
+from dpo_dist.run.run_dir import RunDir, rank_failures, rank_log_path
+from dpo_dist.run.status import read_status, update_status
+
+Verdict = Literal["next", "restart", "stop"]
+ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
+TAIL_LINES = 30
+DYING_S = 120.0  # the longest that a node's NFS locks outlive it
+NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
+
+
+class RestartLimitError(DPODistError):
+    """A cap on restarts is reached; the process exits 93."""
+
+    exit_code = EXIT_DO_NOT_RESTART
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What follows an attempt, why, and the exit code to end with if nothing does."""
+
+    verdict: Verdict
+    reason: str
+    exit_code: int
+
+
+def begin(paths: RunDir, stage: str, caps: RestartSection, *, resubmitted: bool) -> Path | None:
+    """Makes the log folder of an attempt and returns it; None when the stage is already done.
+
+    `resubmitted` says that the launcher starts the same job again by itself: only then is a stage
+    skipped for having finished, and a restart counted. Raises RestartLimitError at a cap, and
+    ArtefactError when another job works in the run folder.
+    """
+    refuse_if_held(paths, DYING_S if resubmitted else 0.0)
+    status = read_status(paths.status_path)
+    stages: dict[str, Any] = status.get("stages", {})
+    state = stages.get(stage, {}).get("state")
+    done = stages.get(STAGES[-1].name, {}).get("state") == "finished"
+    if resubmitted and (state == "finished" if stage in ORDER else done):
+        return None
+    restarts = dict(NO_RESTARTS)
+    if resubmitted:
+        restarts |= status.get("restarts", {})
+        if stage in ORDER and state is not None:
+            restarts = _count_restart(restarts, status.get("progress"), stage, caps)
+    log_dir = new_log_dir(paths, stage)
+    later = ORDER[ORDER.index(stage) + 1 :] if stage in ORDER else ()
+    stages = {name: value for name, value in stages.items() if name not in later}
+    update_status(
+        paths.status_path,
+        stages=stages | {stage: {"state": "started"}},
+        restarts=restarts,
+    )
+    return log_dir
+
+
+def new_log_dir(paths: RunDir, stage: str) -> Path:
+    """Makes the log folder of the next attempt and points logs/latest to it."""
+    log_dir = paths.log_dir(stage, paths.count_attempts(stage) + 1)
+    log_dir.mkdir(parents=True)
+    fresh = paths.logs_dir / f".latest.{os.getpid()}"
+    fresh.symlink_to(log_dir.name)
+    fresh.replace(paths.latest_log_link)
+    return log_dir
+
+
+def forget(paths: RunDir) -> None:
+    """Starts a submission: no stage has been tried yet, and no restart made."""
+    update_status(paths.status_path, stages={}, restarts=dict(NO_RESTARTS))
+
+
+def judge(paths: RunDir, stage: str) -> Outcome:
+    """What to do after the ranks of a stage have ended, whatever their exit codes were."""
+    own = read_status(paths.status_path).get("stages", {}).get(stage, {})
+    state = own.get("state", "never started")
+    if state == "finished":
+        return Outcome("next", "finished", 0)
+    if state == "stopped":
+        return Outcome("restart", "stopped by a signal with everything committed", EXIT_RESTART)
+    if state == "failed" and not own.get("restartable", True):
+        return Outcome("stop", str(own.get("error")), int(own.get("exit_code", 1)))
+    # rank 0 may have ended of it, or waited for that rank until it was killed
+    if own and (failure := _failure_of_another_rank(paths, stage)):
+        return failure
+    if state == "failed":
+        return Outcome("restart", f"rank 0 failed: {own.get('error')}", EXIT_RESTART)
+    return Outcome("restart", f"killed while {state}", EXIT_RESTART)
+
+
+def _failure_of_another_rank(paths: RunDir, stage: str) -> Outcome | None:
+    """Of a rank other than 0, whose errors are not in status.json."""
+    log_dir = paths.log_dir(stage, paths.count_attempts(stage))
+    for rank, path in rank_failures(log_dir).items():
+        failure = json.loads(path.read_text())
+        return Outcome("stop", f"rank {rank}: {failure['error']}", int(failure["exit_code"]))
+    return None
+
+
+def first_failure(log_dir: Path) -> str:
+    """The end of the log that tells of an error first; "" when none does."""
+    failed = [
+        path
+        for path in log_dir.glob(rank_log_path(log_dir, 0).name.replace("0000", "*"))
+        if any(word in path.read_text(errors="replace") for word in ("Traceback", "error: "))
+    ]
+    if not failed:
+        return ""
+    first = min(failed, key=lambda path: path.stat().st_mtime)
+    lines = first.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join([f"the end of {first}:", *lines])
+
+
+def _count_restart(
+    restarts: dict[str, Any], progress: Any, stage: str, caps: RestartSection
+) -> dict[str, Any]:
+    """One restart more; it made progress when something was committed since the last one."""
+    stuck = restarts["without_progress"] + 1 if progress == restarts["progress"] else 0
+    counted = {
+        "total": restarts["total"] + 1, "without_progress": stuck, "progress": progress,
+    }  # fmt: skip
+    for key, number, cap in (
+        ("max_restarts", counted["total"], caps.max_restarts),
+        ("max_without_progress", stuck, caps.max_without_progress),
+    ):
+        if number > cap:
+            raise RestartLimitError(
+                f"{stage} would be restarted for the {number}. time "
+                f"({counted['total']} restarts, {stuck} in a row without progress)",
+                f"at most {cap} (restart.{key})",
+                "Look into logs/latest for what stops it, then submit again: counts start anew.",
+            )
+    return counted

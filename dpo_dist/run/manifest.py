@@ -1,0 +1,181 @@
+"""Atomic writes, digests, and the manifest that tells whether an artefact is current."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.errors import ArtefactError
+from dpo_dist.run.run_dir import MANIFEST_NAME
+
+SCHEMA_VERSION = 1
+READ_BYTES = 1 << 22
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes renames and creations inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces a file so that a reader or a crash sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            os.fchmod(stream.fileno(), 0o644)  # mkstemp makes 0600, a team shares a run folder
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_dir(final: Path) -> Iterator[Path]:
+    """A folder that appears under its final name only when the block ends well.
+
+    An older folder of that name is replaced; a killed attempt's leftovers are removed by the next.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.parent / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())  # some file systems tell only here that they are full
+        fsync_dir(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = final.parent / f".{final.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    fsync_dir(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact was made from: stage, settings, digests of its inputs; and what came out."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    details: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identity of the artefact: settings, inputs and details."""
+        return digest_of(asdict(self))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of an artefact folder."""
+    write_json(folder / MANIFEST_NAME, asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads an artefact's manifest; raises ArtefactError when it is missing or not readable."""
+    path = folder / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text())
+        return Manifest(**raw)
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{path} does not exist",
+            "an artefact with its manifest",
+            "Run the stage that writes it, or `dpo-dist run`.",
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ArtefactError(
+            f"{path} is not readable ({error})",
+            "the manifest as it was written",
+            f"Delete {folder} and run its stage again.",
+        ) from None
+
+
+def differences(have: Mapping[str, Any], want: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names each leaf that differs: `key: have -> want`."""
+    found = []
+    for key in sorted({*have, *want}):
+        a, b = have.get(key), want.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_current(
+    folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> bool:
+    """Whether an artefact stands and was made from exactly these settings and inputs.
+
+    Returns False when there is none; raises ArtefactError with the named difference when it is
+    stale, because replacing work that took hours is the user's decision.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    manifest = read_manifest(folder)
+    found = differences(manifest.settings, json.loads(canonical_json(settings)))
+    found += differences(manifest.inputs, inputs, "input ")
+    if manifest.schema_version != SCHEMA_VERSION:
+        found.append(f"schema_version: {manifest.schema_version} -> {SCHEMA_VERSION}")
+    if found:
+        raise ArtefactError(
+            f"{folder} was made by `{stage}` from other settings ({'; '.join(found)})",
+            "the settings of this run config",
+            f"Choose another run.dir, or delete {folder} to make it again.",
+        )
+    return True

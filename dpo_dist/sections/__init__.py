@@ -1,1 +1,0 @@
-"""The sections of a run config, one file for each part of a run."""

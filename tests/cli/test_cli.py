@@ -1,0 +1,42 @@
+"""The command line itself; what the commands do has tests of its own."""
+
+import json
+
+import pytest
+from support.tiny_run import dpo_dist, succeed
+
+import dpo_dist as package
+
+COMMANDS = (
+    "run", "prepare", "reference", "train", "export", "verify", "evaluate", "generate", "plan",
+    "config", "doctor", "status", "report", "judge", "import-trl",
+)  # fmt: skip
+
+
+def test_the_version() -> None:
+    assert succeed("--version").stdout == f"{package.__version__}\n"
+
+
+def test_help_names_every_command() -> None:
+    said = succeed("--help").stdout
+    assert all(name in said for name in COMMANDS)
+
+
+def test_the_schema_is_json() -> None:
+    schema = json.loads(succeed("config", "--schema").stdout)
+    assert "train" in schema["properties"] and schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "run"])
+def test_a_config_that_is_not_there(command: str) -> None:
+    done = dpo_dist(command, "nowhere.yaml")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr == (
+        "error: nowhere.yaml: No such file or directory; wanted a readable YAML run config. "
+        "Start from one in examples/.\n"
+    )
+
+
+def test_ranks_are_at_least_one() -> None:
+    done = dpo_dist("plan", "examples/quickstart.yaml", "--world-size", "0")
+    assert done.returncode == 2 and "greater than or equal to 1" in " ".join(done.stderr.split())

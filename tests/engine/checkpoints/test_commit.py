@@ -1,0 +1,231 @@
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.engine.checkpoints.commit import (
+    commit,
+    find_changed,
+    put_aside,
+    read_committed,
+    record_files,
+    remove,
+    remove_leftovers,
+    verify,
+)
+from dpo_dist.errors import CheckpointError
+from dpo_dist.run.manifest import digest_of_file
+from dpo_dist.run.run_dir import COMMIT_NAME, MANIFEST_NAME
+
+SHARDS = {f"zero_pp_rank_{rank}_optim_states.pt": bytes([rank]) * 100 for rank in (0, 1)}
+
+
+def committed(folder: Path, contents: dict[str, bytes] = SHARDS) -> Path:
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    commit(folder, record_files(folder))
+    return folder
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "zero_pp_rank_1_optim_states.pt"
+    path.write_bytes(b"\x01" * 99 + b"\x03")
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "zero_pp_rank_1_optim_states.pt", 60)
+
+
+def empty(folder: Path) -> None:
+    os.truncate(folder / "zero_pp_rank_1_optim_states.pt", 0)
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "zero_pp_rank_1_optim_states.pt").unlink()
+
+
+def swap_two_shards(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.pt"))
+    first.rename(folder / "third")
+    second.rename(first)
+    (folder / "third").rename(second)
+
+
+def swap_manifests(folder: Path) -> None:
+    other = committed(folder.parent / "other", {"zero_pp_rank_0_optim_states.pt": b"x"})
+    (other / MANIFEST_NAME).rename(folder / MANIFEST_NAME)
+
+
+def swap_manifests_and_markers(folder: Path) -> None:
+    other = committed(
+        folder.parent / "other", SHARDS | {"zero_pp_rank_1_optim_states.pt": b"\x02" * 100}
+    )
+    for name in (MANIFEST_NAME, COMMIT_NAME):
+        (other / name).rename(folder / name)
+
+
+def lose_the_marker(folder: Path) -> None:
+    (folder / COMMIT_NAME).unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink()
+
+
+def garbage_marker(folder: Path) -> None:
+    (folder / COMMIT_NAME).write_bytes(b"\xff\x00garbage")
+
+
+def marker_of_another_kind(folder: Path) -> None:
+    (folder / COMMIT_NAME).write_text("[1, 2]")
+
+
+def marker_pointing_outside(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    outside.write_text("{}")
+    (folder / COMMIT_NAME).unlink()
+    (folder / COMMIT_NAME).symlink_to(outside)
+
+
+def escaping_link(folder: Path) -> None:
+    shard = folder / "zero_pp_rank_1_optim_states.pt"
+    outside = folder.parent / "outside"
+    shard.rename(outside)
+    shard.symlink_to(outside)
+
+
+def linked_folder(folder: Path) -> None:
+    (folder.parent / "outside").mkdir()
+    (folder / "sub").symlink_to(folder.parent / "outside")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+
+
+def unlisted_pickle(folder: Path) -> None:
+    (folder / "zero_pp_rank_2_optim_states.pt").write_bytes(b"foreign")
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    """Changes the manifest and the marker with it, as somebody who knows the format would."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    change(manifest)
+    (folder / COMMIT_NAME).unlink()
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    marker = {"manifest": digest_of_file(folder / MANIFEST_NAME)}
+    (folder / COMMIT_NAME).write_text(json.dumps(marker))
+
+
+def manifest_naming_outside(folder: Path) -> None:
+    def change(manifest: dict) -> None:
+        manifest["files"]["../outside"] = {"size": 2, "sha256": "0" * 64}
+
+    (folder.parent / "outside").write_text("{}")
+    rewrite_manifest(folder, change)
+
+
+def manifest_of_another_kind(folder: Path) -> None:
+    rewrite_manifest(folder, lambda manifest: manifest.update(files=[1]))
+
+
+CHEAP = [
+    (truncate, "zero_pp_rank_1_optim_states.pt has 60 bytes instead of 100"),
+    (empty, "zero_pp_rank_1_optim_states.pt has 0 bytes instead of 100"),
+    (lose_a_shard, r"lacks zero_pp_rank_1_optim_states.pt \(1 of 2 files\)"),
+    (swap_manifests, "MANIFEST.json is not the one that COMMITTED names"),
+    (lose_the_marker, "step-000001 has no COMMITTED marker"),
+    (lose_the_manifest, "MANIFEST.json is not the one that COMMITTED names"),
+    (garbage_marker, "COMMITTED is not readable"),
+    (marker_of_another_kind, "COMMITTED is not readable"),
+    (marker_pointing_outside, "COMMITTED is a link or a special file, not a plain file"),
+    (escaping_link, "zero_pp_rank_1_optim_states.pt is a link or a special file"),
+    (linked_folder, "sub is a link or a special file"),
+    (pipe, "pipe is a link or a special file"),
+    (unlisted_pickle, "zero_pp_rank_2_optim_states.pt is not in the manifest"),
+    (manifest_naming_outside, "names '../outside', which is not a file of the folder"),
+    (manifest_of_another_kind, "MANIFEST.json does not list files"),
+]
+SAME_SIZE = [
+    (flip_a_bit, "zero_pp_rank_1_optim_states.pt has another content than was committed"),
+    (swap_two_shards, "zero_pp_rank_0_optim_states.pt has another content than was committed"),
+    (swap_manifests_and_markers, "zero_pp_rank_1_optim_states.pt has another content"),
+]
+
+
+@pytest.mark.parametrize(("damage", "found"), CHEAP, ids=lambda p: getattr(p, "__name__", ""))
+def test_damage_is_found_without_reading_the_files(
+    tmp_path: Path, damage: Callable[[Path], None], found: str
+) -> None:
+    folder = committed(tmp_path / "step-000001")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=found) as caught:
+        read_committed(folder)
+    assert "wanted a checkpoint as it was committed. Use another checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize(("damage", "found"), SAME_SIZE, ids=lambda p: getattr(p, "__name__", ""))
+def test_damage_of_equal_size_is_found_by_content(
+    tmp_path: Path, damage: Callable[[Path], None], found: str
+) -> None:
+    folder = committed(tmp_path / "step-000001")
+    damage(folder)
+    read_committed(folder)
+    with pytest.raises(CheckpointError, match=found):
+        verify(folder)
+
+
+def test_a_whole_folder_verifies_at_any_depth(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "x", {"zero/a.b/fp32.pt": b"1", "top": b"", "odd name": b"3"})
+    files = verify(folder)
+    assert sorted(files) == ["odd name", "top", "zero/a.b/fp32.pt"]
+    assert files["zero/a.b/fp32.pt"].size == 1
+    assert find_changed(folder, files, ["top"]) == []
+    assert all(stat.S_ISREG(path.stat().st_mode) for path in folder.glob("*.json"))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="step-000009 does not exist"):
+        read_committed(tmp_path / "step-000009")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_files_of_another_user_are_refused(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "step-000001")
+    shard = folder / "zero_pp_rank_1_optim_states.pt"
+    os.chown(shard, 12345, -1)
+    with pytest.raises(CheckpointError) as caught:
+        read_committed(folder)
+    assert str(caught.value) == (
+        f"{shard} belongs to user 12345, this is user 0; wanted checkpoint files of this user, "
+        "because opening a pickle can run any code. Copy the checkpoint as this user if you "
+        "trust who wrote it."
+    )
+    os.chown(shard, 0, -1)
+    os.chown(folder, 12345, -1)
+    with pytest.raises(CheckpointError, match="step-000001 belongs to user 12345"):
+        read_committed(folder)
+
+
+def test_put_aside_keeps_every_version_with_its_reason(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        folder = committed(tmp_path / "step-000001", {"attempt": bytes([attempt])})
+        put_aside(folder, tmp_path / "quarantine", f"reason {attempt}")
+        assert not folder.exists()
+    quarantine = tmp_path / "quarantine"
+    assert (quarantine / "step-000001" / "attempt").read_bytes() == b"\x01"
+    assert (quarantine / "step-000001.2" / "attempt").read_bytes() == b"\x02"
+    assert (quarantine / "step-000001.reason.txt").read_text() == "reason 1\n"
+    assert (quarantine / "step-000001.2.reason.txt").read_text() == "reason 2\n"
+
+
+def test_remove_leaves_nothing(tmp_path: Path) -> None:
+    remove(committed(tmp_path / "step-000001"))
+    (tmp_path / ".step-000003.partial" / "sub").mkdir(parents=True)
+    (tmp_path / ".other").mkdir()
+    remove_leftovers(tmp_path, "step-")
+    assert os.listdir(tmp_path) == [".other"]

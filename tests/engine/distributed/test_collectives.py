@@ -1,0 +1,90 @@
+"""The exchanges between ranks, on real ranks."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ranks import run_ranks, started_ranks, wait_until
+
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.errors import DataError
+from dpo_dist.run.topology import from_environment
+
+BUFFERS = Path("/dev/shm")
+
+
+def exchange() -> dict[str, Any]:
+    import torch
+
+    topology = from_environment()
+    with collectives.process_group(topology):
+        error = None
+        try:
+            with collectives.same_error_everywhere():
+                if collectives.is_first():
+                    raise DataError("found this", "that", "Do so.")
+        except DataError as caught:
+            error = str(caught)
+        return {
+            "broadcast": collectives.broadcast(topology.rank + 7),
+            "gather": collectives.gather(topology.rank),
+            "sum": collectives.sum_over_ranks(torch.tensor([topology.rank, 0.5])).tolist(),
+            "first": collectives.is_first(),
+            "error": error,
+        }
+
+
+def wait_for_ever(folder: str) -> None:
+    import time
+
+    topology = from_environment()
+    with collectives.process_group(topology):
+        Path(folder, str(topology.rank)).touch()
+        time.sleep(600)
+
+
+def buffers() -> set[str]:
+    return {path.name for path in BUFFERS.glob("deepspeed_allreduce_buffer_*")}
+
+
+def test_exchanges_between_three_ranks() -> None:
+    results = run_ranks(3, exchange)
+    for rank, result in enumerate(results):
+        assert result == {
+            "broadcast": 7,
+            "gather": [0, 1, 2],
+            "sum": [3.0, 1.5],
+            "first": rank == 0,
+            "error": "found this; wanted that. Do so.",
+        }
+
+
+def test_without_a_group_a_process_is_alone() -> None:
+    assert collectives.broadcast(3) == 3
+    assert collectives.gather("x") == ["x"]
+    assert collectives.is_first()
+
+
+def test_killed_ranks_leave_no_shared_memory_behind(tmp_path: Path) -> None:
+    before = buffers()
+    with started_ranks(2, wait_for_ever, str(tmp_path)) as ranks:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+        assert buffers() <= before
+        for process in ranks.processes:
+            os.kill(process.pid, signal.SIGKILL)
+    assert buffers() <= before
+
+
+def test_a_killed_build_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    killed, running = (tmp_path / name / "lock" for name in ("py311_cpu/killed", "running"))
+    for lock in (killed, running):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    long_ago = time.time() - 2 * collectives.BUILD_S
+    os.utime(killed, (long_ago, long_ago))
+    collectives.remove_stale_build_locks()
+    assert not killed.exists() and running.exists()

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.training_section import TrainSection
+from dpo_dist.engine.sharding import ds_config
+from dpo_dist.errors import ConfigError
+
+NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
+
+
+def write(tmp_path: Path, value: object) -> str:
+    path = tmp_path / "own.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_built_in_files_only_shard(name: str) -> None:
+    sharding = ds_config.read_sharding(name)
+    assert ds_config.zero_stage(sharding) == int(name[4])
+    assert set(sharding) <= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+
+
+def test_all_files_are_tested() -> None:
+    assert {path.stem for path in ds_config.config_folder().glob("*.json")} == set(NAMES)
+
+
+def test_numbers_come_from_the_run_config() -> None:
+    config = ds_config.training_config(
+        TrainSection(deepspeed="zero2", max_grad_norm=0.5), "bfloat16", 6
+    )
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True}
+    assert config["train_batch_size"] == 6
+    assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
+    assert "checkpoint" not in config
+    fp32 = ds_config.training_config(TrainSection(), "float32", 1, universal=True)
+    assert fp32["bf16"] == {"enabled": False}
+    assert fp32["checkpoint"] == {"load_universal": True}
+
+
+def test_an_own_json_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 1}})
+    assert ds_config.zero_stage(ds_config.read_sharding(path)) == 1
+
+
+@pytest.mark.parametrize("key", sorted(ds_config.OWNED))
+def test_an_owned_number_is_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 1}, key: 1})
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} sets {key} (owned by {ds_config.OWNED[key]}); wanted only how to shard. Remove it "
+        "there and set the run config's key."
+    )
+
+
+def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch"}}
+    path = write(tmp_path, {"zero_optimization": zero})
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} offloads to NVMe (offload_param); wanted offload to cpu, or none. "
+        "Set its device to cpu: checkpoints do not hold what lies on NVMe."
+    )
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding("zero9")
+    assert str(caught.value) == (
+        "train.deepspeed: 'zero9' is no file; wanted a path, or one of zero0, zero1, zero2, zero3, "
+        "zero3_hpz, zero3_offload. Correct train.deepspeed."
+    )
+    with pytest.raises(ConfigError, match="is not JSON .*; wanted a DeepSpeed JSON"):
+        ds_config.read_sharding(write(tmp_path, "{"))
+    with pytest.raises(ConfigError, match="has no zero_optimization.stage; wanted a ZeRO stage"):
+        ds_config.read_sharding(write(tmp_path, {"zero_optimization": {}}))

@@ -1,0 +1,63 @@
+"""status.json: states of the stages beside each other, and what a person reads."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from support.tiny_run import dpo_dist, succeed
+
+from dpo_dist.run.status import describe_status, read_status, update_stage, update_status
+
+
+def test_stages_are_noted_beside_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    update_stage(path, "prepare", "finished", artefact="pairs")
+    update_stage(path, "train", "running")
+    status = read_status(path)
+    assert status["stage"] == "train" and status["state"] == "running"
+    assert status["stages"] == {
+        "prepare": {"state": "finished", "artefact": "pairs"},
+        "train": {"state": "running"},
+    }
+
+
+def test_what_a_person_reads() -> None:
+    status: dict[str, Any] = {
+        "stage": "train", "state": "failed", "time": time.time() - 5, "host": "n1", "pid": 7,
+        "train": {
+            "step": 10, "num_steps": 40, "seconds_per_step": 120.0, "loss": 0.5,
+            "rewards/margins": 1.25, "rewards/accuracies": 0.75, "pairs_per_second": 3.0,
+        },
+        "reference": {"num_scored": 1200, "num_missing": 2000, "pairs_per_second": 4.0},
+        "last_checkpoint": "runs/x/checkpoints/step-000010",
+        "restarts": {"total": 2},
+        "stages": {"train": {"state": "failed", "error": "boom"}},
+    }  # fmt: skip
+    lines = dict(describe_status(status))
+    assert lines.pop("updated") == "5 s ago on n1 (pid 7)"
+    assert lines == {
+        "stage": "train failed",
+        "step": "10 of 40",
+        "loss": "0.5000",
+        "margin": "1.2500",
+        "accuracy": "0.750",
+        "pairs/s": "3.00",
+        "time left": "1.0 h",
+        "reference": "1,200 of 2,000 new pairs scored, 4.00 pairs/s, 3.3 min left",
+        "last checkpoint": "runs/x/checkpoints/step-000010",
+        "restarts": "2",
+        "error": "boom",
+    }
+    status["reference"]["num_scored"] = 2000
+    assert dict(describe_status(status))["reference"] == "2,000 of 2,000 new pairs scored"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    update_status(tmp_path / "status.json", stage="train", state="running")
+    assert "train running" in succeed("status", tmp_path).stdout
+    assert json.loads(succeed("status", tmp_path, "--json").stdout)["state"] == "running"
+    done = dpo_dist("status", tmp_path / "none")
+    assert done.returncode == 2
+    assert "does not exist; wanted the folder of a run." in done.stderr
+    assert "Name the run.dir of a run.yaml." in done.stderr
