@@ -2,7 +2,7 @@
 
     python benchmarks/forward_vs_trl.py --model DIR --data ultrafeedback.jsonl --json figures.json
 
-TRL tokenises the rows and both take its ids, cut to --max-length from the start. Measured for each:
+TRL tokenizes the rows and both take its ids, cut to --max-length from the start. Measured for each:
 
     forward             no gradient; TRL: `compute_ref_log_probs`, ours: `score_pairs`
     forward + backward  sigmoid loss and gradients of all weights; TRL: `compute_loss`
@@ -216,10 +216,10 @@ def compare(theirs: System, ours: System, mode: str, repeats: int) -> dict[str, 
 
 
 def timed(call: Callable[[Any], Any], batch: Any) -> float:
-    synchronise()
+    synchronize()
     start = time.perf_counter()
     call(batch)
-    synchronise()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -245,7 +245,7 @@ def peak_bytes(system: System, call: Callable[[Any], Any], batch: Any) -> int:
     return counter.peak
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,4 +1,5 @@
-"""What a user can get wrong or run into: every error says what was found, wanted and what to do."""
+"""What a user can get wrong or run into: every error says what was found, expected and what "
+"to do."""
 
 import errno
 from typing import ClassVar
@@ -10,18 +11,18 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class DPODistError(Exception):
-    """For the terminal: `found`, then `wanted`, then `remedy`; the process exits 2."""
+    """For the terminal: `found`, then `expected`, then `remedy`; the process exits 2."""
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 
-    def __init__(self, found: str, wanted: str, remedy: str) -> None:
-        super().__init__(found, wanted, remedy)
-        self.found, self.wanted, self.remedy = found, wanted, remedy
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        super().__init__(found, expected, remedy)
+        self.found, self.expected, self.remedy = found, expected, remedy
 
     def __str__(self) -> str:
         # what was found may be a list, a line each
         separator = "\n" if "\n" in self.found else "; "
-        return f"{self.found}{separator}wanted {self.wanted}. {self.remedy}"
+        return f"{self.found}{separator}expected {self.expected}. {self.remedy}"
 
 
 class ConfigError(DPODistError):
@@ -36,8 +37,8 @@ class ModelFilesError(DPODistError):
     """A model folder lacks a file, holds an unsafe one, or is not the expected model."""
 
 
-class ArtefactError(DPODistError):
-    """An artefact of an earlier stage is missing, stale or damaged."""
+class ArtifactError(DPODistError):
+    """An artifact of an earlier stage is missing, stale or damaged."""
 
 
 class ReferenceStoreError(DPODistError):
@@ -92,5 +93,5 @@ def as_disk_error(error: BaseException) -> DiskError | None:
     return DiskError(
         f"{where}{error.strerror or error}",
         "a writable disk with free space",
-        "Mend that, then start the same command again; what was done is kept.",
+        "Fix this, then start the same command again; what was done is kept.",
     )

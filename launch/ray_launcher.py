@@ -30,7 +30,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 try:
     import ray
 except ImportError:
-    sys.exit("error: ray is not installed; wanted the extra `ray`. pip install 'dpo-dist[ray]'")
+    sys.exit("error: ray is not installed; expected the extra `ray`. pip install 'dpo-dist[ray]'")
 from ray import train
 from ray._private import state as ray_state  # nothing public tells of a node to be drained
 from ray.exceptions import RayActorError, RayError
@@ -122,9 +122,10 @@ def run(config_path: Path, overrides: list[str]) -> int:
 def count_workers(section: RaySection, nodes: list[dict[str, float]]) -> int:
     """Workers that fit on the nodes, given the resources of each and the placement."""
     per_worker = {"GPU": section.gpus_per_worker, "CPU": section.cpus_per_worker}
-    wanted = {name: amount for name, amount in per_worker.items() if amount > 0}
+    expected = {name: amount for name, amount in per_worker.items() if amount > 0}
     fitting = [
-        int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in nodes
+        int(min(node.get(name, 0.0) // amount for name, amount in expected.items()))
+        for node in nodes
     ]
     if section.placement == "STRICT_PACK":  # all on one node
         return max(fitting, default=0)

@@ -23,7 +23,7 @@ node)
     exec ray start --address="$address" --disable-usage-stats "$@"
     ;;
 *)
-    echo "ray_up.sh: $role; wanted head or node" >&2
+    echo "ray_up.sh: $role; expected head or node" >&2
     exit 2
     ;;
 esac

@@ -127,17 +127,17 @@ def test_a_shells_completion_script(installed: Path, tmp_path: Path, shell: str)
     assert f"_DPO_DIST_COMPLETE=complete_{shell}" in script
 
 
-@pytest.mark.parametrize(("words", "wanted"), [
+@pytest.mark.parametrize(("words", "expected"), [
     ("dpo-dist tr", ["train"]),
     ("dpo-dist import", ["import-trl"]),
     ("dpo-dist train run.yaml train.w", ["train.warmup_ratio=", "train.weight_decay="]),
     ("dpo-dist plan run.yaml data.train.0.l", ["data.train.0.limit="]),
 ])  # fmt: skip
-def test_completion(installed: Path, tmp_path: Path, words: str, wanted: list[str]) -> None:
+def test_completion(installed: Path, tmp_path: Path, words: str, expected: list[str]) -> None:
     shell = {"_DPO_DIST_COMPLETE": "complete_bash", "COMP_WORDS": words}
     last = str(len(words.split()) - 1)
     found = run(installed / "dpo-dist", cwd=tmp_path, COMP_CWORD=last, **shell)
-    assert found.split() == wanted
+    assert found.split() == expected
 
 
 def test_override_names_are_what_load_config_takes() -> None:
@@ -170,10 +170,10 @@ def test_a_clean_venv(wheel: Path, tmp_path: Path, extra: str) -> None:
     """Only what the wheel asks for is installed; without an extra a whole run is made of it."""
     folder = tmp_path / "venv"
     venv.create(folder, with_pip=True)
-    wanted = f"{wheel}[{extra}]" if extra else str(wheel)
+    expected = f"{wheel}[{extra}]" if extra else str(wheel)
     pins = ROOT / "constraints.txt"
     pip = (folder / "bin/python", "-m", "pip", "install", "-q", "-c", pins)
-    run(*pip, wanted, cwd=tmp_path, timeout_s=1200)
+    run(*pip, expected, cwd=tmp_path, timeout_s=1200)
     command = folder / "bin/dpo-dist"
     versions = json.loads(run(command, "doctor", "--json", cwd=tmp_path))["versions"]
     asked = {*map(name_of, [*PROJECT["dependencies"], *EXTRAS.get(extra, [])])}

@@ -14,7 +14,7 @@ from dpo_dist.cli.judge import judge
 from dpo_dist.cli.rank import launch, print_error, run_or_launch, set_up_command
 from dpo_dist.config.keys import explain_keys, override_names, to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import ArtefactError, ConfigError, DPODistError, as_disk_error
+from dpo_dist.errors import ArtifactError, ConfigError, DPODistError, as_disk_error
 from dpo_dist.run import pipeline
 from dpo_dist.run.manifest import write_atomic
 from dpo_dist.run.run_dir import RunDir
@@ -45,8 +45,8 @@ AnswerFormat = StrEnum("AnswerFormat", ["jsonl", "fastchat"])
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
 
@@ -104,9 +104,9 @@ def sweep(
 
     if slurm or ray:
         flags = {"--train-only": train_only, "--dry-run": dry_run, f"--at-once={at_once}": at_once}
-        wanted = [flag for flag, given in flags.items() if given]
+        given_flags = [flag for flag, given in flags.items() if given]
         launcher = "slurm_sweep" if slurm else "ray_sweep"
-        code = sweep_here.hand_over(launcher, [str(config_path), *(overrides or []), *wanted])
+        code = sweep_here.hand_over(launcher, [str(config_path), *(overrides or []), *given_flags])
         raise typer.Exit(code)
     planned = plan_sweep(config_path, overrides or [], train_only=train_only)
     if dry_run:
@@ -138,7 +138,7 @@ def prepare(
         int, typer.Option(help="Show this many rendered pairs and write nothing.")
     ] = 0,
 ) -> None:
-    """Preference rows -> tokenised pairs."""
+    """Preference rows -> tokenized pairs."""
     if preview:
         from dpo_dist.stages import prepare as prepare_stage
 
@@ -271,7 +271,7 @@ def status(
     """Stage, step, loss, pairs/s, time left, last checkpoint and restarts of a run."""
     path = RunDir(run_dir).status_path
     if not path.is_file():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path} does not exist", "the folder of a run", "Name the run.dir of a run.yaml."
         )
     values = read_status(path)

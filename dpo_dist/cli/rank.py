@@ -13,7 +13,7 @@ import typer
 
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import EXIT_RESTART, ArtefactError, DPODistError, as_disk_error
+from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run import pipeline
 from dpo_dist.run.attempts import begin
@@ -72,7 +72,7 @@ def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
         with run_lock.held(paths, stage.name) if lead else contextlib.nullcontext():
             noted = rank_failure_path(log_dir, topology.rank) if attempt and topology.rank else None
             code = _guarded(stage, config, paths, lead, noted)
-    except ArtefactError as error:  # the folder is another job's, and so is its status.json
+    except ArtifactError as error:  # the folder is another job's, and so is its status.json
         print_error(error)
         code = error.exit_code
     _leave(code)
@@ -88,8 +88,8 @@ def _guarded(
     logger = logging.getLogger("dpo_dist")
     try:
         tell("running")
-        artefact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
-        tell("finished", artefact=str(artefact))
+        artifact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
+        tell("finished", artefact=str(artifact))
         return 0
     except Stopped as stopped:
         logger.info("%s; start the same command again to go on", stopped)

@@ -34,7 +34,7 @@ from dpo_dist.engine.model.model_choice import (
     digest_of_chosen,
     load_chosen,
 )
-from dpo_dist.errors import ArtefactError, DataError
+from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
 from dpo_dist.model_files.files import digest_of_tokenizer
 from dpo_dist.model_files.of_run import base_model_dir
@@ -115,14 +115,14 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
     """Answers every question of a file and writes the answer file; its path.
 
     `which` is a name or a path as `choose_model` takes it. A file that is current is left alone.
-    Raises ArtefactError when one of other settings is there, or another process is writing it.
+    Raises ArtifactError when one of other settings is there, or another process is writing it.
     """
     questions, settings = read_questions(prompts_path), config.generate
     base_dir = base_model_dir(config)
     choice = choose_model(which, RunDir(config.run.dir), base_dir)
     out = out or RunDir(config.run.dir).answers_path(choice.name, form == "fastchat")
     if out.is_dir() or out.suffix != ".jsonl":
-        raise ArtefactError(f"--out {out}", "a file that ends in .jsonl", "Correct its name.")
+        raise ArtifactError(f"--out {out}", "a file that ends in .jsonl", "Correct its name.")
     manifest = _manifest(config, choice, base_dir, prompts_path, form, out)
     with _alone_with(out) as stream:
         if _is_current(out, manifest):
@@ -151,7 +151,7 @@ def _alone_with(out: Path) -> Iterator[TextIO]:
         except (BlockingIOError, FileNotFoundError):  # not found: it was just finished and renamed
             held = False
         if not held:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{partial} is being written by another generate",
                 "one at a time",
                 "Wait for it, or choose another --out.",
@@ -216,12 +216,12 @@ def _manifest(
 
 
 def _is_current(out: Path, manifest: Manifest) -> bool:
-    """Whether the answers are all there; raises ArtefactError when others lie in their place."""
+    """Whether the answers are all there; raises ArtifactError when others lie in their place."""
     beside, partial = manifest_beside(out), partial_path(out)
     begun = out.exists() or (partial.exists() and partial.stat().st_size > 0)
     if not beside.exists():
         if begun:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{out} is there without {beside.name}",
                 "a name that is free",
                 "Choose another --out, or move the file away.",
@@ -231,7 +231,7 @@ def _is_current(out: Path, manifest: Manifest) -> bool:
     found = differences(old["settings"], manifest.settings)
     found += differences(old["inputs"], manifest.inputs, "input ")
     if found and begun:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out} was begun with other settings ({'; '.join(found)})",
             "the settings of this run config and the same inputs",
             f"Choose another --out, or delete {out.name}* in {out.parent}.",

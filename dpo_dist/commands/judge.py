@@ -28,7 +28,7 @@ from dpo_dist.data.answers.answer_files import (
 )
 from dpo_dist.data.answers.questions import QuestionId, read_questions
 from dpo_dist.data.rows.messages import text_of
-from dpo_dist.errors import ArtefactError, DPODistError, EndpointError
+from dpo_dist.errors import ArtifactError, DPODistError, EndpointError
 from dpo_dist.judging.comparison import (
     REMINDER,
     Dialogue,
@@ -224,7 +224,7 @@ def _replies(paths: JudgedDir) -> Iterator[tuple[TextIO, dict[str, dict[str, Any
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{paths.replies_path} is being written by another judge",
                 "one at a time",
                 "Wait for it, or choose another --out.",

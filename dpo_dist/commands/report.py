@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_dist import __version__
 from dpo_dist.engine.checkpoints.retention import marked
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.metrics.curves import HELD_OUT, Line, displacement, points
 from dpo_dist.metrics.writer import read_lines
 from dpo_dist.report import sections as report_sections
@@ -28,12 +28,12 @@ from dpo_dist.run.status import duration, read_status
 def run(run_dir: Path) -> Path:
     """Writes the report of a run folder and returns its page.
 
-    Raises ArtefactError when the folder is no run's, or when the report cannot be written; an
+    Raises ArtifactError when the folder is no run's, or when the report cannot be written; an
     older report then stays as it was.
     """
     paths = RunDir(run_dir)
     if not paths.status_path.is_file():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{paths.status_path} does not exist",
             "the folder of a run",
             "Name the run.dir of a run.yaml.",
@@ -43,10 +43,10 @@ def run(run_dir: Path) -> Path:
             (folder / REPORT_PAGE_NAME).write_text(_page(paths, folder), encoding="utf-8")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        raise ArtefactError(
+        raise ArtifactError(
             f"{paths.report_dir} could not be written ({error.strerror or error}{where})",
             "a writable folder with free space",
-            "Mend that and run `dpo-dist report` again; nothing half-written is left.",
+            "Fix this and run `dpo-dist report` again; nothing half-written is left.",
         ) from error
     return paths.report_dir / REPORT_PAGE_NAME
 

@@ -40,7 +40,7 @@ class SlurmJobSection(Section):
         if isinstance(value, int):
             raise ValueError(
                 f"slurm time: the number {value}, which is how YAML reads 12:00:00 without quotes; "
-                "wanted text. Put it in quotes."
+                "expected text. Put it in quotes."
             )
         return value
 

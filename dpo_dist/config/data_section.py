@@ -1,4 +1,4 @@
-"""Sections of a run config about the pairs: sources, the gate, tokenising."""
+"""Sections of a run config about the pairs: sources, the gate, tokenizing."""
 
 from typing import Literal
 
@@ -61,7 +61,7 @@ class DataSection(Section):
     on_overlap: Policy = Field("drop", description="Held-out pair whose prompt is trained on.")
     max_dropped: Fraction = Field(0.5, description="Refuse when more than this share is dropped.")
     num_workers: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Tokenising processes; auto: one a core, at most 16."
+        "auto", description="Tokenizing processes; auto: one a core, at most 16."
     )
 
     @property

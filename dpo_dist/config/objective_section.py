@@ -96,17 +96,17 @@ def objective_contradictions(objective: ObjectiveSection) -> Iterator[str]:
     names = objective.names
     listed = ", ".join(names) or "none"
     if not names:
-        yield "objective.loss: an empty list; wanted one loss at least. Name one."
+        yield "objective.loss: an empty list; expected one loss at least. Name one."
     weights = objective.loss_weights
     if weights is not None and len(weights) != len(names):
         yield (
             f"objective.loss_weights: {len(weights)} for {len(names)} of objective.loss "
-            f"({listed}); wanted as many. Give every loss its weight, or leave the key out."
+            f"({listed}); expected as many. Give every loss its weight, or leave the key out."
         )
     yield from _unused(objective, listed)
     if "exo_pair" in names and objective.label_smoothing == 0:
         yield (
-            "objective.label_smoothing: 0.0 with loss exo_pair; wanted above 0, because exo_pair "
+            "objective.label_smoothing: 0.0 with loss exo_pair; expected above 0, because exo_pair "
             "takes its logarithm. Its paper uses 0.001."
         )
     if objective.f_divergence_type != "reverse_kl":
@@ -135,14 +135,14 @@ def _unused(objective: ObjectiveSection, listed: str) -> Iterator[str]:
         value, default = getattr(objective, key), ObjectiveSection.model_fields[key].default
         if value != default and names and not set(names) & set(losses):
             yield (
-                f"objective.{key}: {value} with loss {listed}; wanted {default}, or "
+                f"objective.{key}: {value} with loss {listed}; expected {default}, or "
                 f"{_either(losses)}. No other loss reads it."
             )
     alpha = objective.f_alpha_divergence_coef
     if alpha != 0.5 and objective.f_divergence_type != "alpha_divergence":
         yield (
             f"objective.f_alpha_divergence_coef: {alpha} with f_divergence_type "
-            f"{objective.f_divergence_type}; wanted 0.5, or alpha_divergence. No other reads it."
+            f"{objective.f_divergence_type}; expected 0.5, or alpha_divergence. No other reads it."
         )
 
 
@@ -151,12 +151,12 @@ def _reference_free(objective: ObjectiveSection) -> Iterator[str]:
     others = [name for name in objective.names if name not in (*REFERENCE_FREE, "sft")]
     if others:
         yield (
-            f"objective.loss: {free} beside {', '.join(others)}; wanted losses that all have a "
+            f"objective.loss: {free} beside {', '.join(others)}; expected losses that all have a "
             f"reference, or none. {free} has none: its rewards are other numbers."
         )
     if objective.ld_alpha != 1:
         yield (
-            f"objective.ld_alpha: {objective.ld_alpha} with loss {free}; wanted 1.0, because "
+            f"objective.ld_alpha: {objective.ld_alpha} with loss {free}; expected 1.0, because "
             f"{free} takes the mean over all tokens of an answer. Leave it out."
         )
 
@@ -166,7 +166,7 @@ def _refused(
 ) -> Iterator[str]:
     others = [name for name in names if name not in allowed]
     if others:
-        yield f"{found} with loss {', '.join(others)}; wanted {_either(allowed)}. {reason}"
+        yield f"{found} with loss {', '.join(others)}; expected {_either(allowed)}. {reason}"
 
 
 def _either(losses: Sequence[str]) -> str:

@@ -63,39 +63,40 @@ class RunConfig(Section):
 
 
 def contradictions(config: RunConfig) -> Iterator[str]:
-    """What is wrong between keys that are right one by one: found, wanted, remedy."""
+    """What is wrong between keys that are right one by one: found, expected, remedy."""
     objective = config.objective
     yield from objective_contradictions(objective)
     if objective.reference_free and config.reference.model is not None:
         yield (
             f"reference.model: {config.reference.model} with loss {', '.join(objective.names)}, "
-            "which has no reference; wanted none. Leave it out."
+            "which has no reference; expected none. Leave it out."
         )
     if objective.router_aux_loss_coef and config.train.gradient_checkpointing:
         yield (
             "train.gradient_checkpointing: true with objective.router_aux_loss_coef "
-            f"{objective.router_aux_loss_coef}; wanted false, because the routers of a recomputed "
+            f"{objective.router_aux_loss_coef}; expected false, because the routers of a "
+            "recomputed "
             "layer pass no gradient on. Set train.gradient_checkpointing to false."
         )
     best_by, checkpoint, evaluation = config.checkpoint.best_by, config.checkpoint, config.eval
     if best_by is not None and checkpoint.every_steps % evaluation.every_steps:
         yield (
             f"checkpoint.every_steps: {checkpoint.every_steps} with eval.every_steps "
-            f"{evaluation.every_steps} and checkpoint.best_by {best_by}; wanted a multiple of "
+            f"{evaluation.every_steps} and checkpoint.best_by {best_by}; expected a multiple of "
             "eval.every_steps. A checkpoint needs an evaluation to be compared by."
         )
-    for key, wanted in (
+    for key, expected in (
         ("eval.patience", evaluation.patience is not None),
         ("export.checkpoint: best", config.export.checkpoint == "best"),
     ):
-        if wanted and best_by is None:
-            yield f"{key} without checkpoint.best_by; wanted the metric to go by. Set it."
+        if expected and best_by is None:
+            yield f"{key} without checkpoint.best_by; expected the metric to go by. Set it."
     yield from _adapter_contradictions(config.adapter, config.model)
     for split, sections in (("train", config.data.train), ("eval", config.data.eval)):
         for index, section in enumerate(sections):
             if section.streaming and section.format == "labelled":
                 yield (
-                    f"data.{split}.{index}.streaming: true with format labelled; wanted a source "
+                    f"data.{split}.{index}.streaming: true with format labelled; expected a source "
                     "that can be read by position, since a partner may stand anywhere. Remove "
                     "streaming, or pair the rows beforehand."
                 )
@@ -105,25 +106,27 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if config.export.hub_folder not in ("auto", *made):
         yield (
             f"export.hub_folder: {config.export.hub_folder}, which this run does not export; "
-            f"wanted auto or {' or '.join(made)}."
+            f"expected auto or {' or '.join(made)}."
         )
     fewest, workers = config.ray.min_workers, config.ray.workers
     if fewest is not None and fewest > workers:
-        yield (f"ray.min_workers: {fewest} with ray.workers {workers}; wanted at most that many.")
+        yield (f"ray.min_workers: {fewest} with ray.workers {workers}; expected at most that many.")
     if config.model.quantization is not None and config.adapter is None:
         yield (
-            f"model.quantization: {config.model.quantization} without an adapter section; wanted "
-            "one, because quantised weights are frozen. Add `adapter: {}`."
+            f"model.quantization: {config.model.quantization} without an adapter section; expected "
+            "one, because quantized weights are frozen. Add `adapter: {}`."
         )
     elif config.model.quantization is not None and config.adapter and config.adapter.use_dora:
         yield (
-            "adapter.use_dora: true with model.quantization; wanted LoRA. DoRA trains the lengths "
-            "of the quantised rows, which the full-precision rows of the merge do not have."
+            "adapter.use_dora: true with model.quantization; expected LoRA. DoRA trains the "
+            "lengths "
+            "of the quantized rows, which the full-precision rows of the merge do not have."
         )
     if config.train.optimizer == "muon" and config.train.max_grad_norm > 0:
         yield (
-            f"train.max_grad_norm: {config.train.max_grad_norm} with train.optimizer muon; wanted "
-            "0. ZeRO would clip the orthogonalised step, not the gradient."
+            f"train.max_grad_norm: {config.train.max_grad_norm} with train.optimizer muon; "
+            "expected "
+            "0. ZeRO would clip the orthogonalized step, not the gradient."
         )
 
 
@@ -131,7 +134,7 @@ def _adapter_contradictions(adapter: AdapterSection | None, model: ModelSection)
     if adapter is None:
         return
     if adapter.path is None and adapter.start == "merge":
-        yield "adapter.start: merge without adapter.path; wanted an adapter to merge. Set it."
+        yield "adapter.start: merge without adapter.path; expected an adapter to merge. Set it."
     if adapter.path is not None and adapter.start == "continue":
         own = {"path", "start", "dropout"}
         for name, field in AdapterSection.model_fields.items():
@@ -145,7 +148,7 @@ def _adapter_contradictions(adapter: AdapterSection | None, model: ModelSection)
     if model.add_tokens and fresh and not adapter.modules_to_save:
         yield (
             "model.add_tokens: with an adapter that leaves the embeddings frozen, so that the new "
-            "tokens would all stay the same; wanted them trained. Name embeddings and head in "
+            "tokens would all stay the same; expected them trained. Name embeddings and head in "
             "adapter.modules_to_save, such as [embed_tokens, lm_head]."
         )
 

@@ -86,7 +86,7 @@ def step_pair_indices(
     They stand at positions [step * G, (step + 1) * G) of the epoch permutations laid end to end.
     A step that crosses into the next epoch can hold a pair twice, once for each epoch.
     """
-    assert num_pairs > 0, f"num_pairs is {num_pairs}, wanted at least 1"
+    assert num_pairs > 0, f"num_pairs is {num_pairs}, expected at least 1"
     position, end = step * global_batch_size, (step + 1) * global_batch_size
     pieces: list[npt.NDArray[np.int64]] = []
     while position < end:
@@ -206,7 +206,7 @@ def _level(order: list[int], tokens: list[int], capacity: int, num_bins: int) ->
 def _deal(micro_batches: list[MicroBatch], lengths: IntArray, world_size: int) -> Plan:
     """Deals the micro-batches to ranks; their number is a multiple of world_size.
 
-    The ranks wait for the slowest in every micro-step, so neighbours in size go together, and
+    The ranks wait for the slowest in every micro-step, so neighbors in size go together, and
     the largest of them to the rank that has had least.
     """
     sized = [

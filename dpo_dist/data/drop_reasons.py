@@ -108,7 +108,7 @@ TRUNCATED: Final = "truncated"
 # name -> meaning; a kept pair can have several, bit 1 << index.
 NOTES = {
     CUT_TO_SHARED: "dialogues differ before the last turn: cut to the shared part",
-    MERGED_BOUNDARY: "tokens would merge across prompt and answer: tokenised apart",
+    MERGED_BOUNDARY: "tokens would merge across prompt and answer: tokenized apart",
     REWRITTEN_PROMPT: "the template renders the prompt otherwise before an answer: cut there",
     SPECIAL_IN_TEXT: "the text itself holds a special token of the tokenizer",
     ANSWER_IS_PROMPT: "an answer repeats the prompt word for word",

@@ -1,4 +1,4 @@
-"""The artefact of the prepare stage, as the other stages read it.
+"""The artifact of the prepare stage, as the other stages read it.
 
     pairs/
         train/ eval/     Arrow data sets that `datasets.load_from_disk` also opens
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, pair_key
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.wording import first_line
@@ -93,7 +93,7 @@ class Pairs:
         return self.table["origin"][index].as_py()
 
     def token_ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected ids; raises ArtefactError when they do not have their key."""
+        """Prompt, chosen and rejected ids; raises ArtifactError when they do not have their key."""
         prompt, chosen, rejected = (
             self.table[name][index].values.to_numpy()
             for name in ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -104,7 +104,7 @@ class Pairs:
 
 
 def open_pairs(pairs_dir: Path, split: str) -> Pairs:
-    """Opens a split; raises ArtefactError when it is missing or damaged."""
+    """Opens a split; raises ArtifactError when it is missing or damaged."""
     expected = read_manifest(pairs_dir).details["splits"].get(split)
     folder = pairs_dir / split
     if expected is None:
@@ -137,8 +137,8 @@ def list_lengths(column: pa.ListArray | pa.ChunkedArray) -> IntArray:
     return pc.call_function("list_value_length", [column]).to_numpy().astype(np.int64)
 
 
-def _damaged(folder: Path, what: str) -> ArtefactError:
-    return ArtefactError(
+def _damaged(folder: Path, what: str) -> ArtifactError:
+    return ArtifactError(
         f"{folder} {what}",
         "prepared pairs as they were written",
         f"Delete {folder.parent} and run `dpo-dist prepare` again.",

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 def make_base(config: RunConfig) -> None:
     """Writes the run's own base model unless it is current, or none is needed.
 
-    Raises ArtefactError when one made from other settings or files stands there, ModelFilesError
+    Raises ArtifactError when one made from other settings or files stands there, ModelFilesError
     when model or adapter are not usable, ConfigError when added tokens would stay untrained.
     """
     if not makes_base(config):

@@ -112,7 +112,7 @@ def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
             except ReferenceStoreError as error:
                 held = explain_miss(store_root(config), contract)
                 raise ReferenceStoreError(
-                    "; ".join([error.found, *held]), error.wanted, error.remedy
+                    "; ".join([error.found, *held]), error.expected, error.remedy
                 ) from None
     received = collectives.broadcast(reference)
     assert received is not None, "rank 0 sent no reference log-probs"

@@ -116,7 +116,7 @@ def checked_work(config: RunConfig) -> Work:
     """The prepared pairs, once nothing is left that training would refuse without a model.
 
     The reference pass asks too: what comes after hours of it is found before them. Raises
-    ArtefactError without pairs, DataError when they do not suffice, ConfigError when the
+    ArtifactError without pairs, DataError when they do not suffice, ConfigError when the
     sharding or the optimizer is wrong or an optional package is missing.
     """
     settings, model = config.train, config.model

@@ -100,7 +100,7 @@ def _explain(error: Exception, repo_id: str, endpoint: str) -> HubError:
     if code is not None:
         return HubError(
             f"{endpoint} answers {code} ({said})", "a hub that takes the push",
-            f"Mend what it names. {again}",
+            f"Fix what it names. {again}",
         )  # fmt: skip
     return HubError(
         f"the push to {endpoint} broke off ({type(cause).__name__}: {said})",

@@ -40,7 +40,7 @@ def base_settings(config: RunConfig) -> dict[str, Any]:
 def base_model_dir(config: RunConfig) -> Path:
     """Local folder of the base model: model.path, or what `prepare` made of it.
 
-    Raises ArtefactError when the run's own is not there, or was made with other settings.
+    Raises ArtifactError when the run's own is not there, or was made with other settings.
     """
     if not makes_base(config):
         return source_model_dir(config)

@@ -86,18 +86,18 @@ class _CompletionLogps(torch.autograd.Function):
         ctx.logit_scale, ctx.softcap, ctx.rows = logit_scale, softcap, rows
         buffer = _chunk_buffer(hidden, weight, rows)
         logps = buffer.new_empty(hidden.shape[0])
-        log_normalisers = torch.empty_like(logps)
+        log_normalizers = torch.empty_like(logps)
         log_sum_sq = torch.empty_like(logps) if sum_sq else None
         for chunk in _chunks(hidden.shape[0], rows):
             logits = _logits(buffer, hidden[chunk], weight, bias, logit_scale, softcap)
             logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
-            log_normalisers[chunk] = _logsumexp_(logits)
+            log_normalizers[chunk] = _logsumexp_(logits)
             if log_sum_sq is not None:
                 log_sum_sq[chunk] = _log_sum_sq_(logits)
-        ctx.save_for_backward(hidden, targets, log_normalisers)
+        ctx.save_for_backward(hidden, targets, log_normalizers)
         if log_sum_sq is not None:
             ctx.mark_non_differentiable(log_sum_sq)
-        return logps.sub_(log_normalisers), log_sum_sq
+        return logps.sub_(log_normalizers), log_sum_sq
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ class _CompletionLogps(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_logps, *_ = grad_outputs
-        hidden, targets, log_normalisers = ctx.saved_tensors
+        hidden, targets, log_normalizers = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -115,7 +115,7 @@ class _CompletionLogps(torch.autograd.Function):
         for chunk in _chunks(hidden.shape[0], ctx.rows):
             logits = _logits(buffer, hidden[chunk], weight, bias, ctx.logit_scale, ctx.softcap)
             grad = _grad_logits_(
-                logits, targets[chunk], log_normalisers[chunk], grad_logps[chunk], ctx.softcap
+                logits, targets[chunk], log_normalizers[chunk], grad_logps[chunk], ctx.softcap
             )
             if grad_bias is not None:
                 grad_bias.add_(grad.sum(0), alpha=ctx.logit_scale)
@@ -176,7 +176,7 @@ def _log_sum_sq_(exponentials: Tensor) -> Tensor:
 def _grad_logits_(
     logits: Tensor,
     targets: Tensor,
-    log_normalisers: Tensor,
+    log_normalizers: Tensor,
     grad_logps: Tensor,
     softcap: float | None,
 ) -> Tensor:
@@ -187,7 +187,7 @@ def _grad_logits_(
     slopes = None
     if softcap is not None:
         slopes = (logits / softcap).square_().neg_().add_(1.0)
-    grad = logits.sub_(log_normalisers[:, None]).exp_().neg_()
+    grad = logits.sub_(log_normalizers[:, None]).exp_().neg_()
     grad.scatter_add_(1, targets[:, None], torch.ones_like(grad[:, :1]))
     grad *= grad_logps[:, None]
     return grad if slopes is None else grad.mul_(slopes)

@@ -34,7 +34,7 @@ def sigmoid(logps: PairLogps, objective: Objective) -> Tensor:
 
 
 def sigmoid_norm(logps: PairLogps, objective: Objective) -> Tensor:
-    """Length-normalised DPO: as `sigmoid`, with scores per completion token; (B,).
+    """Length-normalized DPO: as `sigmoid`, with scores per completion token; (B,).
 
     Lambert et al. 2024 (Tulu 3, arXiv:2411.15124), which trains with beta 5.
     """
@@ -192,7 +192,7 @@ def orpo(logps: PairLogps, objective: Objective) -> Tensor:
 
 def orpo_nll(logps: PairLogps) -> Tensor:
     """(B,) shares of the negative log-likelihood per token of prompt and chosen."""
-    assert logps.prompt_logps is not None and logps.prompt_lengths is not None, "wanted prompts"
+    assert logps.prompt_logps is not None and logps.prompt_lengths is not None, "expected prompts"
     tokens = logps.prompt_lengths - 1 + logps.chosen_lengths
     per_pair = logps.mean_sequence_length or tokens.double().mean().item()
     return -(logps.prompt_logps + logps.policy_chosen_logps) / per_pair

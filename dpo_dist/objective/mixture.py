@@ -49,7 +49,7 @@ def policy_weights(logps: PairLogps) -> Tensor:
     Zhou et al. 2024 (WPO, arXiv:2406.11827), equation 2 with its sampled alignment: of either
     completion exp(mean over tokens of log p(token) - log sum_v p(v)^2), and their product.
     """
-    assert logps.sum_sq_logps is not None, "wanted sums of log sum_v p(v)^2"
+    assert logps.sum_sq_logps is not None, "expected sums of log sum_v p(v)^2"
     aligned = (logps.all_token_logps - logps.sum_sq_logps).detach() / logps.lengths
     return aligned.sum(1).exp()
 
@@ -61,7 +61,7 @@ def router_aux_loss(logps: PairLogps) -> Tensor:
     Fedus et al. 2021 (Switch Transformer, arXiv:2101.03961), equations 4 to 6. The tokens are those
     of prompt + chosen and prompt + rejected, so a prompt counts twice, as in a padded batch.
     """
-    assert logps.expert_counts is not None and logps.expert_probs is not None, "wanted routers"
+    assert logps.expert_counts is not None and logps.expert_probs is not None, "expected routers"
     probs = logps.expert_probs.sum(0)  # of every token and layer they add up to one
     num_rows = probs.detach().sum()
     choices = logps.expert_counts.sum(0).detach() / num_rows

@@ -93,10 +93,10 @@ class PairLogps:
 
         The columns of `policy` are those of `terms`, of the others chosen, rejected.
         """
-        wanted = {"policy": (policy, terms.num_columns), "reference": (reference, 2)}
-        for name, (tensor, width) in (wanted | {"lengths": (lengths, 2)}).items():
+        expected = {"policy": (policy, terms.num_columns), "reference": (reference, 2)}
+        for name, (tensor, width) in (expected | {"lengths": (lengths, 2)}).items():
             assert tensor.shape == (len(policy), width), (
-                f"{name} has shape {tuple(tensor.shape)}, wanted {(len(policy), width)}"
+                f"{name} has shape {tuple(tensor.shape)}, expected {(len(policy), width)}"
             )
         parts = terms.split(policy)
         return cls(

@@ -83,5 +83,5 @@ def metric_sums(logps: PairLogps, losses: torch.Tensor, objective: Objective) ->
 def metric_means(sums: torch.Tensor, names: Sequence[str] = METRIC_NAMES) -> dict[str, float]:
     """Turns (M,) sums into name -> mean over pairs; `num_pairs` itself is left out."""
     count, *totals = map(float, sums.cpu())
-    assert count > 0, f"metrics of {count} pairs have no mean, wanted at least one pair"
+    assert count > 0, f"metrics of {count} pairs have no mean, expected at least one pair"
     return {name: total / count for name, total in zip(names[1:], totals, strict=True)}

@@ -6,7 +6,7 @@
 3. `host_lines`: what an offloaded optimizer holds in host memory instead.
 4. `estimate` adds them up. Beside it: the reference pass, disk and FLOPs.
 
-Every amount is a `Line` that carries its own arithmetic. tests/planning/test_estimate.py compares the lines
+Every amount is a `Line` that carries its own arithmetic. A test compares the lines
 with what DeepSpeed and autograd really hold; docs/planning.md says what they leave out.
 
 d bytes of an element of `dtype`, D hidden size.
@@ -172,13 +172,13 @@ def parameter_lines(setup: Setup) -> Iterator[Line]:
     """
     shape, d = setup.shape, setup.dtype_bytes
     packed, ranks = shape.num_quantized, _ranks(setup, from_stage=3)
-    kind = "unquantised " if packed else ""
+    kind = "unquantized " if packed else ""
     yield _share("parameters", d, shape.num_parameters - packed, kind, ranks)
     if packed:
-        yield _share("nf4_parameters", 0.5, packed, "quantised ", ranks)
+        yield _share("nf4_parameters", 0.5, packed, "quantized ", ranks)
         scale = f"1/{NF4_BLOCK} + 4/{NF4_BLOCK * NF4_SCALES_A_BLOCK}"
         num_bytes = packed * (1 + 4 / NF4_SCALES_A_BLOCK) / NF4_BLOCK
-        text = f"({scale}) bytes x {_count(packed)} quantised parameters, on every rank"
+        text = f"({scale}) bytes x {_count(packed)} quantized parameters, on every rank"
         yield Line("nf4_scales", round(num_bytes), text)
 
 
@@ -299,7 +299,7 @@ def export_lines(shape: ModelShape, d: int, adapter: bool, merge: bool) -> Itera
 def layer_bytes(shape: ModelShape, d: int, dropout: bool = False) -> int:
     """Bytes that autograd keeps of one token in one layer.
 
-    A norm keeps its input in float32 and its normalised value; the attention q, k and v (with
+    A norm keeps its input in float32 and its normalized value; the attention q, k and v (with
     every prompt at most twice) and its output twice; a gated MLP gate, activation, up and product;
     linear layers their inputs, where nothing has them yet. Experts keep their gathered input and
     their output. An adapter keeps what lies between its two matrices and, with dropout, its own
@@ -354,7 +354,7 @@ def _gathered(setup: Setup) -> Iterator[Line]:
     shape, sharding, d = setup.shape, setup.sharding, setup.dtype_bytes
     if shape.num_quantized:
         largest = shape.largest_quantized
-        text = f"{d} bytes x {_count(largest)} of the largest quantised layer"
+        text = f"{d} bytes x {_count(largest)} of the largest quantized layer"
         yield Line("unpacked_layer", d * largest, text)
     if sharding.stage == 3 and setup.world_size > 1:
         head, held = shape.vocab_size * shape.hidden_size, _held_parameters(shape, d)

@@ -39,5 +39,5 @@ def as_key_array(keys: Keys) -> npt.NDArray[np.bytes_]:
         return rows.view(KEY_DTYPE).reshape(-1)
     strings = list(keys)
     wrong = {len(key) for key in strings} - {KEY_BYTES}
-    assert not wrong, f"keys of {sorted(wrong)} bytes, wanted {KEY_BYTES}"
+    assert not wrong, f"keys of {sorted(wrong)} bytes, expected {KEY_BYTES}"
     return np.array(strings, dtype=KEY_DTYPE)

@@ -86,7 +86,7 @@ def read_part(path: Path, contract_digest: str) -> Rows | None:
 
 def _number(name: str) -> int:
     match = _PART_NAME.fullmatch(name)
-    assert match, f"{name} is no part name, wanted {_PART_NAME.pattern}"
+    assert match, f"{name} is no part name, expected {_PART_NAME.pattern}"
     return int(match[1])
 
 

@@ -122,7 +122,7 @@ class ReferenceStore:
         """
         key_array = as_key_array(keys)
         assert logps.shape == (len(key_array), 2), f"logps {logps.shape} for {len(key_array)} keys"
-        assert logps.dtype == np.float32, f"logps are {logps.dtype}, wanted float32"
+        assert logps.dtype == np.float32, f"logps are {logps.dtype}, expected float32"
         _check_finite(logps, pair_indices)
         self.refresh()
         _, present = self._find(key_array)
@@ -224,15 +224,15 @@ def _stored_contract(directory: Path) -> StoredContract:
 
 
 def _differences(fields: dict[str, Any], contract: ScoringContract) -> list[str]:
-    """`name found, wanted other` for each field that differs, also those of another version."""
+    """`name found, expected other` for each field that differs, also those of another version."""
     if not fields:
         return ["unknown settings: its contract.json is unreadable"]
-    wanted = dataclasses.asdict(contract)
-    names = [*wanted, *(name for name in fields if name not in wanted)]
+    expected = dataclasses.asdict(contract)
+    names = [*expected, *(name for name in fields if name not in expected)]
     return [
-        f"{name} {_short(fields.get(name))}, wanted {_short(wanted.get(name))}"
+        f"{name} {_short(fields.get(name))}, expected {_short(expected.get(name))}"
         for name in names
-        if fields.get(name) != wanted.get(name)
+        if fields.get(name) != expected.get(name)
     ]
 
 
@@ -268,5 +268,5 @@ def _io_error(action: str, directory: Path, error: OSError) -> ReferenceStoreErr
     return ReferenceStoreError(
         f"cannot {action} the reference store {directory} ({error.strerror})",
         "a readable and writable folder, free space, and a file system with hard links",
-        "Mend that, or set reference.store_dir to another folder.",
+        "Fix this, or set reference.store_dir to another folder.",
     )

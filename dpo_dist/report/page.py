@@ -14,7 +14,7 @@ from dpo_dist.report import svg
 
 Row = Sequence[Any]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# after svg.STYLE: its charts get this page's colours, in light and dark alike
+# after svg.STYLE: its charts get this page's colors, in light and dark alike
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #e1e5ea; --paper: #ffffff;
   --wash: #f6f8fa; --faint: #5b6675; --rule: #e1e5ea; --c0: #0072b2; --c1: #d55e00; --c2: #009e73;

@@ -11,7 +11,7 @@ from dpo_dist.metrics.curves import HELD_OUT, Line, Plot, points, smoothed
 SIZE_INCHES = (6.4, 3.3)
 DPI = 160
 FEW = 40  # points; so many are drawn as they are, more with a smoothed line over them
-# colour-blind safe (Okabe and Ito); the first of a picture with one metric, then the second
+# color-blind safe (Okabe and Ito); the first of a picture with one metric, then the second
 COLOURS = ("#0072b2", "#d55e00")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -57,7 +57,7 @@ def plot_path(folder: Path, plot: Plot) -> Path:
 
 @contextlib.contextmanager
 def _pyplot() -> Iterator[Any]:
-    """matplotlib without a display, in our style, and as it was before afterwards."""
+    """matplotlib without a display, in our style, and as it was before afterward."""
     import matplotlib
     from matplotlib import pyplot
 
@@ -71,21 +71,21 @@ def _finite(lines: Sequence[Line], name: str) -> bool:
 
 
 def _draw(axes: Any, lines: Sequence[Line], plot: Plot) -> None:
-    for name, colour in zip(plot.metrics, COLOURS, strict=False):
+    for name, color in zip(plot.metrics, COLOURS, strict=False):
         part = f"{name.rsplit('/', 1)[-1]}, " if len(plot.metrics) > 1 else ""
         steps, values = points(lines, name)
         few = len(values) <= FEW
         raw = {"linewidth": 1.2, "marker": ".", "alpha": 0.6} if few else {"linewidth": 0.6}
         label = f"{part}training" if few else None
         if values:
-            axes.plot(steps, values, color=colour, **({"alpha": 0.25} | raw), label=label)
+            axes.plot(steps, values, color=color, **({"alpha": 0.25} | raw), label=label)
         if not few:
             mean = {"linewidth": 1.4, "label": f"{part}training, smoothed"}
-            axes.plot(steps, smoothed(values), color=colour, **mean)
+            axes.plot(steps, smoothed(values), color=color, **mean)
         steps, values = points(lines, HELD_OUT + name)
         if values:
             held_out = {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 4}
-            axes.plot(steps, values, color=colour, **held_out, label=f"{part}held-out")
+            axes.plot(steps, values, color=color, **held_out, label=f"{part}held-out")
     axes.set_title(plot.title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(plot.axis)

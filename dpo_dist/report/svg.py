@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 460, 210  # of a plot in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 10, 42  # room for ticks and labels
 NUM_TICKS = 6
 BAR_HEIGHT, BAR_GAP, BAR_LABEL = 18, 8, 150
-NUM_COLOURS = 6
+NUM_COLORS = 6
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --faint: #667085; --rule: #d7dbe3;
@@ -49,7 +49,7 @@ def histogram(
 ) -> str:
     """Counts between N + 1 edges, N of each series; more than one are laid over each other.
 
-    `signed` gives bins below and above zero colours of their own.
+    `signed` gives bins below and above zero colors of their own.
     """
     top = max((max(values, default=0) for values in counts.values()), default=0)
     plot = _Plot(edges[0], edges[-1], 0, _ceiling(top))
@@ -57,15 +57,15 @@ def histogram(
     for index, values in enumerate(counts.values()):
         if len(counts) > 1:
             parts.append(
-                f'<path class="area k{index % NUM_COLOURS}" d="{_steps(plot, edges, values)}"/>'
+                f'<path class="area k{index % NUM_COLORS}" d="{_steps(plot, edges, values)}"/>'
             )
             continue
         for low, high, count in zip(edges, edges[1:], values, strict=False):
-            colour = 1 if signed and high <= 0 else 0
+            color = 1 if signed and high <= 0 else 0
             x, width = plot.x(low) + 0.5, plot.x(high) - plot.x(low) - 1
             y = plot.y(count)
             parts.append(
-                f'<rect class="bar k{colour}" x="{x:.1f}" y="{y:.1f}" '
+                f'<rect class="bar k{color}" x="{x:.1f}" y="{y:.1f}" '
                 f'width="{max(width, 1):.1f}" height="{plot.y(0) - y:.1f}"/>'
             )
     for index, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
@@ -97,7 +97,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
         )
         last = f", last {points[-1][1]:.4g} at {_tick(points[-1][0])}" if points else ""
         parts.append(
-            f'<path class="line k{index % NUM_COLOURS}" d="{path}">'
+            f'<path class="line k{index % NUM_COLORS}" d="{path}">'
             f"<title>{html.escape(name)}{last}</title></path>"
         )
     return _svg(HEIGHT, f"{y_label} by {x_label}", parts)
@@ -125,9 +125,9 @@ def bars(values: Mapping[str, float], unit: str) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    """The names of series in the colours that a chart of them has."""
+    """The names of series in the colors that a chart of them has."""
     items = (
-        f'<span class="k{index % NUM_COLOURS}"><i style="background:var(--c)"></i>'
+        f'<span class="k{index % NUM_COLORS}"><i style="background:var(--c)"></i>'
         f"{html.escape(name)}</span>"
         for index, name in enumerate(names)
     )

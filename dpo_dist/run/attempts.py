@@ -45,7 +45,7 @@ def begin(paths: RunDir, stage: str, caps: RestartSection, *, resubmitted: bool)
 
     `resubmitted` says that the launcher starts the same job again by itself: only then is a stage
     skipped for having finished, and a restart counted. Raises RestartLimitError at a cap, and
-    ArtefactError when another job works in the run folder.
+    ArtifactError when another job works in the run folder.
     """
     refuse_if_held(paths, DYING_S if resubmitted else 0.0)
     status = read_status(paths.status_path)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.run.run_dir import RunDir
 
 POLL_S = 0.5
@@ -25,7 +25,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def held(paths: RunDir, stage: str, wait_s: float = 10.0) -> Iterator[None]:
     """Holds the run folder for a stage.
 
-    Raises ArtefactError when another process still holds it after `wait_s` seconds, which a job
+    Raises ArtifactError when another process still holds it after `wait_s` seconds, which a job
     that was started again gives its dying predecessor.
     """
     paths.root.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def held(paths: RunDir, stage: str, wait_s: float = 10.0) -> Iterator[None]:
 
 
 def refuse_if_held(paths: RunDir, wait_s: float) -> None:
-    """Raises ArtefactError when a stage of another job works in the run folder."""
+    """Raises ArtifactError when a stage of another job works in the run folder."""
     if paths.lock_path.exists():
         with paths.lock_path.open("a+", encoding="utf-8") as lock:
             _take(lock, paths, wait_s)
@@ -65,7 +65,7 @@ def _take(lock: IO[str], paths: RunDir, wait_s: float) -> None:
                 return
             raise
         lock.seek(0)
-        raise ArtefactError(
+        raise ArtifactError(
             f"{paths.root} is in use ({lock.read() or 'by another job'})",
             "one job at a time in a run folder",
             "Wait for it, stop it, or set another run.dir.",

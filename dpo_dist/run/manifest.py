@@ -1,4 +1,4 @@
-"""Atomic writes, digests, and the manifest that tells whether an artefact is current."""
+"""Atomic writes, digests, and the manifest that tells whether an artifact is current."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.run.run_dir import MANIFEST_NAME
 
 SCHEMA_VERSION = 1
@@ -101,7 +101,7 @@ def atomic_dir(final: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact was made from: stage, settings, digests of its inputs; and what came out."""
+    """What an artifact was made from: stage, settings, digests of its inputs; and what came out."""
 
     stage: str
     settings: dict[str, Any]
@@ -111,29 +111,29 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identity of the artefact: settings, inputs and details."""
+        """Identity of the artifact: settings, inputs and details."""
         return digest_of(asdict(self))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest of an artefact folder."""
+    """Writes the manifest of an artifact folder."""
     write_json(folder / MANIFEST_NAME, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads an artefact's manifest; raises ArtefactError when it is missing or not readable."""
+    """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable."""
     path = folder / MANIFEST_NAME
     try:
         raw = json.loads(path.read_text())
         return Manifest(**raw)
     except FileNotFoundError:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path} does not exist",
-            "an artefact with its manifest",
+            "an artifact with its manifest",
             "Run the stage that writes it, or `dpo-dist run`.",
         ) from None
     except (ValueError, TypeError) as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path} is not readable ({error})",
             "the manifest as it was written",
             f"Delete {folder} and run its stage again.",
@@ -160,9 +160,9 @@ def _short(value: Any) -> str:
 def is_current(
     folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> bool:
-    """Whether an artefact stands and was made from exactly these settings and inputs.
+    """Whether an artifact stands and was made from exactly these settings and inputs.
 
-    Returns False when there is none; raises ArtefactError with the named difference when it is
+    Returns False when there is none; raises ArtifactError with the named difference when it is
     stale, because replacing work that took hours is the user's decision.
     """
     if not (folder / MANIFEST_NAME).exists():
@@ -173,7 +173,7 @@ def is_current(
     if manifest.schema_version != SCHEMA_VERSION:
         found.append(f"schema_version: {manifest.schema_version} -> {SCHEMA_VERSION}")
     if found:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder} was made by `{stage}` from other settings ({'; '.join(found)})",
             "the settings of this run config",
             f"Choose another run.dir, or delete {folder} to make it again.",

@@ -18,7 +18,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("prepare", False, "preference rows -> tokenised pairs"),
+    Stage("prepare", False, "preference rows -> tokenized pairs"),
     Stage("reference", True, "pairs -> reference log-probs"),
     Stage("train", True, "DPO -> checkpoints, metrics"),
     Stage("export", False, "newest or best checkpoint -> Hugging Face folders"),

@@ -194,7 +194,7 @@ def partial_path(path: Path) -> Path:
 
 
 def manifest_beside(path: Path) -> Path:
-    """The manifest of an artefact that is a single file."""
+    """The manifest of an artifact that is a single file."""
     return path.with_name(f"{path.name}.manifest")
 
 

@@ -157,7 +157,7 @@ def refuse_differences(facts: list[Facts]) -> None:
             raise ClusterError(
                 f"{', '.join(bad)} has {what} {value}",
                 f"{usual} as on the other nodes",
-                f"Mend the installation there, or leave it out (--exclude={','.join(bad)}).",
+                f"Fix the installation there, or leave it out (--exclude={','.join(bad)}).",
             )
 
 
@@ -213,6 +213,6 @@ def print_result(result: Facts) -> None:
     console.print(f"all-reduce {result['all_reduce_gib_per_s']:.2f} GiB/s")
     if "needed_disk_gib" in result:
         console.print(
-            f"disk: {result['needed_disk_gib']:.1f} GiB wanted, "
+            f"disk: {result['needed_disk_gib']:.1f} GiB expected, "
             f"{result['free_disk_gib']:.1f} GiB free"
         )

@@ -1,7 +1,7 @@
 """Held-out accuracy and margin of the export, against the policy as it started.
 
-1. Load the exported model fresh, whole on every rank; of a quantised run its adapter on the
-   quantised base, which is what was trained and what the reference is compared with.
+1. Load the exported model fresh, whole on every rank; of a quantized run its adapter on the
+   quantized base, which is what was trained and what the reference is compared with.
 2. Score the held-out pairs; the numbers before training are the reference store's.
 3. Write means over all pairs and per source.
 """

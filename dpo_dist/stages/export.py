@@ -30,7 +30,7 @@ from dpo_dist.engine.export import weight_writer as weights
 from dpo_dist.engine.export.weight_changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.weights.base_weights import build_skeleton, open_base
-from dpo_dist.errors import ArtefactError, CheckpointError, ModelFilesError
+from dpo_dist.errors import ArtifactError, CheckpointError, ModelFilesError
 from dpo_dist.metrics.curves import QUALITY_PLOTS
 from dpo_dist.metrics.evaluations import ranked_steps
 from dpo_dist.metrics.writer import read_lines
@@ -96,7 +96,7 @@ def run(config: RunConfig) -> Path:
     """Makes the export folders that are not current; returns their parent.
 
     Raises CheckpointError without a usable checkpoint, ModelFilesError when the base model is not
-    the one that was trained, ArtefactError for a stale folder. Raises Stopped on a signal.
+    the one that was trained, ArtifactError for a stale folder. Raises Stopped on a signal.
     """
     paths = RunDir(config.run.dir)
     job = _open_job(config, paths)
@@ -272,7 +272,7 @@ def _progress(job: Job, folder: Path, what: str, num_bytes: int) -> Iterator[wei
     """A bar over the bytes to write, if the disk has room for them; stops at a signal."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder.parent} has {free / MIB:,.0f} MiB free",
             f"{num_bytes / MIB:,.0f} MiB for the exported {what}",
             "Free some space, or choose export.dtype=bfloat16.",
@@ -294,10 +294,10 @@ def _named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder} could not be written ({error.strerror or error})",
             "a writable folder with free space",
-            "Mend that and run `dpo-dist export` again; nothing half-written is left.",
+            "Fix this and run `dpo-dist export` again; nothing half-written is left.",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Preference rows to tokenised pairs: one process in charge, many that tokenise.
+"""Preference rows to tokenized pairs: one process in charge, many that tokenize.
 
-1. Compare settings and digests with an artefact that is there: a current one is left alone.
-2. Tokenise all rows into a scratch file, keeping only lengths and keys in memory.
+1. Compare settings and digests with an artifact that is there: a current one is left alone.
+2. Tokenize all rows into a scratch file, keeping only lengths and keys in memory.
 3. Settle max_length, truncate, and let the gate decide row by row.
 4. Write the kept pairs, the report and the manifest; all of it appears at once.
 """
@@ -67,7 +67,7 @@ ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than 
 def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 
-    Raises DataError for unusable rows or settings, and ArtefactError when a folder made from
+    Raises DataError for unusable rows or settings, and ArtifactError when a folder made from
     other settings or data stands there.
     """
     folder = RunDir(config.run.dir).pairs_dir
@@ -226,7 +226,7 @@ def _job(
 def _tokenize(
     job: TokenizeJob, tokenizer: PairTokenizer, scratch: Path, workers: int | str
 ) -> dict[Split, PairColumns]:
-    """Tokenises all rows into the scratch files of their splits."""
+    """Tokenizes all rows into the scratch files of their splits."""
     chunks: Iterable[Chunk] = make_chunks(job.sources)
     num_rows = num_chunks = None
     if not any(isinstance(source.rows, StreamRows) for source in job.sources):
@@ -244,7 +244,7 @@ def _tokenize(
         )
     seconds, total = time.monotonic() - started, sum(map(len, tokenized.values()))
     _logger.info(
-        "prepare: %s rows tokenised in %.1f s, %s rows/s, %d processes",
+        "prepare: %s rows tokenized in %.1f s, %s rows/s, %d processes",
         f"{total:,}", seconds, f"{total / seconds:,.0f}", num_workers,
     )  # fmt: skip
     return tokenized
@@ -255,7 +255,7 @@ def _scratch_path(scratch: Path, split: str) -> Path:
 
 
 def _num_workers(setting: int | str, num_rows: int | None, num_chunks: int | None) -> int:
-    """Tokenising processes; rows and chunks are unknown of a stream."""
+    """Tokenizing processes; rows and chunks are unknown of a stream."""
     most = num_chunks or MAX_AUTO_WORKERS
     if setting != "auto":
         return min(int(setting), num_chunks or int(setting))

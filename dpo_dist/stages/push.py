@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
-from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.model_files.hub import push_folder
 from dpo_dist.run.exports import Kind, export_folders
 from dpo_dist.run.manifest import digest_of_file, read_manifest, write_json
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Path:
     """Pushes one export folder and returns push.json.
 
-    Raises ConfigError without a repository, ArtefactError for an export that is missing, not
+    Raises ConfigError without a repository, ArtifactError for an export that is missing, not
     verified or changed since, and HubError when the hub refuses.
     """
     paths, export = RunDir(config.run.dir), config.export
@@ -62,8 +62,8 @@ def run(config: RunConfig) -> Path:
 def _choose(config: RunConfig) -> tuple[Kind, Path]:
     """The whole model unless the config names a folder or there is only an adapter."""
     folders = export_folders(config)
-    wanted = config.export.hub_folder
-    kind = list(folders)[-1] if wanted == "auto" else wanted
+    expected = config.export.hub_folder
+    kind = list(folders)[-1] if expected == "auto" else expected
     return kind, folders[kind]
 
 
@@ -76,14 +76,14 @@ def _verified_files(paths: RunDir, kind: Kind, folder: Path) -> list[str]:
     same = checked.get("exports", {}).get(kind) == digest_of_file(folder / MANIFEST_NAME)
     if not (checked.get("passed") and same):
         found = "failed verification" if same else "has not been verified"
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder} {found}", "an export that reproduces the training run",
             f"Run `dpo-dist verify`, which writes its checks into {paths.verify_path}.",
         )  # fmt: skip
     records = {name: FileRecord(**record) for name, record in manifest.details["files"].items()}
     missing = [f"{folder / name} is missing" for name in records if not (folder / name).is_file()]
     if changed := missing or find_changed(folder, records, records):
-        raise ArtefactError(
+        raise ArtifactError(
             changed[0], "the files that were verified",
             f"Delete {folder}, then export and verify again.",
         )  # fmt: skip
@@ -94,7 +94,7 @@ def _check_base_name(folder: Path) -> None:
     """Raises when an adapter names a folder of this machine as its base model."""
     base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
     if Path(base).is_absolute():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder / ADAPTER_CONFIG_NAME} names the base model by a folder of this machine",
             "its hub id, with which others can load the adapter",
             f"Delete {folder}, set export.base_model=owner/name, then export and verify again.",

@@ -25,7 +25,7 @@ from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
 from dpo_dist.engine.model.policy import load_policy, settle_layout
 from dpo_dist.engine.sharding import ds_config, zero
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.inputs.sizes import checked_work, count_shape, make_setup, read_sizes
 from dpo_dist.model_files.files import weight_files
 from dpo_dist.model_files.of_run import reference_adapter_dir, reference_model_dir
@@ -244,7 +244,7 @@ def status(config: RunConfig) -> dict[str, Any]:
     """Coverage of the store per split and layout, without loading a model."""
     paths = RunDir(config.run.dir)
     if not paths.pairs_dir.is_dir():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{paths.pairs_dir} does not exist", "prepared pairs", "Run `dpo-dist prepare` first."
         )
     if config.objective.reference_free:

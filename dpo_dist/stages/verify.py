@@ -36,7 +36,7 @@ from dpo_dist.engine.model.model_choice import load_adapted, load_whole, stored_
 from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.engine.weights.base_weights import open_base
 from dpo_dist.engine.weights.safetensors_stream import TensorSpec
-from dpo_dist.errors import ArtefactError, DPODistError, VerificationError
+from dpo_dist.errors import ArtifactError, DPODistError, VerificationError
 from dpo_dist.model_files.files import read_model_config
 from dpo_dist.model_files.of_run import base_model_dir
 from dpo_dist.run.exports import Kind, export_folders
@@ -49,7 +49,7 @@ LogpArray = npt.NDArray[np.float32]
 # Largest difference of a log-prob per square root of its tokens, whose rounding errors add up
 # like a random walk. docs/export.md has the figures behind them.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 5e-2}
-# Nats per token between a policy on its quantised base and the same merged onto the full one: no
+# Nats per token between a policy on its quantized base and the same merged onto the full one: no
 # rounding error but another model, so only a sign that it is still the same model at all.
 QUANTIZED_BOUND = 3.0
 NUM_ANSWER_TOKENS = 16
@@ -86,7 +86,7 @@ class Probe:
 def run(config: RunConfig) -> Path:
     """Checks every exported folder and writes verify.json.
 
-    Raises ArtefactError when there is no export, or no longer the checkpoint it was made from, and
+    Raises ArtifactError when there is no export, or no longer the checkpoint it was made from, and
     VerificationError, after writing, when a check failed.
     """
     paths = RunDir(config.run.dir)
@@ -141,7 +141,7 @@ def _checkpoint_of(paths: RunDir, manifest: Manifest) -> Path:
     folder = paths.checkpoint_dir(manifest.details["step"])
     path = folder / MANIFEST_NAME
     if not path.is_file() or digest_of_file(path) != manifest.inputs["checkpoint"]:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder} is not the checkpoint that the export was made from",
             "that checkpoint, with the log-probs to reproduce",
             f"Delete {paths.export_dir} and run `dpo-dist export` again.",
@@ -158,11 +158,11 @@ def _check_folder(
     if kind != "adapter":
         yield _check(f"{kind}: names, shapes and types", lambda: _tensors(config, folder, base_dir))
     device = _device_for(folder, base_dir)
-    wanted = probe
+    expected = probe
     if kind == "merged" and config.model.quantization is not None:
         # before the merged model, so that only one of them is in memory
         try:
-            wanted = replace(probe, logps=_unquantized(config, probe, device))
+            expected = replace(probe, logps=_unquantized(config, probe, device))
         except DPODistError as error:
             yield Check(f"{kind}: adapter on the full-precision base", False, error.found)
             return
@@ -185,7 +185,7 @@ def _check_folder(
     yield _check(f"{kind}: tokenizer", lambda: _tokenizer(config, folder, base_dir, probe))
     # before scoring, which changes the model's attention
     yield _check(f"{kind}: answer", lambda: _answer(model, folder, config, probe))
-    yield from _check_probe(kind, model, config, probe, wanted, device)
+    yield from _check_probe(kind, model, config, probe, expected, device)
 
 
 def _check(name: str, work: Callable[[], str]) -> Check:
@@ -221,7 +221,7 @@ def _tensors(config: RunConfig, folder: Path, base_dir: Path) -> str:
     exported, base = stored_specs(folder), stored_specs(base_dir)
     main = open_base(base_dir, config.model.trust_remote_code).main_dtype
     dtype = None if config.export.dtype == "auto" else getattr(torch, config.export.dtype)
-    wanted = {
+    expected = {
         name: TensorSpec(export_dtype(main, spec.dtype, dtype), spec.shape)
         for name, spec in base.items()
     }
@@ -230,10 +230,12 @@ def _tensors(config: RunConfig, folder: Path, base_dir: Path) -> str:
         for config in (read_model_config(base_dir), read_model_config(folder))
     )
     added = [name for name in exported if name not in base]
-    wrong = [name for name, spec in wanted.items() if exported.get(name) != spec]
+    wrong = [name for name, spec in expected.items() if exported.get(name) != spec]
     if len(added) > int(base_tied and not still_tied):
         wrong += added
-    _refuse([f"{n} is {_told(exported.get(n))} here, wanted {_told(wanted.get(n))}" for n in wrong])
+    _refuse(
+        [f"{n} is {_told(exported.get(n))} here, expected {_told(expected.get(n))}" for n in wrong]
+    )
     kinds = sorted({str(spec.dtype).removeprefix("torch.") for spec in exported.values()})
     untied = f", untied {added[0]}" if added else ""
     return f"{len(exported)} tensors of {', '.join(kinds)}{untied}"
@@ -268,11 +270,11 @@ def _answer(model: Any, folder: Path, config: RunConfig, probe: Probe) -> str:
 
 
 def _check_probe(
-    kind: Kind, model: Any, config: RunConfig, probe: Probe, wanted: Probe, device: torch.device
+    kind: Kind, model: Any, config: RunConfig, probe: Probe, expected: Probe, device: torch.device
 ) -> Iterator[Check]:
     """The probe in the layout that training scored in, and through the model's own logits.
 
-    `wanted` are the same pairs with what this folder must compute; after QLoRA the merged model
+    `expected` are the same pairs with what this folder must compute; after QLoRA the merged model
     is none that was trained, and how far it is from that is told first.
     """
     scorer = PairScorer(model).eval()
@@ -290,10 +292,10 @@ def _check_probe(
     indices, scores = score(scorer, batches, probe.pairs.token_ids, device)
     order = {int(index): position for position, index in enumerate(indices)}
     scores = scores[[order[int(index)] for index in probe.indices]]
-    if wanted is not probe:
+    if expected is not probe:
         yield _compare_quantized(scores, config, probe)
-    yield _compare(f"{kind}: probe, {layout} forward", scores, config, wanted)
-    yield _compare(f"{kind}: probe, plain forward", _plain(scorer, probe, device), config, wanted)
+    yield _compare(f"{kind}: probe, {layout} forward", scores, config, expected)
+    yield _compare(f"{kind}: probe, plain forward", _plain(scorer, probe, device), config, expected)
 
 
 def _unquantized(config: RunConfig, probe: Probe, device: torch.device) -> LogpArray:
@@ -306,7 +308,7 @@ def _unquantized(config: RunConfig, probe: Probe, device: torch.device) -> LogpA
 
 
 def _compare_quantized(scores: LogpArray, config: RunConfig, probe: Probe) -> Check:
-    """What leaving quantisation behind does to the probe, per token; reported, hardly judged."""
+    """What leaving quantization behind does to the probe, per token; reported, hardly judged."""
     per_token = np.abs(scores - probe.logps) / probe.lengths
     (own, merged) = (logps[:, 0] - logps[:, 1] for logps in (probe.logps, scores))
     detail = (
@@ -316,7 +318,7 @@ def _compare_quantized(scores: LogpArray, config: RunConfig, probe: Probe) -> Ch
     )
     largest = float(per_token.max())
     passed = bool(largest <= QUANTIZED_BOUND)
-    return Check("merged: against quantised training", passed, detail, largest, QUANTIZED_BOUND)
+    return Check("merged: against quantized training", passed, detail, largest, QUANTIZED_BOUND)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import yaml
 
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.model_files.of_run import makes_base
 from dpo_dist.reference.contract import store_root
 from dpo_dist.run.manifest import digest_of
@@ -256,7 +256,7 @@ def links_of(point: Point) -> dict[Path, Path]:
 def link_pairs(point: Point) -> None:
     """Links the shared pairs and base model into a point's folder.
 
-    Raises ArtefactError when something that is not a link stands there.
+    Raises ArtifactError when something that is not a link stands there.
     """
     for link, target in links_of(point).items():
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def link_pairs(point: Point) -> None:
                 continue
             link.unlink()
         elif link.exists():
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{link} is a folder of its own",
                 f"a link to {point.inputs.paths.root / link.name}",
                 "A sweep did not make this folder: move it away.",

@@ -136,12 +136,14 @@ def _plot(sweep: Sweep, rows: Sequence[Row], path: Path) -> None:
     curves = {row["name"]: _lines(points[row["name"]]) for row in rows}
     held_out = any("eval_loss" in line for lines in curves.values() for line in lines)
     for axis, (title, name, fallback) in zip(axes, PANELS, strict=False):
-        wanted = name if held_out else fallback
+        expected = name if held_out else fallback
         for label, lines in curves.items():
-            found = [(line["step"], line[wanted]) for line in lines if line.get(wanted) is not None]
+            found = [
+                (line["step"], line[expected]) for line in lines if line.get(expected) is not None
+            ]
             steps, values = zip(*found, strict=True) if found else ((), ())
             axis.plot(steps, values, marker="." if len(found) < 20 else None, label=label)
-        where = "held-out" if wanted.startswith("eval_") else "training"
+        where = "held-out" if expected.startswith("eval_") else "training"
         axis.set_title(title if title.startswith(where) else f"{where} {title}")
         axis.set_xlabel("optimizer step")
     if len(rows) <= MAX_LABELLED:

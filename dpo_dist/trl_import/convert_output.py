@@ -69,8 +69,8 @@ def _reports(run: Run) -> None:
         return
     value = settings.get("report_to")
     targets = value if isinstance(value, list) else [value]
-    wanted = "tensorboard" in targets or "all" in targets
-    run.put("logging.tensorboard", wanted, settings.why("report_to"))
+    expected = "tensorboard" in targets or "all" in targets
+    run.put("logging.tensorboard", expected, settings.why("report_to"))
     if "wandb" in targets:
         why = settings.why("report_to", "its project is logging.wandb_project, not WANDB_PROJECT")
         run.put("logging.wandb", True, why)

@@ -159,14 +159,14 @@ _NOT_NEEDED: dict[str, str] = {
         "save_on_each_node restore_callback_states_from_checkpoint",
     "a signal always leads to a checkpoint and a restart": "enable_jit_checkpoint",
     "the same seed gives the same samples, adapter and dropout": "full_determinism",
-    "pairs are tokenised once into Arrow files, and read from there": "dataloader_num_workers "
+    "pairs are tokenized once into Arrow files, and read from there": "dataloader_num_workers "
         "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns",
     "ranks talk through DeepSpeed": "ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank "
         "ignore_bias_buffers debug",
     "4-bit weights are stored as ZeRO needs them": "bnb_4bit_quant_storage",
-    "the constants of the 4-bit base are always quantised too": "use_bnb_nested_quant",
+    "the constants of the 4-bit base are always quantized too": "use_bnb_nested_quant",
 }  # fmt: skip
 NOT_NEEDED: dict[str, str] = {key: why for why, keys in _NOT_NEEDED.items() for key in keys.split()}
 

@@ -53,8 +53,8 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _wrong(key: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"{key}: {value!r}", wanted, "Correct the YAML.")
+def _wrong(key: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{key}: {value!r}", expected, "Correct the YAML.")
 
 
 @dataclass

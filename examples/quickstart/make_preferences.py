@@ -154,7 +154,7 @@ TOPICS = (
         question="Where can I find the {food}?",
         answer="The {food} is in the {color} box.",
         offers=("Would you like me to get it for you?", "Shall I bring the box to you?"),
-        remarks=("You can take as much as you need.", "Please close the box afterwards."),
+        remarks=("You can take as much as you need.", "Please close the box afterward."),
     ),
     Topic(
         note="The {dish} bakes for {minutes} minutes.",

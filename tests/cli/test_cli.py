@@ -32,7 +32,7 @@ def test_a_config_that_is_not_there(command: str) -> None:
     done = dpo_dist(command, "nowhere.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr == (
-        "error: nowhere.yaml: No such file or directory; wanted a readable YAML run config. "
+        "error: nowhere.yaml: No such file or directory; expected a readable YAML run config. "
         "Start from one in examples/.\n"
     )
 

@@ -12,14 +12,14 @@ from dpo_dist.errors import DataError, as_disk_error
 def test_only_errors_of_the_disk_are_told_as_such() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "out/pairs")
     assert str(as_disk_error(full)) == (
-        "out/pairs: No space left on device; wanted a writable disk with free space. "
-        "Mend that, then start the same command again; what was done is kept."
+        "out/pairs: No space left on device; expected a writable disk with free space. "
+        "Fix this, then start the same command again; what was done is kept."
     )
     assert as_disk_error(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
     assert as_disk_error(ValueError()) is None
     group = ExceptionGroup("", [ExceptionGroup("", [full]), OSError(errno.EROFS, "Read-only")])
     assert str(as_disk_error(group)).startswith("out/pairs: No space left")
-    other = ExceptionGroup("", [full, DataError("found", "wanted", "Remedy.")])
+    other = ExceptionGroup("", [full, DataError("found", "expected", "Remedy.")])
     assert as_disk_error(other) is None
 
 
@@ -32,6 +32,6 @@ def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> No
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "File too large; wanted a writable disk with free space" in done.stderr
+    assert "File too large; expected a writable disk with free space" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["trl.yaml"], "nothing half-written"

@@ -90,7 +90,7 @@ class RayCluster:
         subprocess.run(
             [
                 RAY, "drain-node", f"--address={HEAD_IP}:{self.port}", f"--node-id={node_id}",
-                "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=wanted back",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=expected back",
                 "--deadline-remaining-seconds=120",
             ],
             env=self.environment, check=True, timeout=60,

@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         yield cluster
 
 
-def processes(wanted: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:
+def processes(expected: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:
     """Processes by their arguments and environment."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -47,7 +47,7 @@ def processes(wanted: Callable[[list[bytes], set[bytes]], bool]) -> list[int]:
             environ = set((entry / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        if entry.name.isdigit() and wanted(arguments, environ):
+        if entry.name.isdigit() and expected(arguments, environ):
             found.append(int(entry.name))
     return found
 
@@ -135,7 +135,7 @@ def test_more_than_the_cluster_has_is_refused_within_seconds(
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 1 and time.monotonic() - start < 45
     assert "error: the cluster has room for 0 workers of 1 GPUs and 1 CPUs (" in output
-    assert "wanted room for 16. Lower ray.workers, ray.gpus_per_worker" in output
+    assert "expected room for 16. Lower ray.workers, ray.gpus_per_worker" in output
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_the_reference_in_independent_tasks(
     # the one that was killed may not have begun its own
     assert logs - {"rank0001.log"} == {"rank0002.log", "rank0003.log"}
     succeed("train", local / "run.yaml", f"run.dir={out}")
-    # other neighbours in a micro-batch move the last bits of a reference log-prob
+    # other neighbors in a micro-batch move the last bits of a reference log-prob
     for our, their in zip(metrics_of(out), metrics_of(local / "out"), strict=True):
         assert our == pytest.approx(their, rel=1e-4, abs=1e-4)
 

@@ -203,7 +203,7 @@ def test_a_chain_ends_at_the_stage_that_fails(slurm: Slurm, local: Path, tmp_pat
     for name in ("doctor", "prepare"):
         assert slurm.job(ids[name])["JobState"] == "COMPLETED"
     log = (tmp_path / f"out-reference-{ids['reference']}.log").read_text()
-    assert "wanted at most micro_batch_tokens = 8" in log and "Traceback" not in log
+    assert "expected at most micro_batch_tokens = 8" in log and "Traceback" not in log
     assert not (out / "export").exists()
 
 
@@ -217,7 +217,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(
     job = slurm.wait(job_id, "FAILED")
     assert job["ExitCode"] == "2:0"
     log = (tmp_path / f"dpo-{job_id}.log").read_text()
-    assert "error: ranks 1 on nodeb wrote nothing into the run folder; wanted a sign of" in log
+    assert "error: ranks 1 on nodeb wrote nothing into the run folder; expected a sign of" in log
     assert "leave it out (--exclude=nodeb)." in log
     assert not (out / "pairs").exists()
 
@@ -241,7 +241,9 @@ def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
     )
     assert again.returncode == 2
     assert "jobs of this sweep are in the queue (" in again.stderr
-    assert "wanted one submission of a sweep at a time. Wait for them, or `scancel" in again.stderr
+    assert (
+        "expected one submission of a sweep at a time. Wait for them, or `scancel" in again.stderr
+    )
     points = [out / "sweep" / f"beta={beta}" for beta in ("0.1", "0.5")]
     wait_until(lambda: all(step_of(point) >= 10 for point in points), JOB_S)
     # the element that has the array's own id: by that id both would be reached
@@ -276,7 +278,8 @@ def test_sbatch_that_refuses_cancels_what_was_submitted(
     assert done.returncode == 2
     assert done.stderr.startswith("error: sbatch refuses train (exit 1: sbatch: error: ")
     assert done.stderr.strip().endswith(
-        "wanted a job that the cluster takes. Correct slurm or slurm.stages.train; nothing of this "
+        "expected a job that the cluster takes. Correct slurm or slurm.stages.train; nothing "
+        "of this "
         "chain runs."
     )
     wait_until(lambda: slurm.call("squeue", "--noheader") == "", 30)

@@ -24,7 +24,7 @@ from dpo_dist.data.answers.questions import read_questions
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.engine.forward.generation import Answer, answer, stop_ids
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
-from dpo_dist.errors import ArtefactError, DataError, ModelFilesError
+from dpo_dist.errors import ArtifactError, DataError, ModelFilesError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
 from dpo_dist.run.run_dir import RunDir
 
@@ -224,16 +224,16 @@ def test_a_file_is_current_or_refused(run_yaml: Path, questions: Path, tmp_path:
         ("base", ["generate.max_new_tokens=3"], "generate.max_new_tokens: 2 -> 3"),
         ("merged", ["generate.max_new_tokens=2"], "input model: "),
     ):
-        with pytest.raises(ArtefactError) as caught:
+        with pytest.raises(ArtifactError) as caught:
             stage.run(load_config(run_yaml, overrides), questions, which, "jsonl", out)
         assert caught.value.found.startswith(f"{out} was begun with other settings ({found}")
         assert caught.value.remedy == (
             f"Choose another --out, or delete base.jsonl* in {out.parent}."
         )
     (tmp_path / "base.jsonl.manifest").unlink()
-    with pytest.raises(ArtefactError, match="is there without base.jsonl.manifest"):
+    with pytest.raises(ArtifactError, match="is there without base.jsonl.manifest"):
         stage.run(config, questions, "base", "jsonl", out)
-    with pytest.raises(ArtefactError, match="a file that ends in .jsonl"):
+    with pytest.raises(ArtifactError, match="a file that ends in .jsonl"):
         stage.run(config, questions, "base", "jsonl", tmp_path / "answers.txt")
 
 
@@ -242,10 +242,10 @@ def test_one_process_writes_a_file(run_yaml: Path, questions: Path, tmp_path: Pa
     partial = tmp_path / "base.jsonl.partial"
     with partial.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(ArtefactError) as caught:
+        with pytest.raises(ArtifactError) as caught:
             stage.run(config, questions, "base", "jsonl", out)
     assert str(caught.value) == (
-        f"{partial} is being written by another generate; wanted one at a time. Wait for it, or "
+        f"{partial} is being written by another generate; expected one at a time. Wait for it, or "
         "choose another --out."
     )
     assert partial.read_text() == "" and not out.exists()
@@ -256,10 +256,10 @@ def test_one_process_writes_a_file(run_yaml: Path, questions: Path, tmp_path: Pa
 
 def test_models_that_are_not_there(run_yaml: Path, tmp_path: Path) -> None:
     paths, base_dir = RunDir(run_yaml.parent / "out"), run_yaml.parent / "model"
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         choose_model("full", paths, base_dir)
     assert caught.value.found == f"{paths.export_dir} holds merged, adapter, not full"
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         choose_model("export", RunDir(tmp_path), base_dir)
     assert caught.value.found == f"{tmp_path / 'export'} holds no model"
     with pytest.raises(ModelFilesError) as caught:

@@ -17,7 +17,7 @@ from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import HarnessError
 
 TASK = """\
-task: colours
+task: colors
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {rows}}}
@@ -82,43 +82,45 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks.mkdir()
     lines = [json.dumps(row) + "\n" for row in task_rows()]
     (folder / "rows.jsonl").write_text("".join(lines))
-    (tasks / "colours.yaml").write_text(TASK.format(rows=folder / "rows.jsonl"))
+    (tasks / "colors.yaml").write_text(TASK.format(rows=folder / "rows.jsonl"))
     return path
 
 
 def test_both_models_are_measured_on_the_same_rows(run_yaml: Path) -> None:
     folder, config = run_yaml.parent, load_config(run_yaml)
-    path = harness.run(config, "colours", folder / "tasks", None, False, "8")
+    path = harness.run(config, "colors", folder / "tasks", None, False, "8")
     assert path == folder / "out" / "harness.json"
     (row,) = json.loads(path.read_text())["results"]
     export = folder / "out" / "export" / "full"
-    wanted = [accuracy(path, folder / "model", task_rows()) for path in (folder / "model", export)]
-    assert wanted[0] != wanted[1]
-    assert [row["base"], row["export"]] == pytest.approx(wanted)
-    assert row["difference"] == pytest.approx(wanted[1] - wanted[0])
-    stderrs = [(p * (1 - p) / (NUM_ROWS - 1)) ** 0.5 for p in wanted]
+    expected = [
+        accuracy(path, folder / "model", task_rows()) for path in (folder / "model", export)
+    ]
+    assert expected[0] != expected[1]
+    assert [row["base"], row["export"]] == pytest.approx(expected)
+    assert row["difference"] == pytest.approx(expected[1] - expected[0])
+    stderrs = [(p * (1 - p) / (NUM_ROWS - 1)) ** 0.5 for p in expected]
     assert [row["base_stderr"], row["export_stderr"]] == pytest.approx(stderrs)
     assert row["difference_stderr"] == pytest.approx(sum(e * e for e in stderrs) ** 0.5)
-    assert (row["task"], row["metric"], row["num_rows"]) == ("colours", "acc", NUM_ROWS)
+    assert (row["task"], row["metric"], row["num_rows"]) == ("colors", "acc", NUM_ROWS)
     assert row["higher_is_better"] is True
 
 
 @pytest.mark.slow
 def test_a_task_whose_rows_are_not_there(run_yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text(
-        TASK.format(rows=tmp_path / "nowhere.jsonl").replace("colours", "broken")
+        TASK.format(rows=tmp_path / "nowhere.jsonl").replace("colors", "broken")
     )
     with pytest.raises(HarnessError) as caught:
         harness.run(load_config(run_yaml), "broken", tmp_path, None, False, "8")
     assert caught.value.found.startswith("lm-eval cannot load broken (")
     assert "nowhere.jsonl" in caught.value.found
-    assert caught.value.wanted == "tasks whose rows can be read"
+    assert caught.value.expected == "tasks whose rows can be read"
 
 
 @pytest.mark.parametrize(
     ("settings", "found", "remedy"),
     [
-        ({"names": "colors"}, "lm-eval has no task colors (of ", "Did you mean colours"),
+        ({"names": "colors"}, "lm-eval has no task colors (of ", "Did you mean colors"),
         ({"names": ","}, "--harness ','", "For example arc_easy,piqa."),
         ({"batch_size": "0"}, "--batch-size 0", "For example --batch-size 8."),
         ({"include_path": Path("nowhere")}, "--include-path nowhere is no folder", "Correct it."),
@@ -129,7 +131,7 @@ def test_what_cannot_be_run(
     run_yaml: Path, settings: dict[str, Any], found: str, remedy: str
 ) -> None:
     usual = {
-        "names": "colours", "include_path": run_yaml.parent / "tasks", "limit": None,
+        "names": "colors", "include_path": run_yaml.parent / "tasks", "limit": None,
         "chat": False, "batch_size": "8",
     }  # fmt: skip
     with pytest.raises(HarnessError) as caught:
@@ -141,18 +143,18 @@ def test_what_cannot_be_run(
 def test_the_command_shows_a_table(run_yaml: Path) -> None:
     include = ("--include-path", run_yaml.parent / "tasks")
     more = ("--limit", "7", "--batch-size", "3", "--chat")
-    done = succeed("evaluate", run_yaml, "--harness", "colours", *include, *more)
-    assert " colours " in done.stderr and "higher is better" in done.stderr
+    done = succeed("evaluate", run_yaml, "--harness", "colors", *include, *more)
+    assert " colors " in done.stderr and "higher is better" in done.stderr
     result = json.loads((run_yaml.parent / "out" / "harness.json").read_text())
     assert result["limit"] == 7 and result["batch_size"] == 3 and result["chat_template"]
     assert result["results"][0]["num_rows"] == 7
 
 
 def test_without_lm_eval(run_yaml: Path) -> None:
-    command = [sys.executable, "-c", NO_LM_EVAL, "evaluate", str(run_yaml), "--harness", "colours"]
+    command = [sys.executable, "-c", NO_LM_EVAL, "evaluate", str(run_yaml), "--harness", "colors"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2
     said = " ".join(done.stderr.split())
     assert said == (
-        "error: lm-eval is not installed; wanted it, for --harness. pip install 'dpo-dist[eval]'"
+        "error: lm-eval is not installed; expected it, for --harness. pip install 'dpo-dist[eval]'"
     )

@@ -63,7 +63,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "  data.on_empty: 'ignore'; input should be 'drop', 'raise' or 'keep'\n"
         "  objective.beta: -1; input should be greater than 0\n"
         "  trian: unknown key; did you mean train?\n"
-        "wanted keys and values as `dpo-dist config` explains them. Correct the lines above."
+        "expected keys and values as `dpo-dist config` explains them. Correct the lines above."
     )
 
 
@@ -77,7 +77,8 @@ def test_the_best_checkpoint_needs_an_evaluation_at_every_checkpoint(tmp_path: P
     bad = MINIMAL | {"checkpoint": settings, "eval": {"every_steps": 100}}
     assert (
         "checkpoint.every_steps: 250 with eval.every_steps 100 and checkpoint.best_by eval_loss; "
-        "wanted a multiple of eval.every_steps. A checkpoint needs an evaluation to be compared by."
+        "expected a multiple of eval.every_steps. A checkpoint needs an evaluation to be "
+        "compared by."
     ) in error_of(bad, tmp_path)
 
 
@@ -86,7 +87,7 @@ def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
         MINIMAL | {"eval": {"patience": 3}, "export": {"checkpoint": "best"}}, tmp_path
     )
     for key in ("eval.patience", "export.checkpoint: best"):
-        assert f"{key} without checkpoint.best_by; wanted the metric to go by. Set it." in message
+        assert f"{key} without checkpoint.best_by; expected the metric to go by. Set it." in message
 
 
 @pytest.mark.parametrize(
@@ -94,29 +95,30 @@ def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
     [
         (
             "train",
-            "override 'train'; wanted section.key=value. For example train.learning_rate=1e-6.",
+            "override 'train'; expected section.key=value. For example train.learning_rate=1e-6.",
         ),
         (
             "data.train.3.limit=1",
-            "override 'data.train.3.limit=1': '3' is no entry of a list of 1; wanted a number from "
+            "override 'data.train.3.limit=1': '3' is no entry of a list of 1; expected a "
+            "number from "
             "0 to 0. For example data.train.0.limit=100.",
         ),
         (
             "run.dir.x=1",
-            "override 'run.dir.x=1' goes into run.dir, which is 'runs/x'; wanted a section. "
+            "override 'run.dir.x=1' goes into run.dir, which is 'runs/x'; expected a section. "
             "Override the key itself.",
         ),
         (
             "run.dir=[x",
             "override 'run.dir=[x' is not YAML (while parsing a flow sequence in \"<unicode "
             "string>\", line 1, column 1: [x ^ expected ',' or ']', but got '<stream end>' in "
-            '"<unicode string>", line 1, column 3: [x ^); wanted section.key=value, the value as '
+            '"<unicode string>", line 1, column 3: [x ^); expected section.key=value, the value as '
             "in a YAML file. Correct it; text that is not YAML goes in quotes of its own: "
             "\"run.dir='[x'\".",
         ),
         (
             "run.dir=2026-13-01",
-            "override 'run.dir=2026-13-01' is not YAML (month must be in 1..12); wanted "
+            "override 'run.dir=2026-13-01' is not YAML (month must be in 1..12); expected "
             "section.key=value, the value as in a YAML file. Correct it; text that is not YAML "
             "goes in quotes of its own: \"run.dir='[x'\".",
         ),
@@ -130,10 +132,10 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "none.yaml")
     assert str(caught.value) == (
-        f"{tmp_path}/none.yaml: No such file or directory; wanted a readable YAML run config. "
+        f"{tmp_path}/none.yaml: No such file or directory; expected a readable YAML run config. "
         "Start from one in examples/."
     )
-    assert "holds a list; wanted a YAML mapping of sections" in error_of("- 1", tmp_path)
+    assert "holds a list; expected a YAML mapping of sections" in error_of("- 1", tmp_path)
     assert "is not YAML (" in error_of("a: [", tmp_path)
 
 
@@ -148,7 +150,7 @@ def test_problems_of_a_slurm_section() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(MINIMAL | {"slurm": slurm})
     assert str(caught.value).splitlines()[1:4] == [
-        "  slurm time: the number 43200, which is how YAML reads 12:00:00 without quotes; wanted "
+        "  slurm time: the number 43200, which is how YAML reads 12:00:00 without quotes; expected "
         "text. Put it in quotes.",
         "  slurm.stages.train.node: unknown key; did you mean nodes?",
         "  slurm.stages.trane.[key]: 'trane'; input should be 'doctor', 'prepare', 'reference', "
@@ -168,8 +170,8 @@ def test_examples_parse(path: Path) -> None:
 
 def test_the_examples_are_all_there() -> None:
     names = {path.stem for path in Path("examples").glob("*.yaml")}
-    wanted = {"quickstart", "single_gpu_lora", "single_gpu_full", "full_zero3", "lora_zero3"}
-    assert names == wanted
+    expected = {"quickstart", "single_gpu_lora", "single_gpu_full", "full_zero3", "lora_zero3"}
+    assert names == expected
 
 
 def keys_table() -> str:

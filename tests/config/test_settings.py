@@ -42,12 +42,12 @@ def test_remote_code_runs_only_when_trusted(tmp_path: Path) -> None:
 
 def test_layout_is_tried_forced_or_refused() -> None:
     llama, mamba = (PairScorer(tiny_model(family)) for family in ("llama", "mamba"))
-    for scorer, wanted, settled in (
+    for scorer, expected, settled in (
         (llama, "auto", "packed"),
         (llama, "padded", "padded"),
         (mamba, "auto", "padded"),
     ):
-        section = ModelSection(path="m", dtype="float32", layout=wanted)  # pyright: ignore
+        section = ModelSection(path="m", dtype="float32", layout=expected)  # pyright: ignore
         assert settle_layout(scorer, scorer, section, CPU) == settled
         assert scorer.layout == settled
     section = ModelSection(path="m", dtype="float32", layout="packed")
@@ -56,7 +56,7 @@ def test_layout_is_tried_forced_or_refused() -> None:
     message = str(caught.value)
     assert message.startswith("model.layout is packed, but ")
     assert message.endswith(
-        "wanted a layout in which the model scores right. Set model.layout to auto."
+        "expected a layout in which the model scores right. Set model.layout to auto."
     )
 
 
@@ -72,7 +72,7 @@ def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError) as caught:
         load_model(tmp_path, ModelSection(path="m", dtype="float32"), device=CPU)
     assert str(caught.value) == (
-        f"{tmp_path} does not fill the model: missing model.norm.weight (of 1); wanted a value "
+        f"{tmp_path} does not fill the model: missing model.norm.weight (of 1); expected a value "
         "for every weight. Download the model again, or check that it is a causal LM."
     )
 

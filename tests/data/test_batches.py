@@ -87,13 +87,13 @@ def test_too_few_pairs_say_what_to_set() -> None:
     with pytest.raises(DataError) as error:
         num_steps(7, 8, 1)
     assert str(error.value) == (
-        "7 pairs; wanted at least one global batch of 8 pairs. "
+        "7 pairs; expected at least one global batch of 8 pairs. "
         "Set train.global_batch_size to 7 or less, or add pairs."
     )
     with pytest.raises(DataError) as error:
         num_steps(10, 8, 0.5)
     assert str(error.value) == (
-        "10 pairs * 0.5 epochs do not fill one optimizer step; wanted at least one global batch "
+        "10 pairs * 0.5 epochs do not fill one optimizer step; expected at least one global batch "
         "of 8 pairs. Raise train.num_epochs or lower train.global_batch_size."
     )
 
@@ -113,7 +113,7 @@ def test_properties_of_every_plan() -> None:
         for micro_batch in chain.from_iterable(plan):
             assert 0 < tokens_of(micro_batch, lengths) <= budget
         assert plan == plan_micro_batches(lengths, pairs.tolist(), world_size, budget)
-        # ranks wait for each other: the micro-batches of a micro-step are neighbours in size
+        # ranks wait for each other: the micro-batches of a micro-step are neighbors in size
         steps = micro_step_tokens(plan, lengths)
         assert all(min(a) >= max(b) for a, b in zip(steps, steps[1:], strict=False))
 
@@ -176,7 +176,7 @@ def test_a_pair_above_the_budget_is_named_with_the_value_needed(plan: Planner) -
     with pytest.raises(DataError) as error:
         plan(np.array([10, 900, 1200, 20]), [3, 1, 2], 2, 500)
     assert str(error.value) == (
-        "pair 2 has 1200 tokens (prompt + chosen + rejected); wanted at most micro_batch_tokens "
+        "pair 2 has 1200 tokens (prompt + chosen + rejected); expected at most micro_batch_tokens "
         "= 500. Set train.micro_batch_tokens (of the reference pass: reference.micro_batch_tokens) "
         "to 1200 or more, or lower data.max_length."
     )

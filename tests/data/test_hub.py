@@ -94,15 +94,15 @@ def data_files_in(folder: Path) -> list[str]:
 
 def test_config_split_and_revision_are_those_asked_for(tmp_path: Path) -> None:
     with hub({REPO: {"main": files("new"), "v1": files("old")}}) as served:
-        for train, wanted in (
+        for train, expected in (
             ({"split": "test"}, [f"new small test {n}" for n in range(4)]),
             ({"config": "big", "limit": 6, "revision": "v1"},
              [*(f"old big first {n}" for n in range(5)), "old big second 0"]),
         ):  # fmt: skip
-            folder = tmp_path / str(len(wanted))
+            folder = tmp_path / str(len(expected))
             folder.mkdir()
             pairs = pairs_of(folder, served, train)
-            assert questions(folder, pairs) == wanted
+            assert questions(folder, pairs) == expected
         assert pairs.origin(5) == f"{REPO}[train]:6"
 
 

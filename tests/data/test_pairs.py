@@ -16,7 +16,7 @@ from dpo_dist.data.drop_reasons import CODES
 from dpo_dist.data.pairs import DATA_NAME, Pairs, digest_of_keys, open_pairs
 from dpo_dist.data.screening.tokenized_rows import truncate
 from dpo_dist.data.screening.write_pairs import truncate_lists, write_pairs
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.reference.pair_key import as_key_array, pair_key
 from dpo_dist.run.manifest import Manifest, write_manifest
 
@@ -93,21 +93,21 @@ def test_lists_are_truncated_also_in_a_slice() -> None:
 
 
 def error_of(pairs_dir: Path, split: str = "train") -> str:
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         open_pairs(pairs_dir, split)
     return str(caught.value)
 
 
 def remedy(pairs_dir: Path) -> str:
     return (
-        "wanted prepared pairs as they were written. "
+        "expected prepared pairs as they were written. "
         f"Delete {pairs_dir} and run `dpo-dist prepare` again."
     )
 
 
 def test_no_pairs_folder(tmp_path: Path) -> None:
     assert error_of(tmp_path / "pairs") == (
-        f"{tmp_path}/pairs/MANIFEST.json does not exist; wanted an artefact with its manifest. "
+        f"{tmp_path}/pairs/MANIFEST.json does not exist; expected an artifact with its manifest. "
         "Run the stage that writes it, or `dpo-dist run`."
     )
 
@@ -149,7 +149,7 @@ def test_other_columns(tmp_path: Path) -> None:
     table = pa.table({"a": [1]})
     with pa.ipc.new_stream(str(pairs_dir / "train" / DATA_NAME), table.schema) as writer:
         writer.write_table(table)
-    assert error_of(pairs_dir).startswith(f"{pairs_dir}/train has the columns a; wanted")
+    assert error_of(pairs_dir).startswith(f"{pairs_dir}/train has the columns a; expected")
 
 
 def test_a_flipped_bit_in_the_tokens_is_noticed_when_they_are_read(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_flipped_bit_in_the_tokens_is_noticed_when_they_are_read(tmp_path: Pat
     pairs = open_pairs(pairs_dir, "train")
     readable = [index for index in range(len(pairs)) if _is_readable(pairs, index)]
     (damaged,) = set(range(len(pairs))) - set(readable)
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         pairs.token_ids(damaged)
     assert str(caught.value) == (
         f"{pairs_dir}/train pair {damaged} has other tokens than its key says; {remedy(pairs_dir)}"
@@ -172,7 +172,7 @@ def test_a_flipped_bit_in_the_tokens_is_noticed_when_they_are_read(tmp_path: Pat
 def _is_readable(pairs: Pairs, index: int) -> bool:
     try:
         pairs.token_ids(index)
-    except ArtefactError:
+    except ArtifactError:
         return False
     return True
 

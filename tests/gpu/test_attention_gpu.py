@@ -74,7 +74,7 @@ def test_kernels_equal_per_pair_attention(
 
 
 @needs_flash_attn
-def test_flash_attn_honours_the_soft_cap() -> None:
+def test_flash_attn_honors_the_soft_cap() -> None:
     tensors = heads(8, 2, 64)
     exact, exact_grads = attend("sdpa", [tensor.float() for tensor in tensors], 16, softcap=2.0)
     out, grads = attend("flash_attn", tensors, 16, softcap=2.0)

@@ -20,7 +20,7 @@ from support.ranks import ROOT, wait_until
 from support.servers.local_judge import Answer, LocalJudge, Request, serve
 
 from dpo_dist.commands import judge as stage
-from dpo_dist.errors import ArtefactError, DataError, DPODistError, EndpointError, as_disk_error
+from dpo_dist.errors import ArtifactError, DataError, DPODistError, EndpointError, as_disk_error
 from dpo_dist.judging.endpoint import Limits, completions_url, retry_after_s
 
 KEY = "sk-local-0123456789abcdef"
@@ -193,7 +193,8 @@ def test_a_judge_that_refuses_to_choose(files: tuple[Path, Path], tmp_path: Path
             judge(files, server.url, out)
         assert str(caught.value) == (
             "local gave no verdict in both orders of any comparison (the last reply: 'Both have "
-            "their merits.'); wanted [[A]], [[B]] or [[C]] at the end of its replies. Name a judge "
+            "their merits.'); expected [[A]], [[B]] or [[C]] at the end of its replies. Name "
+            "a judge "
             "that follows instructions, or raise --max-tokens, and add --ask-again."
         )
         assert len(server.requests) == len(replies(out)) == 12 * stage.ASKS
@@ -288,7 +289,8 @@ def test_files_of_different_questions(files: tuple[Path, Path], tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         judge(files, "http://127.0.0.1:9/v1", tmp_path / "out")
     assert str(caught.value) == (
-        f"{files[1]} has no answer to 2 questions of the other file (4, 5); wanted answers to the "
+        f"{files[1]} has no answer to 2 questions of the other file (4, 5); expected answers "
+        "to the "
         "same questions. Generate both from the same prompts."
     )
     write_answers(files[1], 20)
@@ -305,14 +307,14 @@ def test_two_at_a_time_are_refused(files: tuple[Path, Path], tmp_path: Path) -> 
         if number == 1:
             try:
                 judge(files, server.url, out)
-            except ArtefactError as error:
+            except ArtifactError as error:
                 refused.append(str(error))
         return larger_is_better(request, number)
 
     with serve(second_one) as server:
         assert judge(files, server.url, out, limits=replace(LIMITS, concurrency=1))["all"]["n"] == 6
     assert refused == [
-        f"{out / 'replies.jsonl'} is being written by another judge; wanted one at a time. Wait "
+        f"{out / 'replies.jsonl'} is being written by another judge; expected one at a time. Wait "
         "for it, or choose another --out."
     ]
 
@@ -333,9 +335,9 @@ def test_endpoints_that_are_none(endpoint: str, found: str) -> None:
 
 
 def test_endpoints_with_and_without_the_last_part() -> None:
-    wanted = "https://x/v1/chat/completions"
-    assert completions_url("https://x/v1") == completions_url("https://x/v1/") == wanted
-    assert completions_url(wanted) == wanted
+    expected = "https://x/v1/chat/completions"
+    assert completions_url("https://x/v1") == completions_url("https://x/v1/") == expected
+    assert completions_url(expected) == expected
 
 
 def test_retry_after() -> None:
@@ -394,7 +396,7 @@ def test_a_disk_that_fills_up(files: tuple[Path, Path], tmp_path: Path) -> None:
                 judge(files, server.url, out)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "File too large; wanted a writable disk" in str(as_disk_error(full.value))
+        assert "File too large; expected a writable disk" in str(as_disk_error(full.value))
         kept = (out / "replies.jsonl").read_bytes()
         judge(files, server.url, out)
         assert 0 < kept.count(b"\n") < len(replies(out)) == 12

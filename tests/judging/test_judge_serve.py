@@ -26,7 +26,7 @@ pytestmark = [
 QUESTIONS = {
     "What is the capital of France?": ("The capital of France is Paris.", "London."),
     "How many legs has a spider?": ("A spider has eight legs.", "I like trains."),
-    "Name a colour of the sky.": ("Blue.", "Four."),
+    "Name a color of the sky.": ("Blue.", "Four."),
 }
 
 

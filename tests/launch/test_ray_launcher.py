@@ -11,7 +11,7 @@ import pytest
 
 from dpo_dist.config.cluster_section import RaySection
 from dpo_dist.config.run_config import parse_config
-from dpo_dist.errors import ArtefactError, ClusterError
+from dpo_dist.errors import ArtifactError, ClusterError
 from dpo_dist.run import attempts
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run.manifest import write_json
@@ -55,7 +55,7 @@ def test_too_few_resources_are_said_at_once(launcher: Any) -> None:
         launcher.check_resources(section(workers=17), NODES)
     assert str(error.value) == (
         "the cluster has room for 16 workers of 1 GPUs and 1 CPUs (3 nodes: 8 GPUs and 32 CPUs, 8 "
-        "GPUs and 32 CPUs, 0 GPUs and 8 CPUs); wanted room for 17. Lower ray.workers, "
+        "GPUs and 32 CPUs, 0 GPUs and 8 CPUs); expected room for 17. Lower ray.workers, "
         "ray.gpus_per_worker or ray.cpus_per_worker, or add nodes."
     )
     launcher.check_resources(section(workers=17, min_workers=9), NODES)
@@ -68,7 +68,7 @@ def test_a_strict_placement_has_less_room(launcher: Any, placement: str, room: i
         launcher.check_resources(section(workers=room + 1, placement=placement), NODES)
     assert str(error.value) == (
         f"the cluster has room for {room} workers of 1 GPUs and 1 CPUs placed {placement} (3 "
-        "nodes: 8 GPUs and 32 CPUs, 8 GPUs and 32 CPUs, 0 GPUs and 8 CPUs); wanted room for "
+        "nodes: 8 GPUs and 32 CPUs, 8 GPUs and 32 CPUs, 0 GPUs and 8 CPUs); expected room for "
         f"{room + 1}. Lower ray.workers, ray.gpus_per_worker or ray.cpus_per_worker, set "
         "ray.placement=PACK, or add nodes."
     )
@@ -148,7 +148,7 @@ def test_a_folder_of_another_job_is_left_as_it_is(
     before = paths.status_path.read_bytes()
     with (
         run_lock.held(paths, "train"),
-        pytest.raises(ArtefactError, match=r"out is in use \(train, process"),
+        pytest.raises(ArtifactError, match=r"out is in use \(train, process"),
     ):
         launcher.run(config, [f"run.dir={paths.root}"])
     assert paths.status_path.read_bytes() == before and not paths.config_path.exists()
@@ -163,13 +163,13 @@ def test_without_a_cluster(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "error: no Ray cluster runs here; wanted a running cluster. Start one with "
+        "error: no Ray cluster runs here; expected a running cluster. Start one with "
         "launch/ray_up.sh, or submit with `ray job submit` (docs/ray.md)."
     )
 
 
 def test_fewer_workers_than_the_fewest() -> None:
-    with pytest.raises(Exception, match="ray.min_workers: 3 with ray.workers 2; wanted at most"):
+    with pytest.raises(Exception, match="ray.min_workers: 3 with ray.workers 2; expected at most"):
         parse_config(
             {
                 "run": {"dir": "r"},

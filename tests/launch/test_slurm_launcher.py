@@ -81,7 +81,7 @@ def test_an_option_that_is_none() -> None:
     with pytest.raises(ConfigError) as error:
         command("train", {"options": ["qos=high"]})
     assert str(error.value) == (
-        "slurm.options: 'qos=high'; wanted options of sbatch, such as --qos=high. Correct it."
+        "slurm.options: 'qos=high'; expected options of sbatch, such as --qos=high. Correct it."
     )
 
 
@@ -98,7 +98,7 @@ def test_a_machine_without_slurm(program: str, beta: str, tmp_path: Path) -> Non
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (
         2,
-        "error: there is no sbatch on PATH; wanted a login node of a Slurm cluster. Submit from "
+        "error: there is no sbatch on PATH; expected a login node of a Slurm cluster. Submit from "
         "there, or look at the jobs with --dry-run; `dpo-dist run` needs no Slurm.\n",
     )
     assert not (tmp_path / "out").exists()

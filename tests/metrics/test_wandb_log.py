@@ -127,7 +127,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as error:
         wandb_log.check_installed()
     assert str(error.value) == (
-        "logging.wandb is set, and wandb is not installed; wanted the extra `wandb`. "
+        "logging.wandb is set, and wandb is not installed; expected the extra `wandb`. "
         "pip install 'dpo-dist[wandb]', or set logging.wandb=false."
     )
 
@@ -136,7 +136,7 @@ def test_without_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "too-short")
-    with pytest.raises(HubError, match="Weights & Biases does not start a run .*wanted a login"):
+    with pytest.raises(HubError, match="Weights & Biases does not start a run .*expected a login"):
         wandb_log.start_run(config_for(tmp_path))
 
 

@@ -43,7 +43,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     make_model(tmp_path / "other", {"model.safetensors": b"1"})
     folder = make_model(tmp_path / "a", {}, ["../other/model.safetensors"])
     assert error_of(model_files.weight_files, folder) == (
-        f"{folder}/model.safetensors.index.json names '../other/model.safetensors'; wanted file "
+        f"{folder}/model.safetensors.index.json names '../other/model.safetensors'; expected file "
         "names inside the model folder. Do not use this model: its index points elsewhere."
     )
 
@@ -51,19 +51,19 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 def test_missing_and_pickled_weights(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", {}, ["x.safetensors"])
     assert error_of(model_files.weight_files, folder) == (
-        f"{folder} lacks x.safetensors; wanted every file its index names. Download the model "
+        f"{folder} lacks x.safetensors; expected every file its index names. Download the model "
         "again."
     )
     folder = make_model(tmp_path / "b", {"pytorch_model.bin": b"1"})
     assert error_of(model_files.weight_files, folder) == (
-        f"{folder} has pickled weights only (pytorch_model.bin); wanted safetensors: loading a "
+        f"{folder} has pickled weights only (pytorch_model.bin); expected safetensors: loading a "
         "pickle runs the code in it. Convert it, or set model.allow_pickle_weights=true if you "
         "trust its author."
     )
     assert len(model_files.weight_files(folder, allow_pickle=True)) == 1
     folder = make_model(tmp_path / "c", {})
     assert error_of(model_files.weight_files, folder) == (
-        f"{folder} has no weight files; wanted model.safetensors. Download the model again."
+        f"{folder} has no weight files; expected model.safetensors. Download the model again."
     )
 
 
@@ -88,7 +88,7 @@ def test_resolve(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", {})
     assert model_files.resolve_model_dir(str(folder)) == folder
     assert error_of(model_files.resolve_model_dir, str(tmp_path)) == (
-        f"{tmp_path} has no config.json; wanted a Hugging Face model folder, or a hub id such as "
+        f"{tmp_path} has no config.json; expected a Hugging Face model folder, or a hub id such as "
         "org/name. Correct model.path."
     )
     message = error_of(model_files.resolve_model_dir, "no/such-model")
@@ -100,7 +100,7 @@ def test_resolve(tmp_path: Path) -> None:
 
 def test_tokenizer_digest(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", {})
-    assert "has no tokenizer files; wanted tokenizer.json" in error_of(
+    assert "has no tokenizer files; expected tokenizer.json" in error_of(
         model_files.digest_of_tokenizer, folder
     )
     (folder / "tokenizer.json").write_text("{}")

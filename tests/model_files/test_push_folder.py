@@ -65,7 +65,7 @@ def test_weights_of_an_earlier_push_do_not_stay(folder: Path, hub: Hub) -> None:
 def test_a_public_repository_is_not_pushed_to_by_default(folder: Path, hub: Hub) -> None:
     hub.repositories["me/tiny"] = Repository(private=False)
     assert refused(folder) == (
-        "me/tiny exists and is public; wanted a private repository (export.hub_private). Name "
+        "me/tiny exists and is public; expected a private repository (export.hub_private). Name "
         "another one, or set export.hub_private=false to publish."
     )
     assert hub.repositories["me/tiny"].branches == {"main": {}}
@@ -74,16 +74,17 @@ def test_a_public_repository_is_not_pushed_to_by_default(folder: Path, hub: Hub)
 @pytest.mark.parametrize(
     ("call", "status", "words"),
     [
-        ("create", 403, "the token may not write to me/tiny (403: no right to create); wanted a "
+        ("create", 403, "the token may not write to me/tiny (403: no right to create); expected a "
          "token with write access to that user or organization. Use another token or "
          "export.push_to_hub. Then `dpo-dist push` again: nothing half-written is there, and the "
          "export is kept."),
-        ("create", 401, "does not know the token (401: no right to create); wanted a valid token."),
-        ("create", 404, "has no me/tiny for this token (404: no right to create); wanted an "),
+        ("create", 401, "does not know the token (401: no right to create); expected a valid "
+            "token."),
+        ("create", 404, "has no me/tiny for this token (404: no right to create); expected an "),
         ("preupload", 403, "the token may not write to me/tiny (403: no right to preupload)"),
         ("put", 403, "the token may not write to me/tiny (403: "),
-        ("commit", 403, "the token may not write to me/tiny (403: no right to commit); wanted"),
-        ("commit", 507, "answers 507 (no right to commit); wanted a hub that takes the push."),
+        ("commit", 403, "the token may not write to me/tiny (403: no right to commit); expected"),
+        ("commit", 507, "answers 507 (no right to commit); expected a hub that takes the push."),
     ],
 )  # fmt: skip
 def test_a_hub_that_refuses(call: str, status: int, words: str, folder: Path, hub: Hub) -> None:
@@ -105,7 +106,7 @@ def test_no_token_and_a_wrong_one(folder: Path, hub: Hub, monkeypatch: pytest.Mo
     assert "does not know the token (401: Invalid credentials" in refused(folder)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert refused(folder) == (
-        "no token to push to me/tiny with; wanted a token that may write there. Set HF_TOKEN or "
+        "no token to push to me/tiny with; expected a token that may write there. Set HF_TOKEN or "
         "run `hf auth login`."
     )
 
@@ -115,4 +116,4 @@ def test_a_hub_that_is_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     point_at(monkeypatch, url)
     said = refused(folder)
     assert said.startswith(f"the push to {url} broke off (ConnectError: ")
-    assert "wanted a hub that this machine reaches. Push from a machine with" in said
+    assert "expected a hub that this machine reaches. Push from a machine with" in said

@@ -224,7 +224,7 @@ def take(logps: PairLogps, rows: slice) -> PairLogps:
 
 
 def test_columns_must_agree_in_shape() -> None:
-    with pytest.raises(AssertionError, match=r"reference has shape \(3, 2\), wanted \(2, 2\)"):
+    with pytest.raises(AssertionError, match=r"reference has shape \(3, 2\), expected \(2, 2\)"):
         PairLogps.from_columns(torch.zeros(2, 2), torch.zeros(3, 2), torch.zeros(2, 2))
 
 

@@ -85,7 +85,8 @@ def test_a_model_without_routers_has_no_balance() -> None:
     with pytest.raises(ConfigError) as caught:
         num_experts(tiny_model("llama"))
     assert str(caught.value) == (
-        "objective.router_aux_loss_coef is set and LlamaForCausalLM gives no router logits; wanted "
+        "objective.router_aux_loss_coef is set and LlamaForCausalLM gives no router logits; "
+        "expected "
         "a mixture of experts whose routers are known to transformers. Set "
         "objective.router_aux_loss_coef to 0."
     )

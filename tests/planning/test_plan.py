@@ -177,19 +177,19 @@ def test_steps_and_batches_come_from_the_prepared_pairs(prepared: Path) -> None:
 
 def test_a_pair_longer_than_a_micro_batch_is_found_now(prepared: Path) -> None:
     config = load_config(prepared, ["train.micro_batch_tokens=8"])
-    with pytest.raises(DataError, match="wanted at most micro_batch_tokens = 8. Set train"):
+    with pytest.raises(DataError, match="expected at most micro_batch_tokens = 8. Set train"):
         make_plan(config, 2, None)
 
 
 def test_fewer_pairs_than_a_global_batch_are_found_now(prepared: Path) -> None:
     config = load_config(prepared, ["train.global_batch_size=64"])
-    with pytest.raises(DataError, match="40 pairs; wanted at least one global batch of 64 pairs"):
+    with pytest.raises(DataError, match="40 pairs; expected at least one global batch of 64 pairs"):
         make_plan(config, 2, None)
 
 
 @pytest.mark.slow  # tries the hub again and again
 def test_a_model_that_no_hub_answers_for(tmp_path: Path) -> None:
-    with pytest.raises(ModelFilesError, match="wanted a model folder or a reachable hub id"):
+    with pytest.raises(ModelFilesError, match="expected a model folder or a reachable hub id"):
         make_plan(config_of(tmp_path, "nobody/no-such-model"), 1, None)
 
 
@@ -199,11 +199,11 @@ def test_bad_models_and_ranks(tmp_path: Path) -> None:
         make_plan(config_of(tmp_path, str(tmp_path)), 1, None)
     assert "is of no model that transformers can build" in str(caught.value)
     assert str(caught.value).endswith(
-        "wanted a causal language model. Check model.path, or upgrade transformers."
+        "expected a causal language model. Check model.path, or upgrade transformers."
     )
     with pytest.raises(ConfigError) as wrong:
         make_plan(config_of(tmp_path, str(tmp_path)), 0, None)
-    assert str(wrong.value) == "--world-size 0; wanted 1 or more ranks. Correct it."
+    assert str(wrong.value) == "--world-size 0; expected 1 or more ranks. Correct it."
 
 
 def test_an_adapter_that_matches_nothing_is_found_now(tmp_path: Path) -> None:

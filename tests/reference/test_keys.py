@@ -39,7 +39,7 @@ def test_key_arrays_from_strings_and_bytes_columns_agree() -> None:
 
 
 def test_a_key_of_another_size_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"keys of \[8\] bytes, wanted 16"):
+    with pytest.raises(AssertionError, match=r"keys of \[8\] bytes, expected 16"):
         as_key_array([bytes(16), bytes(8)])
     with pytest.raises(AssertionError, match=r"shape \(2, 8\)"):
         as_key_array(np.zeros((2, 8), dtype=np.uint8))

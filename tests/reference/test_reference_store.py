@@ -94,7 +94,7 @@ def test_a_missing_row_is_an_error_that_names_the_pairs(tmp_path: Path) -> None:
         store.lookup(some_keys(0, 10))
     assert str(error.value) == (
         f"{store.directory} lacks reference log-probs for 7 of 10 pairs (pair index 3, 4, 5, 6, 7, "
-        "...); wanted a row for every pair. Run `dpo-dist reference`, which scores the missing "
+        "...); expected a row for every pair. Run `dpo-dist reference`, which scores the missing "
         "pairs only."
     )
     with pytest.raises(ReferenceStoreError, match=r"1 of 2 pairs \(pair index 900\)"):
@@ -111,7 +111,8 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_written(
     with pytest.raises(ReferenceStoreError) as error:
         store.append(some_keys(0, 10), logps, np.arange(100, 110))
     assert str(error.value) == (
-        "reference log-probs are not finite for 2 of 10 pairs (pair index 104, 106); wanted finite "
+        "reference log-probs are not finite for 2 of 10 pairs (pair index 104, 106); "
+        "expected finite "
         "numbers. Check the reference weights and these pairs, or score them in float32."
     )
     assert list(tmp_path.iterdir()) == []
@@ -121,7 +122,7 @@ def test_wrong_shapes_and_types_are_programmer_mistakes(tmp_path: Path) -> None:
     store = open_store(tmp_path, CONTRACT)
     with pytest.raises(AssertionError, match=r"logps \(3, 2\) for 2 keys"):
         store.append(some_keys(0, 2), some_logps(0, 3), np.arange(2))
-    with pytest.raises(AssertionError, match="logps are float64, wanted float32"):
+    with pytest.raises(AssertionError, match="logps are float64, expected float32"):
         doubles = some_logps(0, 2).astype(np.float64)
         store.append(some_keys(0, 2), doubles, np.arange(2))  # pyright: ignore[reportArgumentType]
 
@@ -135,8 +136,8 @@ def test_each_field_of_the_contract_makes_another_store(field: str, tmp_path: Pa
     (line,) = explain_miss(tmp_path, other)
     found = str(getattr(CONTRACT, field))
     found = found[:12] + "..." if field.endswith("digest") else found
-    wanted = "2" if field == "schema_version" else "cccccccccccc..."
-    assert line == f"the store holds 300 rows scored with {field} {found}, wanted {wanted}"
+    expected = "2" if field == "schema_version" else "cccccccccccc..."
+    assert line == f"the store holds 300 rows scored with {field} {found}, expected {expected}"
 
 
 def test_a_miss_is_explained_nearest_contract_first(tmp_path: Path) -> None:
@@ -144,8 +145,9 @@ def test_a_miss_is_explained_nearest_contract_first(tmp_path: Path) -> None:
     append(open_store(tmp_path, far), 0, 7)
     append(open_store(tmp_path, dataclasses.replace(CONTRACT, dtype="float32")), 0, 5)
     assert explain_miss(tmp_path, CONTRACT) == [
-        "the store holds 5 rows scored with dtype float32, wanted bfloat16",
-        "the store holds 7 rows scored with dtype float32, wanted bfloat16; layout padded, wanted "
+        "the store holds 5 rows scored with dtype float32, expected bfloat16",
+        "the store holds 7 rows scored with dtype float32, expected bfloat16; layout padded, "
+        "expected "
         "packed",
     ]
     append(open_store(tmp_path, CONTRACT), 0, 9)
@@ -155,15 +157,15 @@ def test_a_miss_is_explained_nearest_contract_first(tmp_path: Path) -> None:
 def test_a_contract_of_another_version_or_an_unreadable_one_is_still_told(tmp_path: Path) -> None:
     store = open_store(tmp_path, CONTRACT)
     append(store, 0, 5)
-    wanted = dataclasses.replace(CONTRACT, dtype="float32")
+    expected = dataclasses.replace(CONTRACT, dtype="float32")
     path = store.directory / "contract.json"
-    path.write_text(json.dumps(dataclasses.asdict(wanted) | {"temperature": 1}))
-    assert explain_miss(tmp_path, wanted) == [
-        "the store holds 5 rows scored with temperature 1, wanted None"
+    path.write_text(json.dumps(dataclasses.asdict(expected) | {"temperature": 1}))
+    assert explain_miss(tmp_path, expected) == [
+        "the store holds 5 rows scored with temperature 1, expected None"
     ]
     for text in ("{", "[]", "7"):
         path.write_text(text)
-        assert explain_miss(tmp_path, wanted) == [
+        assert explain_miss(tmp_path, expected) == [
             "the store holds 5 rows scored with unknown settings: its contract.json is unreadable"
         ]
 
@@ -220,8 +222,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         open_store(blocked, CONTRACT)
     assert str(error.value) == (
         f"cannot read the reference store {blocked / CONTRACT.digest()[:16]} (Not a directory); "
-        "wanted a readable and writable folder, free space, and a file system with hard links. "
-        "Mend that, or set reference.store_dir to another folder."
+        "expected a readable and writable folder, free space, and a file system with hard links. "
+        "Fix this, or set reference.store_dir to another folder."
     )
     store = open_store(tmp_path / "store", CONTRACT)
     (tmp_path / "store").write_text("came later")

@@ -22,7 +22,7 @@ from support.tiny_run import dpo_dist
 from dpo_dist.commands import report
 from dpo_dist.data.screening.distributions import length_bias
 from dpo_dist.engine.checkpoints.train_state import TrainState
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.metrics.curves import PLOTS
 from dpo_dist.report.sections import SHOWN
 from dpo_dist.run.manifest import write_json
@@ -169,8 +169,8 @@ def test_the_screenshot_has_the_curves(whole: RunDir, tmp_path: Path) -> None:
     browse(page, f"--screenshot={shot}", "--window-size=1280,2400", "--hide-scrollbars")
     pixels = (matplotlib.image.imread(shot)[..., :3] * 255).round()
     assert pixels.shape == (2400, 1280, 3)
-    for colour in ((0, 114, 178), (213, 94, 0)):
-        assert (np.abs(pixels - colour).max(axis=2) < 24).sum() > 500
+    for color in ((0, 114, 178), (213, 94, 0)):
+        assert (np.abs(pixels - color).max(axis=2) < 24).sum() > 500
 
 
 def test_it_says_what_the_run_has(whole: RunDir) -> None:
@@ -240,7 +240,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     done = dpo_dist("report", tmp_path)
     assert done.returncode == 2 and not any(tmp_path.iterdir())
     assert done.stderr == (
-        f"error: {tmp_path}/status.json does not exist; wanted the folder of a run. Name the "
+        f"error: {tmp_path}/status.json does not exist; expected the folder of a run. Name the "
         "run.dir of a run.yaml.\n"
     )
 
@@ -267,8 +267,8 @@ def test_a_file_that_does_not_fit_leaves_the_old_report(whole: RunDir, num_bytes
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"error: {whole.report_dir} could not be written (File too large); wanted a writable "
-        "folder with free space. Mend that and run `dpo-dist report` again; nothing half-written "
+        f"error: {whole.report_dir} could not be written (File too large); expected a writable "
+        "folder with free space. Fix this and run `dpo-dist report` again; nothing half-written "
         "is left."
     )
     assert_old_report_alone(whole)
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_old_report(whole: RunDir, tmp_path: Path) -> Non
         paths = RunDir(disk / "run")
         shutil.copytree(whole.root, paths.root)
         old_report(paths)
-        with pytest.raises(ArtefactError, match="No space left on device.*nothing half-written"):
+        with pytest.raises(ArtifactError, match="No space left on device.*nothing half-written"):
             report.run(paths.root)
         assert_old_report_alone(paths)
     finally:

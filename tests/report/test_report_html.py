@@ -28,12 +28,12 @@ def test_length_bias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("longer", "num_pairs", "wanted"),
+    ("longer", "num_pairs", "expected"),
     [(0.69, 100, False), (0.7, 100, True), (0.7, 49, False), (0.29, 100, True)],
 )
-def test_what_counts_as_biased(longer: float, num_pairs: int, wanted: bool) -> None:
+def test_what_counts_as_biased(longer: float, num_pairs: int, expected: bool) -> None:
     bias = {"chosen_longer": longer, "rejected_longer": 1 - longer}
-    assert is_biased(bias, num_pairs) is wanted
+    assert is_biased(bias, num_pairs) is expected
 
 
 def test_histograms_count_every_pair_as_often_as_it_is_trained_on(tmp_path: Path) -> None:

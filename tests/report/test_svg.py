@@ -26,7 +26,7 @@ def test_bars_of_a_histogram_are_to_scale() -> None:
     assert titles == ["0 to 10: pairs 5", "10 to 20: pairs 0", "20 to 30: pairs 10"]
 
 
-def test_signed_bins_have_two_colours() -> None:
+def test_signed_bins_have_two_colors() -> None:
     chart = parsed(svg.histogram([-2, -1, 0, 1, 2], {"a": [1, 1, 1, 1]}, "x", signed=True))
     classes = [bar.attrib["class"] for bar in chart.iter("rect")]
     assert [name for name in classes if name != "hover"] == ["bar k1"] * 2 + ["bar k0"] * 2

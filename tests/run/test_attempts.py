@@ -61,7 +61,7 @@ def test_restarts_are_counted_until_a_cap(tmp_path: Path) -> None:
     assert error.value.exit_code == EXIT_DO_NOT_RESTART == 93
     assert str(error.value) == (
         "train would be restarted for the 3. time (3 restarts, 1 in a row without progress); "
-        "wanted at most 2 (restart.max_restarts). Look into logs/latest for what stops it, then "
+        "expected at most 2 (restart.max_restarts). Look into logs/latest for what stops it, then "
         "submit again: counts start anew."
     )
     attempts.begin(paths, "train", caps(), resubmitted=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.run import manifest
 from dpo_dist.run.manifest import Manifest
 
@@ -75,22 +75,22 @@ def test_is_current_names_the_difference(tmp_path: Path) -> None:
     manifest.write_manifest(folder, Manifest("prepare", settings, inputs))
     assert manifest.is_current(folder, "prepare", settings, inputs)
     changed = {"max_length": 640, "gate": {"empty": "raise"}}
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         manifest.is_current(folder, "prepare", changed, {"a.jsonl": "22"})
     assert str(caught.value) == (
         f'{folder} was made by `prepare` from other settings (gate.empty: "drop" -> "raise"; '
-        'max_length: 512 -> 640; input a.jsonl: "11" -> "22"); wanted the settings of this run '
+        'max_length: 512 -> 640; input a.jsonl: "11" -> "22"); expected the settings of this run '
         f"config. Choose another run.dir, or delete {folder} to make it again."
     )
 
 
 def test_missing_and_broken_manifest(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         manifest.read_manifest(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}/MANIFEST.json does not exist; wanted an artefact with its manifest. Run the "
+        f"{tmp_path}/MANIFEST.json does not exist; expected an artifact with its manifest. Run the "
         "stage that writes it, or `dpo-dist run`."
     )
     (tmp_path / "MANIFEST.json").write_text("{")
-    with pytest.raises(ArtefactError, match="is not readable .*; wanted the manifest as it was"):
+    with pytest.raises(ArtifactError, match="is not readable .*; expected the manifest as it was"):
         manifest.read_manifest(tmp_path)

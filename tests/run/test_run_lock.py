@@ -11,7 +11,7 @@ from support.ranks import wait_until
 from support.tiny_run import dpo_dist, make_run
 
 from dpo_dist.config.cluster_section import RestartSection
-from dpo_dist.errors import ArtefactError
+from dpo_dist.errors import ArtifactError
 from dpo_dist.run import attempts
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run.run_dir import RunDir
@@ -58,7 +58,7 @@ def test_a_second_job_is_refused_and_changes_nothing(
 
 def test_the_lock_is_gone_with_its_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     paths = RunDir(tmp_path / "out")
-    with pytest.raises(ArtefactError, match="in use"), run_lock.held(paths, "train", wait_s=0):
+    with pytest.raises(ArtifactError, match="in use"), run_lock.held(paths, "train", wait_s=0):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     wait_until(lambda: holder.poll() is not None, 10)

@@ -59,5 +59,5 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(succeed("status", tmp_path, "--json").stdout)["state"] == "running"
     done = dpo_dist("status", tmp_path / "none")
     assert done.returncode == 2
-    assert "does not exist; wanted the folder of a run." in done.stderr
+    assert "does not exist; expected the folder of a run." in done.stderr
     assert "Name the run.dir of a run.yaml." in done.stderr

@@ -20,22 +20,22 @@ def test_launched_needs_rank_and_world_size() -> None:
     [
         (
             {"MASTER_PORT": ""},
-            "environment variables MASTER_PORT are not set; wanted all of RANK WORLD_SIZE "
+            "environment variables MASTER_PORT are not set; expected all of RANK WORLD_SIZE "
             "LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT. Start the stage through "
             "dpo-dist, or set them in your launcher.",
         ),
         (
             {"RANK": "one"},
-            "RANK='one'; wanted an integer. Correct it in your launcher.",
+            "RANK='one'; expected an integer. Correct it in your launcher.",
         ),
         (
             {"RANK": "4"},
-            "RANK=4 with WORLD_SIZE=4; wanted 0 <= RANK < WORLD_SIZE. Check the number of tasks "
+            "RANK=4 with WORLD_SIZE=4; expected 0 <= RANK < WORLD_SIZE. Check the number of tasks "
             "your launcher starts.",
         ),
         (
             {"LOCAL_RANK": "2"},
-            "LOCAL_RANK=2 with LOCAL_WORLD_SIZE=2 and WORLD_SIZE=4; wanted 0 <= LOCAL_RANK < "
+            "LOCAL_RANK=2 with LOCAL_WORLD_SIZE=2 and WORLD_SIZE=4; expected 0 <= LOCAL_RANK < "
             "LOCAL_WORLD_SIZE <= WORLD_SIZE. Check the number of tasks per node.",
         ),
     ],

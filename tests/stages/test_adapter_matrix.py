@@ -237,7 +237,8 @@ def test_partitions_beside_adapted_experts_are_refused(tmp_path: Path) -> None:
     message = fail_on(1, "train", tmp_path / "run.yaml", "adapter.rank=3", *overrides)
     assert (
         "the adapter takes down_proj, gate_up_proj of experts that have gate_up_proj_bias, "
-        "down_proj_bias beside, in the partitions of ZeRO-3; wanted whole weights there: DeepSpeed "
+        "down_proj_bias beside, in the partitions of ZeRO-3; expected whole weights there: "
+        "DeepSpeed "
         "loses track of what is beside an adapted parameter. Set train.deepspeed=zero2 and "
         "reference.sharding=whole, or name the layers without the experts in "
         "adapter.target_modules."

@@ -46,13 +46,15 @@ def test_another_version_names_the_node() -> None:
             [facts("a"), facts("b", versions={"torch": "2.12.0"}), facts("c")]
         )
     assert str(error.value) == (
-        'b has versions {"torch": "2.12.0"}; wanted {"torch": "2.13.0"} as on the other nodes. '
-        "Mend the installation there, or leave it out (--exclude=b)."
+        'b has versions {"torch": "2.12.0"}; expected {"torch": "2.13.0"} as on the other nodes. '
+        "Fix the installation there, or leave it out (--exclude=b)."
     )
 
 
 def test_other_gpus_name_the_node() -> None:
-    with pytest.raises(ClusterError, match=r"^c has gpus \[\]; wanted .*H100.*\(--exclude=c\)\.$"):
+    with pytest.raises(
+        ClusterError, match=r"^c has gpus \[\]; expected .*H100.*\(--exclude=c\)\.$"
+    ):
         doctor.refuse_differences([facts("a"), facts("b"), facts("c", gpus=[])])
 
 
@@ -61,13 +63,14 @@ def test_other_gpus_name_the_node() -> None:
     [
         (
             "n1 n2 n3",
-            "ranks 2, 3 on n2 wrote nothing into the run folder; wanted a sign of life from all 6 "
+            "ranks 2, 3 on n2 wrote nothing into the run folder; expected a sign of life "
+            "from all 6 "
             "ranks within 0 s. Check that the node runs and sees run.dir, or leave it out "
             "(--exclude=n2).",
         ),
         (
             "",
-            "ranks 2, 3 on node 1 of the job wrote nothing into the run folder; wanted a sign of "
+            "ranks 2, 3 on node 1 of the job wrote nothing into the run folder; expected a sign of "
             "life from all 6 ranks within 0 s. Check that the node runs and sees run.dir, or leave "
             "that node out.",
         ),
@@ -95,7 +98,8 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ClusterError) as error:
         doctor.check_disk(config, Topology(0, 2, 0, 2, "127.0.0.1", 0))
     assert str(error.value) == (
-        f"{config.run.dir} has 0.0 GiB free; wanted 0.0 GiB for checkpoints and exports (`dpo-dist "
+        f"{config.run.dir} has 0.0 GiB free; expected 0.0 GiB for checkpoints and exports "
+        "(`dpo-dist "
         "plan` has the arithmetic). Free space, lower checkpoint.keep, or put run.dir elsewhere."
     )
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.data.tokens.templates import BUILTIN_TEMPLATES
 from dpo_dist.engine.export import weight_writer as weights
-from dpo_dist.errors import ArtefactError, CheckpointError, DataError, ModelFilesError
+from dpo_dist.errors import ArtifactError, CheckpointError, DataError, ModelFilesError
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.stop_flag import SIGNALS, Stopped
 from dpo_dist.stages import export, verify
@@ -69,12 +69,12 @@ def test_a_lora_run_becomes_an_adapter_and_a_merged_model(lora_run: TrainedRun) 
     } | {"adapter_config.json", "adapter_model.safetensors"}  # fmt: skip
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        wanted = lora_run.policy(ids).logits
+        expected = lora_run.policy(ids).logits
         for model in (
             AutoPeftModelForCausalLM.from_pretrained(paths.adapter_dir, dtype=torch.float32),
             AutoModelForCausalLM.from_pretrained(merged, dtype="auto"),
         ):
-            torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=2e-4)
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-4)
 
 
 def test_the_adapter_alone_needs_no_merge(lora_run: TrainedRun, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_best_needs_an_evaluation(lora_run: TrainedRun, tmp_path: Path) -> N
         export.run(config)
     assert str(error.value) == (
         f"{tmp_path / 'out' / 'checkpoints'} holds no checkpoint with an evaluation by eval_loss; "
-        "wanted one to compare. Set export.checkpoint to newest."
+        "expected one to compare. Set export.checkpoint to newest."
     )
 
 
@@ -176,7 +176,7 @@ def test_a_stale_export_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None
     config = copy_of(lora_run, tmp_path)
     folder = export.run(config) / "adapter"
     write_checkpoint(config, lora_run.policy, lora_run.trained, step=8)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         export.run(config)
     assert f"{folder} was made by `export` from other settings (input checkpoint: " in str(
         error.value
@@ -185,7 +185,7 @@ def test_a_stale_export_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None
     other = config.model_copy(
         update={"export": config.export.model_copy(update={"dtype": "bfloat16"})}
     )
-    with pytest.raises(ArtefactError, match='dtype: "float32" -> "bfloat16"'):
+    with pytest.raises(ArtifactError, match='dtype: "float32" -> "bfloat16"'):
         export.run(other)
 
 
@@ -205,7 +205,8 @@ def test_without_a_checkpoint(lora_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         export.run(config)
     assert str(error.value) == (
-        f"{tmp_path / 'out' / 'checkpoints'} holds no committed checkpoint; wanted one to export. "
+        f"{tmp_path / 'out' / 'checkpoints'} holds no committed checkpoint; expected one to "
+        "export. "
         "Run `dpo-dist train` first."
     )
     assert not (tmp_path / "out" / "export").exists()
@@ -221,7 +222,8 @@ def test_another_base_model_is_refused(lora_run: TrainedRun, tmp_path: Path) -> 
         error.value
     )
     assert str(error.value).endswith(
-        "wanted the base model of the run. Set model.path, model.revision and adapter.path to it, "
+        "expected the base model of the run. Set model.path, model.revision and adapter.path "
+        "to it, "
         "or restore its files."
     )
 
@@ -233,8 +235,8 @@ def test_another_alpha_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None:
         export.run(config)
     step_dir = tmp_path / "out" / "checkpoints" / "step-000006"
     assert str(error.value) == (
-        f'{step_dir} was trained with another adapter (adapter.alpha: "4.0" -> "8.0"); wanted the '
-        "adapter section of this run config. Put these keys back."
+        f'{step_dir} was trained with another adapter (adapter.alpha: "4.0" -> "8.0"); expected '
+        "the adapter section of this run config. Put these keys back."
     )
 
 
@@ -282,11 +284,11 @@ def test_a_full_disk_is_named(
     config = copy_of(lora_run, tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         export.run(config)
     out = tmp_path / "out" / "export"
     assert str(error.value) == (
-        f"{out} has 0 MiB free; wanted 0 MiB for the exported adapter. "
+        f"{out} has 0 MiB free; expected 0 MiB for the exported adapter. "
         "Free some space, or choose export.dtype=bfloat16."
     )
 
@@ -297,13 +299,13 @@ def test_a_write_that_fails_is_named(lora_run: TrainedRun, tmp_path: Path) -> No
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(ArtefactError) as error:
+        with pytest.raises(ArtifactError) as error:
             export.run(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value) == (
-        f"{folder} could not be written (File too large); wanted a writable folder with free "
-        "space. Mend that and run `dpo-dist export` again; nothing half-written is left."
+        f"{folder} could not be written (File too large); expected a writable folder with free "
+        "space. Fix this and run `dpo-dist export` again; nothing half-written is left."
     )
     assert list(folder.parent.iterdir()) == []
 

@@ -74,12 +74,12 @@ def test_the_run_learns_and_reports(run_yaml: Path) -> None:
     assert train[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert train[-1]["rewards/margins"] > 1.0
     assert [line["consumed_pairs"] for line in train] == [8 * s for s in range(1, LAST_STEP + 1)]
-    wanted = {
+    expected = {
         "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected",
         "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
         "tokens_saved_by_sharing", "epoch", "consumed_pairs", "step",
     }  # fmt: skip
-    assert wanted <= set(train[0])
+    assert expected <= set(train[0])
     held_out = [line["step"] for line in lines if "eval_rewards/margins" in line]
     assert held_out == [5, 10]
     status = json.loads((out_of(run_yaml) / "status.json").read_text())
@@ -231,7 +231,7 @@ def test_a_reference_that_is_not_the_start_stops_at_the_gate(run_yaml: Path) -> 
     succeed_on(2, "reference", *arguments)
     message = fail_on(2, "train", *arguments)
     assert "step-0 gate: pair " in message
-    assert "wanted the same within 1e-03. Check that reference.model is what training" in message
+    assert "expected the same within 1e-03. Check that reference.model is what training" in message
     assert not (other / "checkpoints").exists()
 
 
@@ -285,10 +285,10 @@ def test_stale_pairs_are_refused(run_yaml: Path) -> None:
     [
         (
             "train.global_batch_size=41",
-            "40 pairs; wanted at least one global batch of 41 pairs. Set train.global_batch_size "
+            "40 pairs; expected at least one global batch of 41 pairs. Set train.global_batch_size "
             "to 40 or less, or add pairs.",
         ),
-        ("train.micro_batch_tokens=20", "wanted at most micro_batch_tokens = 20"),
+        ("train.micro_batch_tokens=20", "expected at most micro_batch_tokens = 20"),
     ],
 )
 def test_impossible_batches_stop_before_a_model_is_loaded(

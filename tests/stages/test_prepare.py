@@ -27,7 +27,7 @@ from support.prepared import (
 
 from dpo_dist.config.run_config import RunConfig, parse_config
 from dpo_dist.data.pairs import open_pairs
-from dpo_dist.errors import ArtefactError, DataError
+from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.stages import prepare
 
@@ -126,7 +126,7 @@ def test_a_current_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def stale_reason(config: RunConfig) -> str:
-    with pytest.raises(ArtefactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         prepare.run(config)
     found = str(caught.value)
     assert found.endswith(

@@ -13,7 +13,7 @@ from support.servers.push_server import TOKEN, Hub
 from support.tiny_export import TrainedRun, make_trained_run
 
 from dpo_dist.config.run_config import RunConfig, load_config, parse_config
-from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.run.pipeline import stages_of
 from dpo_dist.stages import export, push, verify
 
@@ -80,23 +80,25 @@ def test_only_what_was_verified_is_pushed(verified: TrainedRun, hub: Hub, tmp_pa
     report = json.loads(report_path.read_text())
 
     report_path.write_text(json.dumps(report | {"passed": False}))
-    refused(config, f"{folder} failed verification; wanted an export that reproduces the training")
+    refused(
+        config, f"{folder} failed verification; expected an export that reproduces the training"
+    )
     report_path.write_text(json.dumps(report | {"exports": {}}))
-    refused(config, f"{folder} has not been verified; wanted")
+    refused(config, f"{folder} has not been verified; expected")
     report_path.unlink()
-    refused(config, f"{folder} has not been verified; wanted")
+    refused(config, f"{folder} has not been verified; expected")
     report_path.write_text(json.dumps(report))
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\xff")
     refused(config, f"{folder / 'model.safetensors'} has another content than was committed")
     (folder / "README.md").unlink()
-    refused(config, f"{folder / 'README.md'} is missing; wanted the files that were verified")
+    refused(config, f"{folder / 'README.md'} is missing; expected the files that were verified")
     assert hub.calls == []
 
 
 def refused(config: RunConfig, words: str) -> None:
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         push.run(config)
     assert str(error.value).startswith(words), error.value
 
@@ -112,7 +114,7 @@ def test_an_adapter_that_names_a_folder_of_this_machine(tmp_path: Path, hub: Hub
 def test_it_pushes_only_when_asked(verified: TrainedRun) -> None:
     assert [stage.name for stage in stages_of(verified.config)][-1] == "verify"
     assert [stage.name for stage in stages_of(config_of(verified, REPO))][-1] == "push"
-    with pytest.raises(ConfigError, match="export.push_to_hub is not set; wanted the repository"):
+    with pytest.raises(ConfigError, match="export.push_to_hub is not set; expected the repository"):
         push.run(verified.config)
 
 
@@ -122,7 +124,9 @@ def test_a_folder_that_is_not_exported(overrides: dict[str, object]) -> None:
         "run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]},
         "adapter": {}, "export": {"hub_folder": "merged"} | overrides,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="which this run does not export; wanted auto or adapter"):
+    with pytest.raises(
+        ConfigError, match="which this run does not export; expected auto or adapter"
+    ):
         parse_config(raw)
 
 
@@ -146,7 +150,7 @@ def test_the_command(verified: TrainedRun, hub: Hub, tmp_path: Path) -> None:
     hub.refuse = ("create", 403, "no")
     done = call()
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: the token may not write to me/tiny (403: no); wanted" in done.stderr
+    assert "error: the token may not write to me/tiny (403: no); expected" in done.stderr
     hub.refuse = None
     done = call()
     assert done.returncode == 0, done.stderr

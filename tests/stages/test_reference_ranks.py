@@ -56,8 +56,8 @@ def test_only_rank_0_looks_at_the_store_and_reads_the_weights(run_yaml: Path) ->
 @pytest.mark.parametrize(
     ("overrides", "kind", "message"),
     [
-        (["train.micro_batch_tokens=20"], DataError, "wanted at most micro_batch_tokens = 20"),
-        (["train.global_batch_size=41"], DataError, "wanted at least one global batch of 41"),
+        (["train.micro_batch_tokens=20"], DataError, "expected at most micro_batch_tokens = 20"),
+        (["train.global_batch_size=41"], DataError, "expected at least one global batch of 41"),
         (["train.deepspeed=zero9"], ConfigError, "train.deepspeed: 'zero9' is no file"),
         (
             ["train.optimizer=adafactor", "train.deepspeed=zero3"],

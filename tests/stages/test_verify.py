@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import ArtefactError, VerificationError
+from dpo_dist.errors import ArtifactError, VerificationError
 from dpo_dist.stages import export, verify
 
 LORA = ("adapter.rank=3", "adapter.alpha=4", "export.dtype=float32")
@@ -172,7 +172,7 @@ def test_the_error_names_the_first_failure(exported: TrainedRun, tmp_path: Path)
     folder = tmp_path / "out" / "export" / "merged"
     assert str(error.value) == (
         "2 of 13 checks failed, first merged: files: "
-        f"{folder}/chat_template.jinja has another content than was committed; wanted an export "
+        f"{folder}/chat_template.jinja has another content than was committed; expected an export "
         "that reproduces the training run. "
         f"Do not use it. {tmp_path / 'out' / 'verify.json'} has all checks."
     )
@@ -197,7 +197,7 @@ def test_an_update_that_bfloat16_rounds_away_has_its_own_remedy(
     with pytest.raises(VerificationError) as error:
         verify.run(run.config)
     assert str(error.value).endswith(
-        "wanted an export that reproduces the training run. bfloat16 may round the update away: "
+        "expected an export that reproduces the training run. bfloat16 may round the update away: "
         "export with export.dtype=float32, or use the adapter unmerged. "
         f"{run.paths.verify_path} has all checks."
     )
@@ -206,7 +206,7 @@ def test_an_update_that_bfloat16_rounds_away_has_its_own_remedy(
 def test_without_an_export(exported: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(exported, tmp_path)
     shutil.rmtree(tmp_path / "out" / "export" / "merged")
-    with pytest.raises(ArtefactError, match=r"export/merged/MANIFEST.json does not exist"):
+    with pytest.raises(ArtifactError, match=r"export/merged/MANIFEST.json does not exist"):
         verify.run(config)
 
 
@@ -214,10 +214,11 @@ def test_a_checkpoint_that_is_gone(exported: TrainedRun, tmp_path: Path) -> None
     config = copy_of(exported, tmp_path)
     step_dir = tmp_path / "out" / "checkpoints" / "step-000006"
     shutil.rmtree(step_dir)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         verify.run(config)
     assert str(error.value) == (
-        f"{step_dir} is not the checkpoint that the export was made from; wanted that checkpoint, "
+        f"{step_dir} is not the checkpoint that the export was made from; expected that "
+        "checkpoint, "
         "with the log-probs to reproduce. "
         f"Delete {tmp_path / 'out' / 'export'} and run `dpo-dist export` again."
     )
@@ -231,5 +232,5 @@ def test_another_checkpoint_under_the_same_name(exported: TrainedRun, tmp_path: 
         for parameter in policy.parameters():
             parameter.mul_(1.01)
     write_checkpoint(config, policy, exported.trained, step=6)
-    with pytest.raises(ArtefactError, match="is not the checkpoint that the export was made from"):
+    with pytest.raises(ArtifactError, match="is not the checkpoint that the export was made from"):
         verify.run(config)

@@ -10,7 +10,7 @@ from dpo_dist.data.tokens.templates import CHATML
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MAX_VOCAB_SIZE = 600
 _TEXTS = (
-    "system\nYou are a helpful assistant.\nuser\nWhat is the colour of the sky?\nassistant\n",
+    "system\nYou are a helpful assistant.\nuser\nWhat is the color of the sky?\nassistant\n",
     "The sky is blue because air scatters short waves of light more than long ones.",
     "I do not know. Ask somebody else, please. The answer is yes, the answer is no.",
     "Name three animals: a cat, a dog and a horse. How many legs has a spider? Eight.",

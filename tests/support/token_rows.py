@@ -1,4 +1,4 @@
-"""Tokenised rows made by hand: what the gate and the writer work on, without a tokenizer."""
+"""Tokenized rows made by hand: what the gate and the writer work on, without a tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path

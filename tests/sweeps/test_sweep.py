@@ -12,7 +12,7 @@ from support.tiny_run import dpo_dist, make_run, metrics_of, succeed
 
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import load_config
-from dpo_dist.errors import ArtefactError, ConfigError
+from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.model_files.of_run import base_model_dir
 from dpo_dist.reference.contract import scoring_contract
 from dpo_dist.run.manifest import write_atomic
@@ -175,10 +175,10 @@ def test_all_points_are_checked_before_any_starts(run_yaml: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective.beta=0.1"], "no key has several values; wanted at least one such as"),
-        (["objective.beta=0.1,1e-1"], "objective.beta=0.1 stands in the sweep twice; wanted"),
-        (["run.dir=a,b"], "run.dir cannot be swept; wanted keys that differ between runs"),
-        ([BETAS, "objective.beta=1,2"], "objective.beta is swept twice; wanted keys"),
+        (["objective.beta=0.1"], "no key has several values; expected at least one such as"),
+        (["objective.beta=0.1,1e-1"], "objective.beta=0.1 stands in the sweep twice; expected"),
+        (["run.dir=a,b"], "run.dir cannot be swept; expected keys that differ between runs"),
+        ([BETAS, "objective.beta=1,2"], "objective.beta is swept twice; expected keys"),
         ([BETAS, "export.push_to_hub=me/x"], "export.push_to_hub is set: all points would go"),
         (["objective.beta=0.1,,2"], "values '0.1,,2' are not a YAML list ("),
         (["objective.beta=[0.1"], "values '[0.1' are not a YAML list ("),
@@ -200,9 +200,9 @@ def test_states_come_from_what_the_runs_left(run_yaml: Path) -> None:
     assert state_of(point, "train").name == "waiting"
     update_stage(point.inputs.paths.status_path, "reference", "failed", error="out of memory")
     assert state_of(point, "train").error == "reference: out of memory"
-    for state, wanted in (("started", "running"), ("running", "running"), ("stopped", "stopped")):
+    for state, expected in (("started", "running"), ("running", "running"), ("stopped", "stopped")):
         update_stage(point.paths.status_path, "train", state)
-        assert state_of(point, "train").name == wanted
+        assert state_of(point, "train").name == expected
     update_stage(point.paths.status_path, "train", "failed", error="not finite")
     assert (state_of(point, "train").name, state_of(point, "train").error) == (
         "failed", "train: not finite",
@@ -220,10 +220,10 @@ def test_pairs_are_linked_by_a_relative_name(run_yaml: Path) -> None:
         link_pairs(point)
         assert point.paths.pairs_dir.readlink() == Path("..") / point.inputs.name / "pairs"
     other.paths.pairs_dir.mkdir(parents=True)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(ArtifactError) as error:
         link_pairs(other)
     assert str(error.value) == (
-        f"{other.paths.pairs_dir} is a folder of its own; wanted a link to "
+        f"{other.paths.pairs_dir} is a folder of its own; expected a link to "
         f"{other.inputs.paths.pairs_dir}. A sweep did not make this folder: move it away."
     )
 

@@ -161,7 +161,7 @@ def test_settings_that_need_held_out_pairs_are_refused_before_the_reference_pass
         with pytest.raises(DataError) as error:
             stage.run(load_config(run_yaml, [*overrides, key]))
         assert str(error.value) == (
-            f"{name} is {value}, and there are no held-out pairs; wanted at least one. Set "
+            f"{name} is {value}, and there are no held-out pairs; expected at least one. Set "
             "data.eval or data.eval_fraction and prepare the pairs in another run.dir, or set "
             f"{name} to null."
         )

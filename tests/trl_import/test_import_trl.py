@@ -232,7 +232,7 @@ def test_a_mixture(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert sum("fraction" in note for note in imported.differs) == 3
     assert any(note.startswith("datasets.2.data_dir: data/rl") for note in imported.differs)
-    with pytest.raises(ConfigError, match=r"datasets.0: pth; wanted a path, and of path, name"):
+    with pytest.raises(ConfigError, match=r"datasets.0: pth; expected a path, and of path, name"):
         convert(tmp_path, datasets=[{"pth": "a"}])
 
 
@@ -330,8 +330,8 @@ def test_the_hub(tmp_path: Path) -> None:
     assert convert(tmp_path, hub_model_id="me/dpo")[0].export.push_to_hub is None
     for name, found in ((None, "without hub_model_id"), ("dpo", "with hub_model_id dpo")):
         _, imported = convert(tmp_path, push_to_hub=True, hub_model_id=name)
-        wanted = f"push_to_hub: {found}; set export.push_to_hub to owner/name"
-        assert imported.differs == [wanted]
+        expected = f"push_to_hub: {found}; set export.push_to_hub to owner/name"
+        assert imported.differs == [expected]
 
 
 def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
@@ -400,9 +400,9 @@ def test_adafactor_where_train_refuses_it(tmp_path: Path) -> None:
 
 def test_what_is_not_taken_says_what_to_do(tmp_path: Path) -> None:
     _, imported = convert(tmp_path, **dict.fromkeys(keys.DIFFERS, "another"))
-    wanted = [f"{key}: another; {remedy}" for key, (_, remedy) in sorted(keys.DIFFERS.items())]
-    assert imported.differs == wanted
-    assert all(f"\n#   {note}\n" in imported.text for note in wanted)
+    expected = [f"{key}: another; {remedy}" for key, (_, remedy) in sorted(keys.DIFFERS.items())]
+    assert imported.differs == expected
+    assert all(f"\n#   {note}\n" in imported.text for note in expected)
     defaults = {key: default for key, (default, _) in keys.DIFFERS.items() if default is not None}
     assert convert(tmp_path, **defaults)[1].differs == []
 
@@ -422,11 +422,11 @@ def test_an_adapters_keys_without_use_peft_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("values", "said"), [
     ({"learnin_rate": 1, "zzz": 2}, "has 2 unknown keys:\n  learnin_rate: unknown key; did you "
      "mean learning_rate?\n  zzz: unknown key; nothing of that name is near\nwanted keys of "),
-    ({"model_name_or_path": None}, "model_name_or_path is missing; wanted the model that TRL"),
-    ({"dataset_name": None}, "neither dataset_name nor datasets is there; wanted the preference"),
-    ({"learning_rate": "fast"}, "learning_rate: 'fast'; wanted a number. Correct the YAML."),
-    ({"use_peft": "maybe"}, "use_peft: 'maybe'; wanted true or false. Correct the YAML."),
-    ({"datasets": ["a"]}, "datasets: ['a']; wanted a list of mappings of path, name, "),
+    ({"model_name_or_path": None}, "model_name_or_path is missing; expected the model that TRL"),
+    ({"dataset_name": None}, "neither dataset_name nor datasets is there; expected the preference"),
+    ({"learning_rate": "fast"}, "learning_rate: 'fast'; expected a number. Correct the YAML."),
+    ({"use_peft": "maybe"}, "use_peft: 'maybe'; expected true or false. Correct the YAML."),
+    ({"datasets": ["a"]}, "datasets: ['a']; expected a list of mappings of path, name, "),
     ({"loss_type": "dpoo"}, "what became of "),
 ])  # fmt: skip
 def test_errors(tmp_path: Path, values: dict[str, Any], said: str) -> None:
@@ -439,7 +439,7 @@ def test_the_number_of_processes_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         convert(tmp_path, processes=None)
     assert str(error.value) == (
-        "the number of processes is not in TRL's YAML; wanted it, because "
+        "the number of processes is not in TRL's YAML; expected it, because "
         "per_device_train_batch_size x gradient_accumulation_steps x num_processes = "
         "train.global_batch_size. Add --num-processes N, the GPUs of the TRL run, or "
         "--accelerate-config FILE."
@@ -447,15 +447,17 @@ def test_the_number_of_processes_is_needed(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_yaml(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: No such file or directory; wanted a YAML"):
+    with pytest.raises(
+        ConfigError, match="nowhere.yaml: No such file or directory; expected a YAML"
+    ):
         import_trl(tmp_path / "nowhere.yaml", (), 1, None)
     path = tmp_path / "list.yaml"
     path.write_text("- 1\n")
     with pytest.raises(
-        ConfigError, match="holds a list; wanted a YAML for TRL's dpo script, a map"
+        ConfigError, match="holds a list; expected a YAML for TRL's dpo script, a map"
     ):
         import_trl(path, (), 1, None)
-    with pytest.raises(ConfigError, match="'beta'; wanted KEY=VALUE with a key of TRL"):
+    with pytest.raises(ConfigError, match="'beta'; expected KEY=VALUE with a key of TRL"):
         import_trl(write(tmp_path, NEEDED), ["beta"], 1, None)
 
 
@@ -472,7 +474,9 @@ def test_the_command(tmp_path: Path) -> None:
     ]
     again = dpo_dist(*command, "--out", out)
     assert again.returncode == 2
-    assert again.stderr == f"error: {out} exists; wanted a new file. Name another, or remove it.\n"
+    assert (
+        again.stderr == f"error: {out} exists; expected a new file. Name another, or remove it.\n"
+    )
 
 
 def test_neither_trl_nor_torch_is_needed(tmp_path: Path) -> None:

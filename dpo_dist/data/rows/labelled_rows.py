@@ -47,11 +47,11 @@ class LabelledRows:
 
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
         """The pairs at these positions; a row without a partner says so."""
-        wanted = list(map(int, positions))
-        needed = [int(side[at]) for at in wanted for side in (self.good, self.bad)]
+        order = list(map(int, positions))
+        needed = [int(side[at]) for at in order for side in (self.good, self.bad)]
         numbers = sorted({number for number in needed if number != NONE})
         read = dict(zip(numbers, self.rows.read(numbers), strict=True))
-        for at in wanted:
+        for at in order:
             good, bad = (read.get(int(side[at])) for side in (self.good, self.bad))
             if good is None or bad is None:
                 yield Row({}, self.origin(at), lacks_partner=True)

@@ -37,17 +37,17 @@ def read_messages(row: Row, name: str) -> Conversation:
 def read_tools(row: Row) -> list[Any] | None:
     """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
     value = row.fields.get("tools")
-    wanted = "a list of JSON schemas"
+    expected = "a list of JSON schemas"
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
         except ValueError:
-            raise row.unusable("field 'tools' is not JSON", wanted) from None
+            raise row.unusable("field 'tools' is not JSON", expected) from None
     if not value:
         return None
     tools = as_list(value)
     if tools is None:
-        raise row.unusable(f"field 'tools' is {type_name(value)}", wanted)
+        raise row.unusable(f"field 'tools' is {type_name(value)}", expected)
     return tools
 
 
@@ -72,15 +72,15 @@ def num_shared(dialogue: Conversation, other: Conversation) -> int:
 
 
 def _as_message(row: Row, name: str, value: Any) -> Message:
-    wanted = "a message with role and content"
+    expected = "a message with role and content"
     item = as_object(value)
     if item is None:
-        raise row.unusable(f"{name} is {type_name(value)}", wanted)
+        raise row.unusable(f"{name} is {type_name(value)}", expected)
     role, content = item.get("role"), item.get("content")
     if role is None and "from" in item:  # ShareGPT's names for the same
         role, content = _SHAREGPT_ROLES.get(item["from"], item["from"]), item.get("value")
     if not isinstance(role, str):
-        raise row.unusable(f"{name} has the role {role!r}", wanted)
+        raise row.unusable(f"{name} has the role {role!r}", expected)
     # the null keys of a typed table are no keys, and a template would print them as "None"
     extra = {key: item[key] for key in EXTRA_KEYS if item.get(key) is not None}
     if content is None and "tool_calls" in extra:

@@ -43,9 +43,9 @@ class Row:
             raise self.unusable(f"{name} holds half a character ({half})", "whole ones") from None
         return value
 
-    def unusable(self, found: str, wanted: str) -> DataError:
-        """The error of a row that has to be mended."""
-        return DataError(f"{self.origin}: {found}", wanted, "Correct or remove the row.")
+    def unusable(self, found: str, expected: str) -> DataError:
+        """The error of a row that has to be fixed."""
+        return DataError(f"{self.origin}: {found}", expected, "Correct or remove the row.")
 
 
 def as_object(value: Any) -> dict[str, Any] | None:

@@ -47,9 +47,9 @@ class TableRows:
 
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
         """The rows at these positions."""
-        wanted = list(map(int, positions))
-        columns = self.dataset[wanted]
-        for index, position in enumerate(wanted):
+        order = list(map(int, positions))
+        columns = self.dataset[order]
+        for index, position in enumerate(order):
             fields = {name: values[index] for name, values in columns.items()}
             yield Row(fields, self.origin(position))
 

@@ -1,6 +1,6 @@
 """A pair as text, with the tokens that are scored marked.
 
-Every scored token stands in square brackets, so that the marks are there without colour too; a
+Every scored token stands in square brackets, so that the marks are there without color too; a
 line break inside a token is written as the sign for it.
 """
 
@@ -33,9 +33,9 @@ def preview_pair(
     text = Text(f"{origin}\n", style="bold")
     text.append(f"prompt, {len(prompt_ids)} tokens\n", style="underline")
     text.append(_shorten(str(tokenizer.decode(list(prompt_ids)))) + "\n", style="dim")
-    for name, ids, colour in (("chosen", chosen_ids, "green"), ("rejected", rejected_ids, "red")):
+    for name, ids, color in (("chosen", chosen_ids, "green"), ("rejected", rejected_ids, "red")):
         text.append(f"{name}, {len(ids)} scored tokens\n", style="underline")
-        text.append(marked_tokens(tokenizer, ids) + "\n", style=colour)
+        text.append(marked_tokens(tokenizer, ids) + "\n", style=color)
     return text
 
 

@@ -26,7 +26,7 @@ KeyArray = npt.NDArray[np.bytes_]
 
 _IDS = pa.list_(pa.int32())
 _KEY = pa.binary(KEY_BYTES)
-# A batch of tokenised rows; the ids are not truncated.
+# A batch of tokenized rows; the ids are not truncated.
 SCHEMA = pa.schema(
     [
         ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),

@@ -1,4 +1,4 @@
-"""Tokenising rows in parallel: chunks of rows in, Arrow record batches of token ids out, in order.
+"""Tokenizing rows in parallel: chunks of rows in, Arrow record batches of token ids out, in order.
 
 The processes come from a fork server that has loaded the tokenizer library: no thread of the
 parent is copied in the middle of something, and a process that is killed is noticed.
@@ -167,7 +167,7 @@ def tokenize_chunks(
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a tokenising process was killed",
+                "a tokenizing process was killed",
                 f"{num_workers} processes to the end",
                 "If memory ran out, lower data.num_workers.",
             ) from None

@@ -86,7 +86,7 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """The texts that are tokenised: the prompt, and the prompt with each answer."""
+    """The texts that are tokenized: the prompt, and the prompt with each answer."""
 
     prompt: str
     chosen: str

@@ -1,18 +1,18 @@
 """Pairs to token ids.
 
-Tokenised are the prompt, as a model gets it when it generates, and the prompt followed by each
+Tokenized are the prompt, as a model gets it when it generates, and the prompt followed by each
 answer. An answer's ids are what follows the prompt's ids.
 
 | the prompt's ids are | then |
 | --- | --- |
 | the beginning of both longer texts, as nearly always | the rest are the answers |
-| not, though its text is: tokens would merge across the boundary | the answer is tokenised apart |
+| not, though its text is: tokens would merge across the boundary | the answer is tokenized apart |
 | not, and its text is neither: the template rewrites it | all are cut at their common prefix |
 
 The second rule keeps the prompt exactly as it is at generation time; TRL shortens the prompt
 there. In the third case, as in TRL, what the generation prompt adds is left out.
 
-A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenised
+A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenized
 behind the end of the prompt only, from its last `<|im_start|>` or the like, not behind all of it.
 """
 
@@ -61,7 +61,7 @@ class TokenPair:
 
 
 class PairTokenizer:
-    """Tokenises pairs with one tokenizer and default system message."""
+    """Tokenizes pairs with one tokenizer and default system message."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> None:
         self.tokenizer = tokenizer

@@ -77,7 +77,7 @@ def save(
     digest a resume compares. Raises CheckpointError on every rank, naming the rank that failed
     and why, and leaves the earlier checkpoints as they were.
     """
-    assert keep >= 2, f"keep={keep}, wanted at least 2"
+    assert keep >= 2, f"keep={keep}, expected at least 2"
     run = _run_dir(checkpoints_dir)
     final = run.checkpoint_dir(state.step)
     partial = checkpoints_dir / f".{final.name}.partial"
@@ -152,7 +152,7 @@ def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainSt
     rank, world_size = collectives.place()
     convert = needs_conversion(step_dir, world_size)
     universal = engine.load_universal_checkpoint()
-    assert universal == convert, f"load_universal is {universal}, wanted {convert}"
+    assert universal == convert, f"load_universal is {universal}, expected {convert}"
     if convert:
         _load_shards(engine, prepare_universal(step_dir))
         _own_step_counts(engine)
@@ -296,7 +296,7 @@ def _not_written(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} could not be written ({reason})",
         "a writable folder with free space",
-        "Mend that and start again: training continues from the checkpoint before.",
+        "Fix this and start again: training continues from the checkpoint before.",
     )
 
 

@@ -54,8 +54,8 @@ def read_committed(folder: Path) -> dict[str, FileRecord]:
     found = _sizes(folder)
     if COMMIT_NAME not in found:
         raise _damage(f"{folder} has no {COMMIT_NAME} marker")
-    wanted = _read_json(folder / COMMIT_NAME).get("manifest")
-    if MANIFEST_NAME not in found or digest_of_file(folder / MANIFEST_NAME) != wanted:
+    expected = _read_json(folder / COMMIT_NAME).get("manifest")
+    if MANIFEST_NAME not in found or digest_of_file(folder / MANIFEST_NAME) != expected:
         raise _damage(f"{folder / MANIFEST_NAME} is not the one that {COMMIT_NAME} names")
     files = _parse_manifest(folder / MANIFEST_NAME)
     if missing := sorted(set(files) - set(found)):

@@ -65,7 +65,7 @@ class ShardWriter:
         self.write(Path(path), lambda stream: torch.save(state_dict, stream))
 
     def _is_frozen(self, name: str) -> bool:
-        """Also of the scales that a quantised weight brings along: `...weight.absmax`."""
+        """Also of the scales that a quantized weight brings along: `...weight.absmax`."""
         owner, separator, _ = name.partition(".weight.")
         return name in self._frozen_names or bool(
             separator and f"{owner}.weight" in self._frozen_names

@@ -170,5 +170,5 @@ def _reported(step_dir: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"{step_dir} of {state.world_size} ranks could not be converted ({error})",
                 "a converter that ends well, and free space of twice the checkpoint's size",
-                f"Mend that, or continue on {state.world_size} ranks.",
+                f"Fix this, or continue on {state.world_size} ranks.",
             ) from error

@@ -54,13 +54,13 @@ def full_changes(base: StoredModel, trained: TrainedWeights) -> Changes:
     is missing, has another shape, or is none of this model.
     """
     changes: dict[str, Replaced | Adapted] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in base.skeleton.named_parameters(remove_duplicate=False):
         names = [POLICY + n for n in (name, *base.tied_to(name))]
         source = next((n for n in names if n in trained.names_and_shapes), names[0])
         changes[name] = Replaced(source)
-        wanted[source] = tuple(parameter.shape)
-    _check_names(trained, wanted)
+        expected[source] = tuple(parameter.shape)
+    _check_names(trained, expected)
     return changes
 
 
@@ -93,27 +93,27 @@ def adapter_changes(base: StoredModel, policy: Any, trained: TrainedWeights) -> 
 
 def check_adapter(policy: Any, trained: TrainedWeights) -> None:
     """Raises CheckpointError unless the checkpoint holds exactly the adapter of these settings."""
-    wanted = {
+    expected = {
         POLICY + name: tuple(parameter.shape)
         for name, parameter in policy.named_parameters()
         if parameter.requires_grad
     }
-    _check_names(trained, wanted)
+    _check_names(trained, expected)
 
 
-def _check_names(trained: TrainedWeights, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_names(trained: TrainedWeights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError naming the first difference and how many there are."""
     found = {name: tuple(shape) for name, shape in trained.names_and_shapes.items()}
-    wrong = [f"no {name}" for name in wanted if name not in found]
-    wrong += [f"{name}, which the model has not" for name in found if name not in wanted]
+    wrong = [f"no {name}" for name in expected if name not in found]
+    wrong += [f"{name}, which the model has not" for name in found if name not in expected]
     wrong += [
         f"{name} of shape {found[name]} instead of {shape}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
     if wrong:
         raise CheckpointError(
-            f"the checkpoint holds {wrong[0]} ({len(wrong)} such of {len(wanted)} parameters)",
+            f"the checkpoint holds {wrong[0]} ({len(wrong)} such of {len(expected)} parameters)",
             "the parameters that model.path and the adapter section describe",
             "Export with the settings the run was trained with.",
         )

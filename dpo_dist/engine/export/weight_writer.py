@@ -66,8 +66,8 @@ def write_adapter(
 
     sources = {name_in_file(name.removeprefix(POLICY)): name for name in trained.names_and_shapes}
     # peft would look the base model up on the hub to see whether the vocabulary grew
-    wanted = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    assert set(wanted) == set(sources), sorted(set(wanted) ^ set(sources))[:3]
+    expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    assert set(expected) == set(sources), sorted(set(expected) ^ set(sources))[:3]
     specs = {
         name: TensorSpec(dtype, tuple(trained.names_and_shapes[source]))
         for name, source in sources.items()

@@ -24,7 +24,7 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """(backend, reason): the first of flash_attn, torch, sdpa that can run this model here.
 
-    A backend that does not honour something the model asks for (soft cap, sinks, dropout, head
+    A backend that does not honor something the model asks for (soft cap, sinks, dropout, head
     size) is passed over. Raises ConfigError when such a one is requested by name.
     """
     obstacles = {
@@ -63,7 +63,7 @@ def device_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) 
 
 
 def model_obstacle(backend: Backend, model: nn.Module) -> str | None:
-    """What this model asks for that `backend` does not honour, or None."""
+    """What this model asks for that `backend` does not honor, or None."""
     if backend == "sdpa":
         return None
     base = base_of(model)

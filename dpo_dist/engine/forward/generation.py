@@ -87,7 +87,7 @@ def answer_in_training(
 
     All ranks call together, and W prompts are answered at a time, one a rank. The policy stays
     partitioned. The generators of random numbers and the mode of the model are as before
-    afterwards, so training goes on as if nothing had been asked. An answer depends on the
+    afterward, so training goes on as if nothing had been asked. An answer depends on the
     prompt, its position and `seed`, not on the number of ranks.
     """
     scorer, states, training = engine.module, rng_states(), engine.training

@@ -92,7 +92,7 @@ def pack_pairs(
     >>> packed.num_tokens, packed.num_tokens_unshared
     (10, 14)
     """
-    assert pairs, "wanted one pair at least, found none"
+    assert pairs, "expected one pair at least, found none"
     input_ids: list[int] = []
     position_ids: list[int] = []
     score_positions: list[int] = []

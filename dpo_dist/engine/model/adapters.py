@@ -94,9 +94,9 @@ def _check_names(model: nn.Module, adapter: AdapterSection) -> None:
     linear = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     parameters = [name for name, _ in model.named_parameters()]
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
-        wanted = getattr(adapter, key)
-        if not isinstance(wanted, str):
-            _refuse_unknown(key, "module", wanted, modules, linear)
+        expected = getattr(adapter, key)
+        if not isinstance(expected, str):
+            _refuse_unknown(key, "module", expected, modules, linear)
     matrices = {name for name in parameters if not name.endswith(("weight", "bias"))}
     _refuse_unknown(
         "target_parameters", "parameter", adapter.target_parameters, parameters, matrices
@@ -104,9 +104,9 @@ def _check_names(model: nn.Module, adapter: AdapterSection) -> None:
 
 
 def _refuse_unknown(
-    key: str, what: str, wanted: Iterable[str], known: Iterable[str], examples: Iterable[str]
+    key: str, what: str, expected: Iterable[str], known: Iterable[str], examples: Iterable[str]
 ) -> None:
-    missing = [n for n in wanted if not any(k == n or k.endswith(f".{n}") for k in known)]
+    missing = [n for n in expected if not any(k == n or k.endswith(f".{n}") for k in known)]
     if missing:
         shown = sorted({name.rsplit(".", 1)[-1] for name in examples})
         raise ConfigError(

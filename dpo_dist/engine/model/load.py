@@ -24,11 +24,11 @@ def load_model(
     device: torch.device,
     zero3: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A causal LM in `section.dtype`, its linear layers quantised if so set, in eval mode.
+    """A causal LM in `section.dtype`, its linear layers quantized if so set, in eval mode.
 
     Its dropout is off. With `zero3`, the DeepSpeed config of stage 3, every parameter is
     partitioned as it is loaded and stays where DeepSpeed puts it; otherwise, and when it is
-    quantised, the model goes to `device` whole. Raises ModelFilesError when a weight is missing or
+    quantized, the model goes to `device` whole. Raises ModelFilesError when a weight is missing or
     has another shape: transformers would only warn and leave random numbers in its place.
     """
     from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def load_model(
     weight_files(model_dir, section.allow_pickle_weights)
     dtype, quantized = getattr(torch, section.dtype), {}
     if section.quantization is not None:
-        # DeepSpeed shards a quantised model when its engine starts: it can be packed only whole.
+        # DeepSpeed shards a quantized model when its engine starts: it can be packed only whole.
         quantized, zero3 = quantization_arguments(dtype, device), None
     with partitioned_loading(zero3):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ import torch
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.model.load import load_model
 from dpo_dist.engine.weights.safetensors_stream import TensorSpec, read_places, read_tensor
-from dpo_dist.errors import ArtefactError, ModelFilesError
+from dpo_dist.errors import ArtifactError, ModelFilesError
 from dpo_dist.model_files.adapter import ADAPTER_WEIGHTS_NAME
 from dpo_dist.model_files.files import digest_of_weights, resolve_model_dir, weight_files
 from dpo_dist.run.manifest import digest_of, digest_of_file
@@ -29,8 +29,8 @@ def stored_specs(model_dir: Path) -> dict[str, TensorSpec]:
 class ModelChoice:
     """A model to use: a whole one, or an adapter on the run's base.
 
-    `as_trained` is what is loaded with the run's quantisation: an adapter, and the base unless
-    there is a whole export to compare it with, which has left quantisation behind.
+    `as_trained` is what is loaded with the run's quantization: an adapter, and the base unless
+    there is a whole export to compare it with, which has left quantization behind.
     """
 
     name: str
@@ -47,7 +47,7 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
     """`base`, an exported `full`, `merged` or `adapter`, `export` (what there is), or a path.
 
     A path is a folder of a whole model or of an adapter of this base, or a hub id. Raises
-    ArtefactError when it is not exported, ModelFilesError when a path holds no model.
+    ArtifactError when it is not exported, ModelFilesError when a path holds no model.
     """
     exported = {
         "merged": ModelChoice("merged", paths.model_dir(True)),
@@ -59,14 +59,14 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
         return ModelChoice("base", base_dir, as_trained=all(c.is_adapter for c in there))
     if which == "export":
         if not there:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{paths.export_dir} holds no model", "an export", "Run `dpo-dist export` first."
             )
         return there[0]
     if which in exported:
         if exported[which] not in there:
             names = ", ".join(choice.name for choice in there) or "nothing"
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{paths.export_dir} holds {names}, not {which}",
                 f"an exported {which} model",
                 "Run `dpo-dist export`, or name another model.",
@@ -87,13 +87,13 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
 def load_chosen(
     choice: ModelChoice, base_dir: Path, section: ModelSection, device: torch.device
 ) -> Any:
-    """The model of a choice; raises ArtefactError when an adapter's file does not fit the base."""
+    """The model of a choice; raises ArtifactError when an adapter's file does not fit the base."""
     section = choice.section(section)
     if not choice.is_adapter:
         return load_model(choice.folder, section, device=device)
     model, problems = load_adapted(base_dir, choice.folder, section, device)
     if problems:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{choice.folder} does not fit {base_dir}: {problems[0]} ({len(problems)} in all)",
             "the adapter of this base model",
             f"Delete {choice.folder.parent} and run `dpo-dist export` again.",

@@ -1,6 +1,6 @@
 """A frozen base in NF4 (QLoRA): four bits a weight of its linear layers, through bitsandbytes.
 
-NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314): a block of 64 weights shares
+NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314): a block of 64 weights shares
 a scale, 256 scales share one of their own, and every product unpacks the weight into the model's
 dtype first. Embeddings, norms and the output head stay as they are.
 """
@@ -15,7 +15,7 @@ from dpo_dist.extras import require_bitsandbytes
 
 
 def quantization_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What makes `from_pretrained` quantise the linear layers while it loads them.
+    """What makes `from_pretrained` quantize the linear layers while it loads them.
 
     Raises ConfigError when bitsandbytes is not installed.
     """
@@ -34,7 +34,7 @@ def quantization_arguments(dtype: torch.dtype, device: torch.device) -> dict[str
 
 
 def settle_quantized(model: nn.Module) -> None:
-    """Makes quantised layers compute the same with and without gradients.
+    """Makes quantized layers compute the same with and without gradients.
 
     On CPUs with AVX512-BF16 bitsandbytes packs the weights anew at the first forward without
     gradients, for a kernel that rounds differently from the one that trains.
@@ -50,7 +50,7 @@ def refuse_trained_quantized(policy: nn.Module) -> None:
         if parameter.requires_grad and getattr(parameter, "quant_state", None) is not None:
             raise ConfigError(
                 f"adapter.modules_to_save trains {name}, which model.quantization has packed",
-                "modules that stay unquantised: embeddings, norms, the output head",
+                "modules that stay unquantized: embeddings, norms, the output head",
                 "Leave it out, or name it in adapter.target_modules.",
             )
 

@@ -65,7 +65,7 @@ def _from_bitsandbytes(
 
 
 def split_for_muon(module: nn.Module) -> dict[bool, list[nn.Parameter]]:
-    """What trains, by whether Muon orthogonalises it: matrices of layers, no table and no head."""
+    """What trains, by whether Muon orthogonalizes it: matrices of layers, no table and no head."""
     tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     models: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
     tables += filter(None, (model.get_output_embeddings() for model in models))

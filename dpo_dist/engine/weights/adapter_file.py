@@ -78,11 +78,11 @@ def fill_adapter(policy: nn.Module, folder: Path) -> None:
 
 
 def check_fit(
-    folder: Path, places: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]]
+    folder: Path, places: Mapping[str, Place], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ModelFilesError unless the files hold exactly the trainable parameters `wanted`."""
+    """Raises ModelFilesError unless the files hold exactly the trainable parameters `expected`."""
     found = {name: place.spec.shape for name, place in places.items()}
-    shapes = {name_in_file(name): shape for name, shape in wanted.items()}
+    shapes = {name_in_file(name): shape for name, shape in expected.items()}
     wrong = [
         f"{name} is {found[name]} in the adapter and {shape} in the model"
         for name, shape in shapes.items()

@@ -90,7 +90,7 @@ def open_base(model_dir: Path, trust_remote_code: bool = False) -> StoredModel:
     if quantization is not None:
         method = quantization.get("quant_method", "unknown method")
         raise ModelFilesError(
-            f"{model_dir} holds quantised weights ({method})",
+            f"{model_dir} holds quantized weights ({method})",
             "weights in float32, bfloat16 or float16",
             "Export from the original of the model.",
         )
@@ -190,11 +190,11 @@ def _settle(
         same = {name: tuple(tensor.shape) for name, tensor in back.items()} == stored
     except Exception as error:  # whatever an operation of transformers thinks of these shapes
         got, same = {"error": repr(error)}, False
-    wanted = {name: shapes.get(name) for name in (got if same else group.parameters)}
-    if got != wanted or not same or (group.converter is None and len(stored) != 1):
+    expected = {name: shapes.get(name) for name in (got if same else group.parameters)}
+    if got != expected or not same or (group.converter is None and len(stored) != 1):
         raise ModelFilesError(
             f"{model_dir}: {_shown(stored)} would load as {_shown(got)}",
-            f"{_shown(wanted)}, and the same tensors on the way back",
+            f"{_shown(expected)}, and the same tensors on the way back",
             "This model cannot be exported under the names of its base folder.",
         )
     return replace(group, parameters=tuple(got))

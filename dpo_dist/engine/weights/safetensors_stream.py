@@ -61,7 +61,7 @@ def read_places(paths: Iterable[Path]) -> dict[str, Place]:
     """Where each tensor of some files lies, in the order of the files; reads headers only.
 
     Raises ModelFilesError for a file that is no safetensors file or cut short, for a dtype that
-    is not one of DTYPES (quantised weights), and for a name that two files hold.
+    is not one of DTYPES (quantized weights), and for a name that two files hold.
     """
     places: dict[str, Place] = {}
     for path in paths:
@@ -211,7 +211,7 @@ def _read_header(path: Path) -> dict[str, Place]:
             raise ModelFilesError(
                 f"{path} stores {name} as {dtype}",
                 f"one of {', '.join(DTYPES)}",
-                "Use the model's original, not a quantised copy.",
+                "Use the model's original, not a quantized copy.",
             )
         spec = TensorSpec(DTYPES[dtype], shape)
         if begin < 0 or end - begin != spec.num_bytes:

@@ -220,7 +220,7 @@ def test_content_in_parts_of_text() -> None:
     assert pair.prompt == [user("ab")]
     image = [{"role": "user", "content": [{"type": "image"}]}, assistant("A")]
     assert error_of(chosen=image, rejected=image) == (
-        "rows.jsonl:7: chosen[0].content has a part that is of type 'image'; wanted parts of "
+        "rows.jsonl:7: chosen[0].content has a part that is of type 'image'; expected parts of "
         "text. Correct or remove the row."
     )
 
@@ -253,7 +253,7 @@ def test_columns_are_renamed() -> None:
     with pytest.raises(DataError) as caught:
         rename_columns(row(q="Q", good="A"), {"prompt": "question"})
     assert str(caught.value) == (
-        "rows.jsonl:7 has no field 'question' (it has q, good); wanted a field 'question' in "
+        "rows.jsonl:7 has no field 'question' (it has q, good); expected a field 'question' in "
         "every row. Correct or remove the row, or map the column with `columns`."
     )
 
@@ -262,7 +262,7 @@ def test_a_column_map_to_a_name_that_is_not_ours() -> None:
     with pytest.raises(DataError) as caught:
         check_column_map({"answer": "x"}, "data.eval.0")
     assert str(caught.value) == (
-        "data.eval.0.columns has 'answer'; wanted one of prompt, chosen, rejected, system, "
+        "data.eval.0.columns has 'answer'; expected one of prompt, chosen, rejected, system, "
         "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
         "Write {our name: the file's name}."
     )
@@ -272,7 +272,7 @@ def test_unknown_columns() -> None:
     with pytest.raises(DataError) as caught:
         detect_format(row(q="?", good="a"), "data.train.0")
     assert str(caught.value) == (
-        "rows.jsonl:7 has the columns q, good; wanted chosen and rejected, or question, "
+        "rows.jsonl:7 has the columns q, good; expected chosen and rejected, or question, "
         "response_j and response_k. Map the file's names, for example "
         "data.train.0.columns={chosen: good, rejected: bad}."
     )
@@ -280,11 +280,12 @@ def test_unknown_columns() -> None:
 
 def test_a_missing_field_and_a_null() -> None:
     assert error_of("standard", prompt="Q", chosen="A") == (
-        "rows.jsonl:7 has no field 'rejected' (it has prompt, chosen); wanted a field 'rejected' "
+        "rows.jsonl:7 has no field 'rejected' (it has prompt, chosen); expected a field 'rejected' "
         "in every row. Correct or remove the row, or map the column with `columns`."
     )
     assert error_of("standard", prompt=None, chosen="A", rejected="B") == (
-        "rows.jsonl:7: field 'prompt' is null; wanted text or messages. Correct or remove the row."
+        "rows.jsonl:7: field 'prompt' is null; expected text or messages. Correct or remove "
+        "the row."
     )
     assert "field 'chosen' is null" in error_of(chosen=None, rejected="B")
 
@@ -300,18 +301,18 @@ def test_a_missing_field_and_a_null() -> None:
 )
 def test_a_field_of_the_wrong_type(fields: dict[str, Any], found: str) -> None:
     assert error_of("standard", **fields) == (
-        f"rows.jsonl:7: {found}wanted a string. Correct or remove the row."
+        f"rows.jsonl:7: {found}expected a string. Correct or remove the row."
     )
 
 
 @pytest.mark.parametrize(
     ("chosen", "found"),
     [
-        (3, "field 'chosen' is a number; wanted a list of messages"),
-        ([], "field 'chosen' is an empty list; wanted a list of messages"),
-        (["A"], "chosen[0] is a string; wanted a message with role and content"),
-        ([{"content": "A"}], "chosen[0] has the role None; wanted a message with role and"),
-        ([{"role": "user"}], "chosen[0].content is null; wanted a string"),
+        (3, "field 'chosen' is a number; expected a list of messages"),
+        ([], "field 'chosen' is an empty list; expected a list of messages"),
+        (["A"], "chosen[0] is a string; expected a message with role and content"),
+        ([{"content": "A"}], "chosen[0] has the role None; expected a message with role and"),
+        ([{"role": "user"}], "chosen[0].content is null; expected a string"),
         ([user("Q"), {"role": "assistant", "content": 1}], "chosen[1].content is a number; "),
     ],
 )
@@ -325,14 +326,14 @@ def test_unusable_tools() -> None:
     dialogue = [user("Q"), assistant("A")]
     for tools, found in (("{", "is not JSON"), ({"a": 1}, "is an object")):
         assert error_of(chosen=dialogue, rejected=dialogue, tools=tools) == (
-            f"rows.jsonl:7: field 'tools' {found}; wanted a list of JSON schemas. "
+            f"rows.jsonl:7: field 'tools' {found}; expected a list of JSON schemas. "
             "Correct or remove the row."
         )
 
 
 def test_half_a_character() -> None:
     assert error_of("standard", prompt="Q", chosen="A \ud83d", rejected="B") == (
-        "rows.jsonl:7: field 'chosen' holds half a character (\\ud83d); wanted whole ones. "
+        "rows.jsonl:7: field 'chosen' holds half a character (\\ud83d); expected whole ones. "
         "Correct or remove the row."
     )
 
@@ -340,7 +341,7 @@ def test_half_a_character() -> None:
 def test_a_text_that_is_no_hh_dialogue() -> None:
     assert error_of("hh", chosen="Once upon a time " * 3, rejected="B") == (
         "rows.jsonl:7: field 'chosen' begins with 'Once upon a time Once upon a time Onc...'; "
-        "wanted a dialogue that begins with 'Human:'. Correct or remove the row."
+        "expected a dialogue that begins with 'Human:'. Correct or remove the row."
     )
 
 
@@ -376,6 +377,6 @@ def test_the_docs_list_every_reason_and_note() -> None:
 def test_a_history_that_is_no_list_of_turns() -> None:
     fields = {"instruction": "Q", "chosen": "A", "rejected": "B", "history": ["one"]}
     assert error_of(**fields) == (
-        "rows.jsonl:7: history[0] is a string; wanted a list of question and answer. Correct or "
+        "rows.jsonl:7: history[0] is a string; expected a list of question and answer. Correct or "
         "remove the row."
     )

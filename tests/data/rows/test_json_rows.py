@@ -91,7 +91,7 @@ def test_no_rows(tmp_path: Path, content: str) -> None:
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path, '{"a": 1}\n{"a": }\n{"a": 3}\n') == (
-        "rows.jsonl:2 is not JSON (Expecting value, column 7); wanted a JSON object. "
+        "rows.jsonl:2 is not JSON (Expecting value, column 7); expected a JSON object. "
         "Correct or remove it."
     )
 
@@ -102,7 +102,7 @@ def test_a_damaged_first_line_is_a_line_and_no_document(tmp_path: Path) -> None:
 
 def test_a_damaged_array_is_named_by_line(tmp_path: Path) -> None:
     assert error_of(tmp_path, '[{"a": 1},\n{"a": 2}\n{"a": 3}]', "rows.json") == (
-        "rows.json:3 is not JSON (Expecting ',' or ']', column 1); wanted a JSON object. "
+        "rows.json:3 is not JSON (Expecting ',' or ']', column 1); expected a JSON object. "
         "Correct or remove it."
     )
     assert error_of(tmp_path, '[{"a": 1},', "rows.json").startswith("rows.json:1 is not JSON")
@@ -111,7 +111,7 @@ def test_a_damaged_array_is_named_by_line(tmp_path: Path) -> None:
 
 def test_a_row_that_is_no_object_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path, '{"a": 1}\n[1]\n') == (
-        "rows.jsonl:2 holds a list; wanted a JSON object with the fields of a preference row. "
+        "rows.jsonl:2 holds a list; expected a JSON object with the fields of a preference row. "
         "Correct or remove the row."
     )
     assert "rows.json:1 holds a number" in error_of(tmp_path, "[1, 2]", "rows.json")
@@ -119,12 +119,12 @@ def test_a_row_that_is_no_object_is_named(tmp_path: Path) -> None:
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     assert error_of(tmp_path, b'{"a": 1}\n{"a": "caf\xe9"}\n') == (
-        "rows.jsonl:2 is not UTF-8 (byte 0xe9 at byte 11); wanted UTF-8 text. "
+        "rows.jsonl:2 is not UTF-8 (byte 0xe9 at byte 11); expected UTF-8 text. "
         "Convert the file, for example with iconv."
     )
 
 
 def test_utf16_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path, '{"a": 1}'.encode("utf-16")) == (
-        "rows.jsonl is UTF-16 text; wanted UTF-8. Convert it, for example with iconv."
+        "rows.jsonl is UTF-16 text; expected UTF-8. Convert it, for example with iconv."
     )

@@ -102,7 +102,8 @@ def test_unasked_they_are_refused(tmp_path: Path) -> None:
         prepare.run(make_config(tmp_path, train=[{"path": str(path)}]))
     assert str(caught.value) == (
         f"{path}:1 has the columns prompt, completion, label: one answer and a label, as for KTO; "
-        "wanted two answers to a prompt, chosen and rejected. Set data.train.0.format=labelled to "
+        "expected two answers to a prompt, chosen and rejected. Set "
+        "data.train.0.format=labelled to "
         "pair good and bad answers to the same prompt."
     )
 
@@ -112,16 +113,17 @@ def test_unasked_they_are_refused(tmp_path: Path) -> None:
     [
         (
             {"prompt": "P", "completion": "a", "label": "good"},
-            "{}:9: field 'label' is 'good'; wanted true or false. Correct or remove the row.",
+            "{}:9: field 'label' is 'good'; expected true or false. Correct or remove the row.",
         ),
         (
             {"prompt": "", "completion": "a", "label": True},
-            "{}:9: field 'prompt' is empty; wanted a prompt to find the partner by. Correct or "
+            "{}:9: field 'prompt' is empty; expected a prompt to find the partner by. Correct or "
             "remove the row.",
         ),
         (
             {"prompt": "P", "label": True},
-            "{}:9 has no field 'completion' (it has prompt, label); wanted a field 'completion' in "
+            "{}:9 has no field 'completion' (it has prompt, label); expected a field "
+            "'completion' in "
             "every row. Correct or remove the row, or map the column with `columns`.",
         ),
     ],
@@ -138,7 +140,7 @@ def test_a_file_of_other_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(path)
     assert str(caught.value) == (
-        f"{path}:1 has the columns prompt, answer, label; wanted prompt, completion and label, "
+        f"{path}:1 has the columns prompt, answer, label; expected prompt, completion and label, "
         "because the format is labelled. Map the file's names, for example "
         "data.train.0.columns={completion: answer}."
     )
@@ -149,7 +151,7 @@ def test_a_labelled_stream_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [source]}})
     assert (
-        "data.train.0.streaming: true with format labelled; wanted a source that can be read by "
+        "data.train.0.streaming: true with format labelled; expected a source that can be read by "
         "position, since a partner may stand anywhere. Remove streaming, or pair the rows "
         "beforehand."
     ) in str(caught.value)

@@ -26,16 +26,16 @@ def kept_of(folder: Path, source: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("least", "wanted"), [(None, (4, 0)), (0, (3, 1)), (0.1, (2, 2)), (0.2, (1, 3)), (-9, (4, 0))]
+    ("least", "expected"), [(None, (4, 0)), (0, (3, 1)), (0.1, (2, 2)), (0.2, (1, 3)), (-9, (4, 0))]
 )
 @pytest.mark.parametrize("names", [("chosen_score", "rejected_score"), ("good", "bad")])
 def test_pairs_below_the_margin_are_dropped(
-    tmp_path: Path, least: float | None, wanted: tuple[int, int], names: tuple[str, str]
+    tmp_path: Path, least: float | None, expected: tuple[int, int], names: tuple[str, str]
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", scored_rows(*names))
     columns = {} if names[0] != "good" else {"chosen_score": "good", "rejected_score": "bad"}
     source = {"path": str(path), "min_score_margin": least, "columns": columns}
-    assert kept_of(tmp_path, source) == wanted
+    assert kept_of(tmp_path, source) == expected
 
 
 def test_ultrafeedbacks_names_are_known_and_csv_has_its_numbers_as_text(tmp_path: Path) -> None:
@@ -67,10 +67,10 @@ def test_the_margin_is_each_sources_own_and_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"chosen_score": "high"}, "field 'chosen_score' is 'high'; wanted a number. Correct"),
-        ({"chosen_score": None}, "field 'chosen_score' is null; wanted a number. Correct"),
-        ({"rejected_score": True}, "field 'rejected_score' is a boolean; wanted a number."),
-        ({"rejected_score": float("nan")}, "field 'rejected_score' is nan; wanted a number."),
+        ({"chosen_score": "high"}, "field 'chosen_score' is 'high'; expected a number. Correct"),
+        ({"chosen_score": None}, "field 'chosen_score' is null; expected a number. Correct"),
+        ({"rejected_score": True}, "field 'rejected_score' is a boolean; expected a number."),
+        ({"rejected_score": float("nan")}, "field 'rejected_score' is nan; expected a number."),
     ],
 )
 def test_an_unusable_score(tmp_path: Path, change: dict[str, Any], found: str) -> None:
@@ -89,7 +89,8 @@ def test_a_margin_without_scores(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare.run(make_config(tmp_path, train=[{"path": str(path), "min_score_margin": 0}]))
     assert str(caught.value) == (
-        f"{path}:1 has no field 'chosen_score' (it has system, question, chosen, rejected); wanted "
+        f"{path}:1 has no field 'chosen_score' (it has system, question, chosen, rejected); "
+        "expected "
         "a field 'chosen_score' in every row. Correct or remove the row, or map the column with "
         "`columns`."
     )
@@ -104,5 +105,5 @@ def test_all_below_the_margin(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "no train pair is left of 4 rows (4 because the scores are closer than the source's "
         "min_score_margin, or the other way round, the first is "
-        f"{path}:1); wanted at least one pair. Lower min_score_margin of the source."
+        f"{path}:1); expected at least one pair. Lower min_score_margin of the source."
     )

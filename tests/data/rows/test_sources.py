@@ -90,9 +90,9 @@ def test_limit_and_weight_of_every_kind_of_file(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "c"))
     paths = (write_jsonl(tmp_path / "a.jsonl"), tmp_path / "b.parquet", tmp_path / "c")
     for path in paths:
-        for limit, wanted in ((None, ["p0", "p2"]), (2, ["p0"]), (99, ["p0", "p2"])):
+        for limit, expected in ((None, ["p0", "p2"]), (2, ["p0"]), (99, ["p0", "p2"])):
             (source,) = opened(tmp_path, section(path, limit=limit, weight=0.5))
-            assert prompts_of(source) == wanted, (path, limit)
+            assert prompts_of(source) == expected, (path, limit)
 
 
 def test_names_are_made_distinct(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_named_format_and_a_column_map(tmp_path: Path) -> None:
     assert opened(tmp_path, section(plain, format="hh"))[0].row_format == "hh"
 
 
-def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+def test_a_missing_file_names_its_neighbor(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl")
     assert error_of(tmp_path, section(tmp_path / "trian.jsonl")) == (
-        f"data.train.0.path {tmp_path}/trian.jsonl does not exist; wanted a file, folder or hub "
+        f"data.train.0.path {tmp_path}/trian.jsonl does not exist; expected a file, folder or hub "
         f"id. Did you mean {tmp_path}/train.jsonl?"
     )
 
@@ -137,7 +137,7 @@ def test_a_missing_relative_file_says_relative_to_what(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert error_of(tmp_path, section("rows.jsonl")) == (
-        "data.train.0.path rows.jsonl does not exist; wanted a file, folder or hub id. "
+        "data.train.0.path rows.jsonl does not exist; expected a file, folder or hub id. "
         f"Correct it; paths are relative to {tmp_path}."
     )
 
@@ -145,7 +145,7 @@ def test_a_missing_relative_file_says_relative_to_what(
 def test_an_unknown_suffix(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.txt")
     assert error_of(tmp_path, section(path)) == (
-        f"data.train.0.path {path} ends in .txt; wanted a file that ends in .jsonl, .ndjson, "
+        f"data.train.0.path {path} ends in .txt; expected a file that ends in .jsonl, .ndjson, "
         ".json, .parquet, .csv. Rename or convert it."
     )
 
@@ -154,14 +154,14 @@ def test_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n")
     assert error_of(tmp_path, section(path)) == (
-        f"data.train.0: {path} has no rows; wanted preference rows. Fill it."
+        f"data.train.0: {path} has no rows; expected preference rows. Fill it."
     )
 
 
-def test_a_misspelt_column_of_ours(tmp_path: Path) -> None:
+def test_a_misspelled_column_of_ours(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl")
     assert error_of(tmp_path, section(path), section(path, columns={"promt": "p"})) == (
-        "data.train.1.columns has 'promt'; wanted one of prompt, chosen, rejected, system, "
+        "data.train.1.columns has 'promt'; expected one of prompt, chosen, rejected, system, "
         "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
         "Did you mean prompt?"
     )
@@ -172,7 +172,7 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("rows.jsonl")  # cannot be opened, not even by root
         assert error_of(tmp_path, section("rows.jsonl")) == (
-            "data.train.0.path rows.jsonl is not readable (No such device or address); wanted a "
+            "data.train.0.path rows.jsonl is not readable (No such device or address); expected a "
             "readable file. Check its permissions, and the space left in run.dir."
         )
 

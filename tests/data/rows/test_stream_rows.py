@@ -95,7 +95,7 @@ def test_a_damaged_file_in_mid_stream_is_placed(tmp_path: Path) -> None:
     found = str(caught.value)
     assert f"{path}[train]:26: the stream broke off (" in found or ":27: the stream" in found
     assert found.endswith(
-        "wanted rows to the end, or to the limit. Run `dpo-dist prepare` again, or set a limit "
+        "expected rows to the end, or to the limit. Run `dpo-dist prepare` again, or set a limit "
         "below this row."
     )
 
@@ -105,7 +105,8 @@ def test_a_file_is_not_streamed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         opened(tmp_path, path)
     assert str(caught.value) == (
-        f"data.train.0.streaming is true, but {path} is a file or folder of this machine; wanted a "
+        f"data.train.0.streaming is true, but {path} is a file or folder of this machine; "
+        "expected a "
         "hub data set, or a folder of data files. Remove streaming: such rows are read where they "
         "lie."
     )

@@ -61,7 +61,7 @@ def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
         open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch", None)
     assert str(caught.value).startswith("rows.parquet is not readable as Parquet (")
     assert str(caught.value).endswith(
-        "; wanted a Parquet file. Write it again, or give the file its right suffix."
+        "; expected a Parquet file. Write it again, or give the file its right suffix."
     )
 
 
@@ -86,27 +86,27 @@ def test_csv_without_rows(tmp_path: Path, content: str) -> None:
 
 def test_csv_with_a_wrong_number_of_fields(tmp_path: Path) -> None:
     assert error_of_csv(tmp_path, 'a,b\n"1\n1",2\n3\n') == (
-        "rows.csv:4 has 1 fields; wanted 2, as in the header (a, b). "
+        "rows.csv:4 has 1 fields; expected 2, as in the header (a, b). "
         "Put fields with commas or line breaks in double quotes."
     )
 
 
 def test_csv_with_a_column_twice(tmp_path: Path) -> None:
     assert error_of_csv(tmp_path, "a,a\n1,2\n") == (
-        "rows.csv:1 names a column twice (a, a); wanted a header of distinct names. Rename one."
+        "rows.csv:1 names a column twice (a, a); expected a header of distinct names. Rename one."
     )
 
 
 def test_csv_with_open_quotes(tmp_path: Path) -> None:
     assert error_of_csv(tmp_path, 'a\n1\n"2\n') == (
-        "rows.csv is not CSV after line 2 (unexpected end of data); wanted comma-separated "
+        "rows.csv is not CSV after line 2 (unexpected end of data); expected comma-separated "
         "columns, fields with line breaks in double quotes. Correct it."
     )
 
 
 def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
     assert error_of_csv(tmp_path, b"a\n1\ncaf\xe9\n") == (
-        "rows.csv is not UTF-8 (byte 0xe9 after line 1); wanted UTF-8 text. "
+        "rows.csv is not UTF-8 (byte 0xe9 after line 1); expected UTF-8 text. "
         "Convert it, for example with iconv."
     )
 
@@ -120,7 +120,7 @@ def test_a_folder_of_one_data_set_and_of_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_folder(tmp_path / "both", "both", "eval")
     assert str(caught.value) == (
-        "both has the splits train, test, not 'eval'; wanted one of them. Set the source's split."
+        "both has the splits train, test, not 'eval'; expected one of them. Set the source's split."
     )
 
 
@@ -153,6 +153,6 @@ def test_a_data_set_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "data set ("
     )
     assert str(caught.value).endswith(
-        "wanted a file, a folder, or the id, config and split of a hub data set. "
+        "expected a file, a folder, or the id, config and split of a hub data set. "
         "Correct data.train.1, download the data where there is a network, or set HF_TOKEN."
     )

@@ -1,4 +1,4 @@
-"""Columns of tokenised rows: what is kept in memory, and truncation."""
+"""Columns of tokenized rows: what is kept in memory, and truncation."""
 
 import itertools
 from pathlib import Path

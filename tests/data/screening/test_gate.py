@@ -154,7 +154,7 @@ def test_a_policy_of_raise(
     with pytest.raises(DataError) as caught:
         gated(tmp_path, rows, settings(**{policy: "raise"}))
     assert str(caught.value) == (
-        f"{found.format(tmp_path / 'rows.jsonl')}; wanted none, because data.{policy} is raise. "
+        f"{found.format(tmp_path / 'rows.jsonl')}; expected none, because data.{policy} is raise. "
         f"{remedy} Or set data.{policy}=drop."
     )
 
@@ -173,7 +173,7 @@ def test_too_many_dropped(tmp_path: Path) -> None:
         gated(tmp_path, rows, settings(max_dropped=0.7))
     assert str(caught.value) == (
         "3 of 4 train rows are dropped (2 because chosen and rejected are the same, the first is "
-        f"{tmp_path}/rows.jsonl:2); wanted at most data.max_dropped = 70% of them. "
+        f"{tmp_path}/rows.jsonl:2); expected at most data.max_dropped = 70% of them. "
         "Check the source's columns. Or raise data.max_dropped."
     )
     assert reasons_of(gated(tmp_path, rows, settings(max_dropped=0.75)))[0] == "kept"
@@ -184,7 +184,7 @@ def test_nothing_left(tmp_path: Path) -> None:
         gated(tmp_path, [GOOD, GOOD], reasons={0: "template", 1: "template"})
     assert str(caught.value) == (
         "no train pair is left of 2 rows (2 because the chat template refuses the conversation, "
-        "the first is rows.jsonl:1: no system role); wanted at least one pair. "
+        "the first is rows.jsonl:1: no system role); expected at least one pair. "
         "Set data.chat_template to one that takes these roles."
     )
 
@@ -224,7 +224,7 @@ def test_a_given_max_length(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         choose_max_length(columns, 1000, 512)
     assert str(caught.value) == (
-        "data.max_length 1000 is above the model's 512 positions; wanted at most 512. "
+        "data.max_length 1000 is above the model's 512 positions; expected at most 512. "
         "Lower it, or take a model with longer context."
     )
 

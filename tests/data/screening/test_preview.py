@@ -39,7 +39,7 @@ def test_the_middle_of_long_parts_is_left_out_and_counted(tmp_path: Path) -> Non
     assert "... 10 characters ..." in text
 
 
-def test_a_pair_is_legible_without_colour(tmp_path: Path) -> None:
+def test_a_pair_is_legible_without_color(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path), None)
     prompt = tokenizer.encode("<|im_start|>user\nHello<|im_end|>\n")
     chosen, rejected = tokenizer.encode("yes"), tokenizer.encode("no")

@@ -131,7 +131,7 @@ def test_a_fraction_that_leaves_a_side_empty(
     with pytest.raises(DataError) as caught:
         prepare.run(make_config(tmp_path, eval_fraction=fraction))
     assert str(caught.value) == (
-        f"data.eval_fraction {fraction} holds out {found} prompts; wanted prompts on both sides. "
+        f"data.eval_fraction {fraction} holds out {found} prompts; expected prompts on both sides. "
         f"{remedy} it, or set data.eval instead."
     )
 

@@ -1,4 +1,4 @@
-"""Tokenising in chunks and in processes: order, errors, killed processes, killed parents."""
+"""Tokenizing in chunks and in processes: order, errors, killed processes, killed parents."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_processes_give_what_one_process_gives(
     with pytest.raises(DataError) as caught:
         list(batches)
     assert str(caught.value) == (
-        "a tokenising process was killed; wanted 2 processes to the end. "
+        "a tokenizing process was killed; expected 2 processes to the end. "
         "If memory ran out, lower data.num_workers."
     )
 

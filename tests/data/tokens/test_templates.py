@@ -120,7 +120,7 @@ def test_no_chat_template(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         render_pair(tokenizer, conversation(*TURNS), None)
     assert str(caught.value) == (
-        "rows.jsonl:7 is a conversation, and the tokenizer has no chat template; wanted a chat "
+        "rows.jsonl:7 is a conversation, and the tokenizer has no chat template; expected a chat "
         "template. Set data.chat_template to chatml, llama3, mistral, zephyr or a Jinja file."
     )
     assert render_pair(tokenizer, Pair("Q", "A", "B", "s", "o"), None).prompt == "Q"
@@ -131,7 +131,7 @@ def test_a_template_that_is_neither_a_name_nor_a_file(tmp_path: Path) -> None:
         resolve_template("chatlm")
     assert str(caught.value) == (
         "data.chat_template 'chatlm' is no built-in name, and no file (No such file or "
-        "directory); wanted a Jinja file or one of chatml, llama3, mistral, zephyr. "
+        "directory); expected a Jinja file or one of chatml, llama3, mistral, zephyr. "
         "Did you mean chatml?"
     )
     (tmp_path / "t.jinja").write_bytes(b"caf\xe9")
@@ -144,7 +144,7 @@ def test_a_template_that_is_not_jinja(tmp_path: Path) -> None:
         load_tokenizer(make_tokenizer(tmp_path), "\n{% for m in messages %}")
     assert str(caught.value).startswith(f"the chat template of {tmp_path} is not Jinja (line 2: ")
     assert str(caught.value).endswith(
-        "; wanted a Jinja template. Correct the file of data.chat_template, or the model's "
+        "; expected a Jinja template. Correct the file of data.chat_template, or the model's "
         "chat_template.jinja."
     )
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_does_not_load(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, None)
     assert str(caught.value).startswith(f"the tokenizer in {tmp_path} does not load (")
     assert str(caught.value).endswith(
-        "; wanted tokenizer.json and tokenizer_config.json of a Hugging Face tokenizer. "
+        "; expected tokenizer.json and tokenizer_config.json of a Hugging Face tokenizer. "
         "Copy the tokenizer's files into the model folder."
     )
 

@@ -20,7 +20,7 @@ from dpo_dist.data.rows.messages import message
 from dpo_dist.data.tokens.templates import CHATML, ZEPHYR, TemplateRefusal, load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 
-QUESTION = "What is the colour of the sky?"
+QUESTION = "What is the color of the sky?"
 
 
 def tiny(folder: Path, template: str | None = CHATML) -> PreTrainedTokenizerBase:
@@ -86,7 +86,7 @@ def test_one_result_a_pair_in_order_with_refusals(tmp_path: Path) -> None:
     assert PairTokenizer(tokenizer, None).encode([]) == []
 
 
-def test_the_default_system_message_is_tokenised(tmp_path: Path) -> None:
+def test_the_default_system_message_is_tokenized(tmp_path: Path) -> None:
     tokenizer = tiny(tmp_path)
     (found,) = PairTokenizer(tokenizer, "Be kind.").encode([chat()])
     assert isinstance(found, TokenPair)
@@ -163,7 +163,7 @@ def test_an_answer_is_the_same_behind_the_end_of_the_prompt_as_behind_all_of_it(
     tokenizer = PairTokenizer(tiny(tmp_path), None)
     pair = chat("<|im_end|> \n\nThe sky", " No.", question="Hello\n<|im_start|> ")
     behind_the_end = tokenizer.encode([pair])
-    tokenizer._anchor = ""  # no special token is known: everything is tokenised as one text
+    tokenizer._anchor = ""  # no special token is known: everything is tokenized as one text
     assert tokenizer.encode([pair]) == behind_the_end
 
 
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_prepends_a_space_puts_none_before_an_answer(prepend_sc
     )
     assert pair.prompt_ids + pair.chosen_ids == whole
     assert not tokenizer.convert_ids_to_tokens(pair.chosen_ids)[0].startswith("\u2581")
-    # also where tokens merge across the boundary, and the answer is tokenised by itself
+    # also where tokens merge across the boundary, and the answer is tokenized by itself
     merged = encoded(tokenizer, text("The sk", "y is blue.", " is no."))
     assert merged.notes == NOTE_BITS[MERGED_BOUNDARY]
     assert not tokenizer.convert_ids_to_tokens(merged.chosen_ids)[0].startswith("\u2581")

@@ -153,15 +153,15 @@ def test_what_is_no_checkpoint_is_an_error_on_every_rank(
     assert first["errors"] == second["errors"]
     run = checkpoints_of(folder, case_name(*CASES[1]))
     missing, unmarked, too_long, blind = first["errors"][:4]
-    assert missing.startswith(f"{run}/step-000009 does not exist; wanted a checkpoint as it was")
-    assert unmarked.startswith(f"{run} has no COMMITTED marker; wanted a checkpoint as it was")
+    assert missing.startswith(f"{run}/step-000009 does not exist; expected a checkpoint as it was")
+    assert unmarked.startswith(f"{run} has no COMMITTED marker; expected a checkpoint as it was")
     assert too_long == (
-        f"cannot read {run / ('x' * 300)} (File name too long); wanted a readable checkpoint. "
+        f"cannot read {run / ('x' * 300)} (File name too long); expected a readable checkpoint. "
         "Check the path and its permissions."
     )
     assert blind.startswith(f"rank 1 cannot read {run}/step-000002/")
     assert blind.endswith(
-        " (Too many open files); wanted files that every rank can read. "
+        " (Too many open files); expected files that every rank can read. "
         "Check the file system and run.dir."
     )
     assert (run / "step-000002").exists()
@@ -173,12 +173,12 @@ def test_another_run_is_refused_on_every_rank(runs: tuple[Path, list[Any], list[
     setting, nothing, parameters = first["errors"][4:]
     assert setting.endswith(
         "step-000002 was trained with other settings or inputs "
-        '(objective.beta: "0.1" -> "0.5"); wanted those of this run config. '
+        '(objective.beta: "0.1" -> "0.5"); expected those of this run config. '
         "Put them back to continue, or choose another run.dir to train anew."
     )
     assert '(objective.beta: "0.1" -> null; pairs: "abc" -> null)' in nothing
     assert parameters == (
-        "the checkpoint and the model disagree about policy.embed.weight (8 parameters); wanted "
+        "the checkpoint and the model disagree about policy.embed.weight (8 parameters); expected "
         "the trainable parameters of this model. Resume with the model and adapter settings that "
         "wrote the checkpoint."
     )
@@ -269,7 +269,7 @@ def test_a_failed_write_stops_all_ranks_alike_and_keeps_what_stood(
     shard = run / ".step-000002.partial" / "zero_pp_rank_1_mp_rank_00_model_states.pt"
     assert first[0] == (
         f"{run}/.step-000002.partial could not be written (rank 1: {shard}: File too large); "
-        "wanted a writable folder with free space. Mend that and start again: training continues "
+        "expected a writable folder with free space. Fix this and start again: training continues "
         "from the checkpoint before."
     )
     assert sorted(os.listdir(run)) == ["step-000001", "step-000003"]

@@ -165,7 +165,7 @@ def test_damage_is_found_without_reading_the_files(
     damage(folder)
     with pytest.raises(CheckpointError, match=found) as caught:
         read_committed(folder)
-    assert "wanted a checkpoint as it was committed. Use another checkpoint" in str(caught.value)
+    assert "expected a checkpoint as it was committed. Use another checkpoint" in str(caught.value)
 
 
 @pytest.mark.parametrize(("damage", "found"), SAME_SIZE, ids=lambda p: getattr(p, "__name__", ""))
@@ -201,7 +201,7 @@ def test_files_of_another_user_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_committed(folder)
     assert str(caught.value) == (
-        f"{shard} belongs to user 12345, this is user 0; wanted checkpoint files of this user, "
+        f"{shard} belongs to user 12345, this is user 0; expected checkpoint files of this user, "
         "because opening a pickle can run any code. Copy the checkpoint as this user if you "
         "trust who wrote it."
     )

@@ -191,7 +191,7 @@ def test_an_unknown_layout_is_refused(saved: dict[int, Path], tmp_path: Path) ->
     flats[0] = torch.cat([flats[0], torch.zeros(2)])
     torch.save(content, shard)
     recommit(step_dir)
-    found = r"rank_1.* has \d+ elements, not \d+; wanted shards"
+    found = r"rank_1.* has \d+ elements, not \d+; expected shards"
     with pytest.raises(CheckpointError, match=found), open_checkpoint(step_dir):
         pass
 

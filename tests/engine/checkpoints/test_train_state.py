@@ -30,7 +30,8 @@ def test_another_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_stage(tmp_path, state, 2)
     assert str(caught.value) == (
-        f"{tmp_path} holds shards of ZeRO stage 3, train.deepspeed is of stage 2; wanted stage 3. "
+        f"{tmp_path} holds shards of ZeRO stage 3, train.deepspeed is of stage 2; expected "
+        "stage 3. "
         "Choose a train.deepspeed of that stage to continue."
     )
 

@@ -132,7 +132,7 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(step_dir: Path) -> None
     assert text.startswith(
         f"{step_dir} of 2 ranks could not be converted (the converter ended with 1: RuntimeError: "
     )
-    assert text.endswith("Mend that, or continue on 2 ranks.")
+    assert text.endswith("Fix this, or continue on 2 ranks.")
     assert os.listdir(step_dir.parent) == ["step-000002"]
 
 
@@ -162,8 +162,8 @@ def test_a_rank_that_does_not_see_the_run_folder(step_dir: Path, tmp_path: Path)
 
 
 def test_what_needs_a_conversion(tmp_path: Path) -> None:
-    for stage, world_size, wanted in ((3, 2, False), (3, 1, True), (1, 3, True), (0, 1, False)):
+    for stage, world_size, expected in ((3, 2, False), (3, 1, True), (1, 3, True), (0, 1, False)):
         state = TrainState(2, 12, 0.5, {}, 2, stage, {})
         (tmp_path / TRAIN_STATE_NAME).write_text(state.to_json())
-        assert needs_conversion(tmp_path, world_size) is wanted
+        assert needs_conversion(tmp_path, world_size) is expected
     assert needs_conversion(None, 1) is False

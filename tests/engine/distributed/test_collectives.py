@@ -58,7 +58,7 @@ def test_exchanges_between_three_ranks() -> None:
             "gather": [0, 1, 2],
             "sum": [3.0, 1.5],
             "first": rank == 0,
-            "error": "found this; wanted that. Do so.",
+            "error": "found this; expected that. Do so.",
         }
 
 

@@ -181,7 +181,7 @@ def test_merged_is_pefts_own_merge(case: str, tmp_path: Path) -> None:
     adapter = AdapterSection(rank=3, alpha=4.0, **settings)
     base_dir = save_base(tmp_path / "base", family)
     policy, trained = adapted(tiny_model(family), adapter, base_dir)
-    wanted = logits(policy)
+    expected = logits(policy)
     export_merged(base_dir, adapter, trained, tmp_path / "merged")
     assert headers(tmp_path / "merged") == headers(base_dir)
     merged = load_strictly(tmp_path / "merged")
@@ -192,8 +192,8 @@ def test_merged_is_pefts_own_merge(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=0, atol=2e-6, msg=name)
         moved += not torch.equal(tensor, base.state_dict()[name])
     assert moved >= 1
-    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=2e-4)
-    assert (wanted - logits(base)).abs().max() > 1e-2
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-4)
+    assert (expected - logits(base)).abs().max() > 1e-2
 
 
 UNTIED = {
@@ -211,14 +211,14 @@ def test_tied_weights_that_training_took_apart(case: str, tmp_path: Path) -> Non
     adapter = AdapterSection(rank=3, alpha=4.0, **UNTIED[case])
     base_dir = save_base(tmp_path / "base", "llama_tied")
     policy, trained = adapted(tiny_model("llama_tied"), adapter, base_dir)
-    wanted = logits(policy)
+    expected = logits(policy)
     export_merged(base_dir, adapter, trained, tmp_path / "merged")
     added = set(headers(tmp_path / "merged")) - set(headers(base_dir))
     assert added == {"lm_head.weight"}
     merged = load_strictly(tmp_path / "merged")
     assert merged.config.tie_word_embeddings is False
-    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=2e-4)
-    assert (wanted - logits(load_strictly(base_dir))).abs().max() > 1e-2
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-4)
+    assert (expected - logits(load_strictly(base_dir))).abs().max() > 1e-2
 
 
 def test_merging_into_bfloat16_rounds_once(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_an_adapter_of_size_0_is_refused(tmp_path: Path) -> None:
         check_adapter(policy, trained)
     assert str(error.value) == (
         f"the checkpoint holds {name} of shape (0,) instead of (3, 32) (1 such of 28 parameters); "
-        "wanted the parameters that model.path and the adapter section describe. "
+        "expected the parameters that model.path and the adapter section describe. "
         "Export with the settings the run was trained with."
     )
 
@@ -310,7 +310,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
     with pytest.raises(CheckpointError) as error:
         export_merged(base_dir, adapter, trained, tmp_path / "merged")
     assert str(error.value).startswith(
-        "model.layers.1.self_attn.q_proj.weight is not finite as float32; wanted finite weights. "
+        "model.layers.1.self_attn.q_proj.weight is not finite as float32; expected finite weights. "
     )
     policy = add_adapter(build_skeleton(base_dir), adapter, str(base_dir))
     with pytest.raises(CheckpointError, match=f"{name} is not finite"):
@@ -324,7 +324,7 @@ def test_an_adapter_on_a_convolution_can_not_be_merged(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         export_merged(base_dir, adapter, trained, tmp_path / "merged")
     assert str(error.value) == (
-        "the adapter on base_model.model.model.layers.0.conv.conv is of kind Conv1d; wanted "
+        "the adapter on base_model.model.model.layers.0.conv.conv is of kind Conv1d; expected "
         "adapters on linear layers, embeddings and stacked experts. "
         "Set export.merge=false, or leave it out of adapter.target_modules."
     )

@@ -102,12 +102,12 @@ def test_the_merged_layer_computes_what_the_adapter_does() -> None:
     policy = adapted(Small(), target_modules=["linear"], use_dora=True)
     layer = policy.base_model.model.linear
     x = torch.randn(3, 6)
-    wanted = layer(x)
+    expected = layer(x)
     weight = layer.get_base_layer().weight.detach().clone()
     magnitude = layer.lora_magnitude_vector["default"].weight.detach()
     merge_lora_(weight, magnitude=magnitude, **parts(layer))
     got = nn.functional.linear(x, weight, layer.get_base_layer().bias)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_factors_of_another_shape_are_a_programmers_mistake() -> None:

@@ -17,7 +17,7 @@ from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.export.own_base import lengthen, merge_start
 from dpo_dist.engine.model.model_shape import count_model
-from dpo_dist.errors import ArtefactError, ConfigError, DataError
+from dpo_dist.errors import ArtifactError, ConfigError, DataError
 from dpo_dist.inputs.sizes import count_shape
 from dpo_dist.model_files.files import digest_of_weights
 from dpo_dist.model_files.of_run import base_model_dir, start_digest
@@ -117,7 +117,7 @@ def config_of(run_yaml: Path, out: Path, *overrides: str) -> RunConfig:
 def test_a_run_with_added_tokens(run_yaml: Path, tmp_path: Path) -> None:
     """model.add_tokens= and model.pad_vocab_to_multiple= make a base that every stage reads."""
     config = config_of(run_yaml, tmp_path, TOKENS, "model.pad_vocab_to_multiple=64")
-    with pytest.raises(ArtefactError, match="base/MANIFEST.json does not exist"):
+    with pytest.raises(ArtifactError, match="base/MANIFEST.json does not exist"):
         base_model_dir(config)
     planned = count_shape(config, None)
     prepare.run(config)
@@ -133,7 +133,7 @@ def test_a_run_with_added_tokens(run_yaml: Path, tmp_path: Path) -> None:
     counted = count_model(base, None)
     assert planned == counted == count_shape(config, None)
     prepare.run(config)  # current
-    with pytest.raises(ArtefactError, match=r"base was made by `base` from other settings \(pad_"):
+    with pytest.raises(ArtifactError, match=r"base was made by `base` from other settings \(pad_"):
         base_model_dir(config_of(run_yaml, tmp_path, TOKENS))
 
 
@@ -151,7 +151,7 @@ def test_new_tokens_that_would_stay_frozen(run_yaml: Path, tmp_path: Path, modul
     frozen = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[module]
     assert str(caught.value) == (
         f"model.add_tokens: the adapter leaves {frozen} frozen, so that the new tokens would all "
-        "stay the same; wanted embeddings and head that train. Set adapter.modules_to_save to "
+        "stay the same; expected embeddings and head that train. Set adapter.modules_to_save to "
         "[embed_tokens, lm_head]."
     )
     assert not (tmp_path / "base").exists() and not (tmp_path / "pairs").exists()
@@ -175,7 +175,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(run_yaml: Path, tmp_path: P
         prepare.run(config)
     assert str(caught.value) == (
         f"the tokenizer has {size + 1} tokens and the model embeddings for {size}; the pairs use "
-        f"token {size}; wanted an embedding for every token of the pairs. Name the tokens in "
+        f"token {size}; expected an embedding for every token of the pairs. Name the tokens in "
         "model.add_tokens (<|turn|>), which lengthens the embeddings, or use the tokenizer that "
         "belongs to the model."
     )

@@ -207,7 +207,7 @@ def test_requested_backend_that_cannot_run_is_refused(requested: Any) -> None:
         choose_backend(tiny_model("llama"), requested, CPU, torch.float32)
     assert str(caught.value) == (
         f"model.attention is {requested}, but variable-length kernels need a CUDA device, and this "
-        "is cpu; wanted a backend that can run this model here: auto, sdpa. "
+        "is cpu; expected a backend that can run this model here: auto, sdpa. "
         "Set model.attention to one of them."
     )
 
@@ -227,7 +227,7 @@ def test_requested_backend_that_cannot_run_is_refused(requested: Any) -> None:
         ("llama", {"qk_head_dim": 320, "head_dim": 64}, "256, not 320", "256, not 320"),
     ],
 )
-def test_backend_that_would_not_honour_the_model_is_passed_over(
+def test_backend_that_would_not_honor_the_model_is_passed_over(
     family: str, settings: dict[str, Any], torch_obstacle: str | None, flash_obstacle: str | None
 ) -> None:
     model = tiny_model(family)

@@ -175,12 +175,12 @@ def test_adapter_on_the_head_is_refused(settings: dict[str, Any]) -> None:
         PairScorer(adapted(**settings))
     assert str(caught.value).startswith("the adapter targets the output head (")
     assert str(caught.value).endswith(
-        "; wanted adapters on other layers only, because log-probs are computed from the head's "
+        "; expected adapters on other layers only, because log-probs are computed from the head's "
         "weight. Remove it from adapter.target_modules; to train it whole, name it in "
         "adapter.modules_to_save."
     )
 
 
 def test_model_without_a_head_is_refused() -> None:
-    with pytest.raises(ConfigError, match="LlamaModel has no output embedding; wanted a causal"):
+    with pytest.raises(ConfigError, match="LlamaModel has no output embedding; expected a causal"):
         PairScorer(tiny_model("llama").model)

@@ -86,7 +86,7 @@ def test_unknown_head_is_an_error() -> None:
         "LlamaForCausalLM scored from its hidden states and output embedding is "
     )
     assert caught.value.found.endswith(" nats per token away from its own logits")
-    assert caught.value.wanted == "at most 1.0e-03 in torch.float32"
+    assert caught.value.expected == "at most 1.0e-03 in torch.float32"
     assert caught.value.remedy == (
         "The model changes its logits in a way that dpo-dist does not know: use another one."
     )

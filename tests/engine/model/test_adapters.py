@@ -14,7 +14,7 @@ def test_a_module_that_is_not_there(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         add_adapter(tiny_model("llama"), adapter, "base")
     assert str(caught.value) == (
-        f"adapter.{key}: the model has no module w_pack; wanted names of its modules, such as "
+        f"adapter.{key}: the model has no module w_pack; expected names of its modules, such as "
         "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj. "
         f"Correct adapter.{key}."
     )
@@ -26,6 +26,7 @@ def test_what_peft_cannot_adapt() -> None:
     said = str(caught.value)
     assert said.startswith("peft cannot adapt this model (")
     assert said.endswith(
-        "); wanted modules and options that it takes. Name other adapter.target_modules, or leave "
+        "); expected modules and options that it takes. Name other adapter.target_modules, "
+        "or leave "
         "out adapter.use_dora and adapter.dropout."
     )

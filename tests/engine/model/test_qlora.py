@@ -95,7 +95,7 @@ def train_step(engine: Any, step: int) -> float:
 
 
 def packed_share(engine: Any) -> float:
-    """How much of its quantised weights this rank holds."""
+    """How much of its quantized weights this rank holds."""
     packed = [p for p in engine.module.parameters() if hasattr(p, "quant_state")]
     held = sum(getattr(p, "ds_tensor", p).nbytes for p in packed)
     return held / sum(quantized.true_numel(p) / 2 for p in packed)
@@ -232,11 +232,11 @@ def test_the_planner_counts_its_bytes(dtype: str, tmp_path: Path) -> None:
         0.516 * packed, rel=1e-3
     )
     assert lines["nf4_scales"].arithmetic == (
-        "(1/64 + 4/16384) bytes x 1.31 M quantised parameters, on every rank"
+        "(1/64 + 4/16384) bytes x 1.31 M quantized parameters, on every rank"
     )
 
 
-def test_base_and_export_are_quantised_alike(model_dir: Path, tmp_path: Path) -> None:
+def test_base_and_export_are_quantized_alike(model_dir: Path, tmp_path: Path) -> None:
     """The merged model is compared with the full-precision base, the adapter with the NF4 one."""
     paths = RunDir(tmp_path)
 
@@ -251,10 +251,10 @@ def test_base_and_export_are_quantised_alike(model_dir: Path, tmp_path: Path) ->
         paths.adapter_dir
     )
     assert packed("base")[0] and packed("export")[0]
-    quantised = packed("base")[1]
+    quantized = packed("base")[1]
     shutil.copytree(model_dir, paths.model_dir(True))
     assert not packed("base")[0] and not packed("export")[0] and packed("adapter")[0]
-    assert packed("base")[1] == packed("export")[1] != quantised
+    assert packed("base")[1] == packed("export")[1] != quantized
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
@@ -262,7 +262,7 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_dir: Path) 
     with pytest.raises(ConfigError) as caught:
         load_model(model_dir, section(model_dir), device=CPU)
     assert str(caught.value) == (
-        "model.quantization: nf4, and bitsandbytes is not installed; wanted bitsandbytes. "
+        "model.quantization: nf4, and bitsandbytes is not installed; expected bitsandbytes. "
         "Install it with `pip install 'dpo-dist[qlora]'`, or choose another value."
     )
 
@@ -283,8 +283,8 @@ def test_packed_weights_are_not_trained(model_dir: Path) -> None:
             quantized.refuse_trained_quantized(policy)
         assert str(caught.value).startswith("adapter.modules_to_save trains ")
         assert str(caught.value).endswith(
-            "o_proj.modules_to_save.default.weight, which model.quantization has packed; wanted "
-            "modules that stay unquantised: embeddings, norms, the output head. Leave it out, or "
+            "o_proj.modules_to_save.default.weight, which model.quantization has packed; expected "
+            "modules that stay unquantized: embeddings, norms, the output head. Leave it out, or "
             "name it in adapter.target_modules."
         )
 
@@ -292,16 +292,18 @@ def test_packed_weights_are_not_trained(model_dir: Path) -> None:
 def test_what_it_does_not_go_with() -> None:
     raw = {"run": {"dir": "x"}, "data": {"train": [{"path": "a"}]}}
     model = {"path": "m", "quantization": "nf4"}
-    with pytest.raises(ConfigError, match="nf4 without an adapter section; wanted one, because"):
+    with pytest.raises(ConfigError, match="nf4 without an adapter section; expected one, because"):
         parse_config(raw | {"model": model})
-    with pytest.raises(ConfigError, match="adapter.use_dora: true with model.quantization; wanted"):
+    with pytest.raises(
+        ConfigError, match="adapter.use_dora: true with model.quantization; expected"
+    ):
         parse_config(raw | {"model": model, "adapter": {"use_dora": True}})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_whole_run(tmp_path: Path) -> None:
-    """The reference is the quantised policy; ranks and stages agree; verify says what it cost."""
+    """The reference is the quantized policy; ranks and stages agree; verify says what it cost."""
     run = make_run(tmp_path)
     settings = ["model.quantization=nf4", "adapter.rank=4", "train.max_steps=4"]
     settings += ["checkpoint.every_steps=2", "eval.every_steps=2", "reference.sharding=zero3"]
@@ -319,7 +321,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     checks = {c["name"]: c for c in json.loads((out / "verify.json").read_text())["checks"]}
     for kind in ("adapter", "merged"):
         assert checks[f"{kind}: probe, packed forward"]["max_difference"] < 5e-5
-    reported = checks["merged: against quantised training"]
+    reported = checks["merged: against quantized training"]
     assert 0.01 < reported["max_difference"] < reported["tolerance"]
     assert "nats on average" in reported["detail"]
 

@@ -52,7 +52,8 @@ def test_an_owned_number_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_config.read_sharding(path)
     assert str(caught.value) == (
-        f"{path} sets {key} (owned by {ds_config.OWNED[key]}); wanted only how to shard. Remove it "
+        f"{path} sets {key} (owned by {ds_config.OWNED[key]}); expected only how to shard. "
+        "Remove it "
         "there and set the run config's key."
     )
 
@@ -63,7 +64,7 @@ def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_config.read_sharding(path)
     assert str(caught.value) == (
-        f"{path} offloads to NVMe (offload_param); wanted offload to cpu, or none. "
+        f"{path} offloads to NVMe (offload_param); expected offload to cpu, or none. "
         "Set its device to cpu: checkpoints do not hold what lies on NVMe."
     )
 
@@ -72,10 +73,11 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_config.read_sharding("zero9")
     assert str(caught.value) == (
-        "train.deepspeed: 'zero9' is no file; wanted a path, or one of zero0, zero1, zero2, zero3, "
+        "train.deepspeed: 'zero9' is no file; expected a path, or one of zero0, zero1, "
+        "zero2, zero3, "
         "zero3_hpz, zero3_offload. Correct train.deepspeed."
     )
-    with pytest.raises(ConfigError, match="is not JSON .*; wanted a DeepSpeed JSON"):
+    with pytest.raises(ConfigError, match="is not JSON .*; expected a DeepSpeed JSON"):
         ds_config.read_sharding(write(tmp_path, "{"))
-    with pytest.raises(ConfigError, match="has no zero_optimization.stage; wanted a ZeRO stage"):
+    with pytest.raises(ConfigError, match="has no zero_optimization.stage; expected a ZeRO stage"):
         ds_config.read_sharding(write(tmp_path, {"zero_optimization": {}}))

@@ -142,7 +142,7 @@ def test_another_number_of_ranks_needs_adamw(tmp_path: Path) -> None:
             checkpoint.needs_conversion(step_dir, 3)
         assert str(caught.value) == (
             f"{step_dir} holds the state of muon on 2 ranks, and DeepSpeed converts that of adamw "
-            "only; wanted 2 ranks, not 3. Continue on 2 ranks."
+            "only; expected 2 ranks, not 3. Continue on 2 ranks."
         )
 
 
@@ -152,7 +152,7 @@ def test_another_number_of_ranks_needs_adamw(tmp_path: Path) -> None:
         (
             {"optimizer": "adafactor", "deepspeed": "zero3"}, "float32",
             "train.optimizer: adafactor with train.deepspeed zero3 and model.dtype float32, where "
-            "DeepSpeed hands it vectors, not matrices; wanted zero0 and float32, because on a "
+            "DeepSpeed hands it vectors, not matrices; expected zero0 and float32, because on a "
             "vector it has no rows and columns to factor: it would save little and step "
             "differently on another number of ranks. Choose train.optimizer=adamw_8bit to save "
             "memory under ZeRO.",
@@ -164,7 +164,8 @@ def test_another_number_of_ranks_needs_adamw(tmp_path: Path) -> None:
         (
             {"optimizer": "muon", "deepspeed": "zero3_offload"}, "bfloat16",
             "train.optimizer: muon with train.deepspeed zero3_offload, which keeps the optimizer "
-            "in host memory; wanted adamw, the only optimizer that DeepSpeed updates there. Choose "
+            "in host memory; expected adamw, the only optimizer that DeepSpeed updates "
+            "there. Choose "
             "train.optimizer=adamw, or a train.deepspeed without offload.",
         ),
     ],
@@ -182,7 +183,7 @@ def test_paging_needs_a_gpu() -> None:
     with pytest.raises(ConfigError) as caught:
         optimizers.make_optimizer(torch.nn.Linear(2, 2), config, train)
     assert str(caught.value) == (
-        "train.optimizer: paged_adamw_8bit on a machine without a GPU; wanted a CUDA GPU, whose "
+        "train.optimizer: paged_adamw_8bit on a machine without a GPU; expected a CUDA GPU, whose "
         "unified memory does the paging. Choose adamw_8bit here."
     )
 
@@ -194,7 +195,7 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         optimizers.make_optimizer(torch.nn.Linear(2, 2), config, train)
     assert str(caught.value) == (
-        "train.optimizer: adamw_8bit, and bitsandbytes is not installed; wanted bitsandbytes. "
+        "train.optimizer: adamw_8bit, and bitsandbytes is not installed; expected bitsandbytes. "
         "Install it with `pip install 'dpo-dist[qlora]'`, or choose another value."
     )
 
@@ -202,7 +203,7 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_muon_is_not_clipped() -> None:
     raw = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
     parse_config(raw | {"train": {"optimizer": "muon", "max_grad_norm": 0}})
-    with pytest.raises(ConfigError, match="1.0 with train.optimizer muon; wanted 0. ZeRO would"):
+    with pytest.raises(ConfigError, match="1.0 with train.optimizer muon; expected 0. ZeRO would"):
         parse_config(raw | {"train": {"optimizer": "muon"}})
 
 

@@ -77,7 +77,7 @@ def test_an_adapter_for_another_base(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError) as caught:
         check_named_base(folder, str(base))
     assert str(caught.value) == (
-        f"the adapter {folder} was trained on {other}, and model.path is {base}; wanted the "
+        f"the adapter {folder} was trained on {other}, and model.path is {base}; expected the "
         f"adapter's own base model. Set model.path to {other}. If both are the same model under "
         f"two names, put yours into base_model_name_or_path of {folder / ADAPTER_CONFIG_NAME}."
     )
@@ -89,7 +89,7 @@ def test_an_adapter_for_another_base(tmp_path: Path) -> None:
         f"the adapter {folder} does not fit the model: {name} is in the adapter only; "
     )
     assert said.endswith(
-        "in all; wanted an adapter of this base model. Set model.path to the model that the "
+        "in all; expected an adapter of this base model. Set model.path to the model that the "
         "adapter was trained on."
     )
 
@@ -103,7 +103,7 @@ def test_a_longer_vocabulary_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError) as caught:
         start(base, tmp_path / "sft")
     assert str(caught.value).endswith(
-        "lm_head.weight is (130, 32) in the adapter and (128, 32) in the model; wanted an "
+        "lm_head.weight is (130, 32) in the adapter and (128, 32) in the model; expected an "
         "adapter of this base model. Set model.path to the model that the adapter was trained on; "
         "if it was trained with a longer vocabulary, name the added tokens in model.add_tokens. If "
         "its file holds embeddings that it did not train, merge it with peft and set model.path to "
@@ -145,7 +145,7 @@ def test_what_is_more_than_lora(change: dict[str, Any], found: str, tmp_path: Pa
         start(base, edited(folder, **change))
     assert str(caught.value).startswith(f"the adapter {folder} {found}")
     assert str(caught.value).endswith(
-        "wanted LoRA, rsLoRA or DoRA that leaves the base model as its files have it. Merge it "
+        "expected LoRA, rsLoRA or DoRA that leaves the base model as its files have it. Merge it "
         "with peft (merge_and_unload, save_pretrained) and set model.path to the result."
     )
 
@@ -164,7 +164,7 @@ def test_an_adapter_is_no_model_even_beside_one(tmp_path: Path) -> None:
         with pytest.raises(ModelFilesError) as caught:
             resolve_model_dir(str(folder))
         assert str(caught.value) == (
-            f"{folder} holds an adapter (adapter_config.json); wanted a whole model. To train on "
+            f"{folder} holds an adapter (adapter_config.json); expected a whole model. To train on "
             f"from it, set adapter.path to {folder} and model.path to its base model ({base})."
         )
         save_base(folder, "llama")  # now with a whole model in the same folder
@@ -193,7 +193,7 @@ def test_the_start_is_base_and_adapter(tmp_path: Path) -> None:
     [
         (
             {"adapter": {"start": "merge"}},
-            "adapter.start: merge without adapter.path; wanted an adapter to merge. Set it.",
+            "adapter.start: merge without adapter.path; expected an adapter to merge. Set it.",
         ),
         (
             {"adapter": {"path": "sft", "rank": 8}},
@@ -203,7 +203,7 @@ def test_the_start_is_base_and_adapter(tmp_path: Path) -> None:
         (
             {"adapter": {}, "model": {"path": "m", "add_tokens": ["<a>"]}},
             "model.add_tokens: with an adapter that leaves the embeddings frozen, so that the new "
-            "tokens would all stay the same; wanted them trained. Name embeddings and head in "
+            "tokens would all stay the same; expected them trained. Name embeddings and head in "
             "adapter.modules_to_save, such as [embed_tokens, lm_head].",
         ),
     ],
@@ -221,7 +221,7 @@ def test_a_pattern_that_fits_nothing(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         add_adapter(tiny_model("llama"), adapter, "base")
     assert str(caught.value) == (
-        f"adapter.{key}: w_pack fits no adapted module; wanted the end of a name, such as q_proj "
+        f"adapter.{key}: w_pack fits no adapted module; expected the end of a name, such as q_proj "
         f"or layers.0.q_proj, or a regular expression for it. Correct adapter.{key}."
     )
 
@@ -231,6 +231,6 @@ def test_a_parameter_that_is_not_there() -> None:
     with pytest.raises(ConfigError) as caught:
         add_adapter(tiny_model("mixtral"), adapter, "base")
     assert str(caught.value) == (
-        "adapter.target_parameters: the model has no parameter experts.w9; wanted names of its "
+        "adapter.target_parameters: the model has no parameter experts.w9; expected names of its "
         "parameters, such as down_proj, gate_up_proj. Correct adapter.target_parameters."
     )

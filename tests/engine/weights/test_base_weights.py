@@ -86,7 +86,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError) as error:
         open_base(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: model.norm.weight (31,) would load as model.norm.weight (31,); wanted "
+        f"{tmp_path}: model.norm.weight (31,) would load as model.norm.weight (31,); expected "
         "model.norm.weight (32,), and the same tensors on the way back. "
         "This model cannot be exported under the names of its base folder."
     )
@@ -101,13 +101,13 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
         open_base(tmp_path)
 
 
-def test_quantised_models_are_refused(tmp_path: Path) -> None:
+def test_quantized_models_are_refused(tmp_path: Path) -> None:
     config = save_base(tmp_path, "llama") / "config.json"
     config.write_text('{"quantization_config": {"quant_method": "fp8"}}')
     with pytest.raises(ModelFilesError) as error:
         open_base(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} holds quantised weights (fp8); wanted weights in float32, bfloat16 or "
+        f"{tmp_path} holds quantized weights (fp8); expected weights in float32, bfloat16 or "
         "float16. Export from the original of the model."
     )
 
@@ -117,7 +117,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelFilesError) as error:
         open_base(tmp_path)
-    assert f"{tmp_path} has pickled weights only (pytorch_model.bin); wanted safeten" in str(
+    assert f"{tmp_path} has pickled weights only (pytorch_model.bin); expected safeten" in str(
         error.value
     )
     assert str(error.value).endswith("exports without this under export.merge=false.")

@@ -125,7 +125,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError) as error:
         read_places([path])
     assert str(error.value) == (
-        f"{path} ends before w does; wanted a complete safetensors file. "
+        f"{path} ends before w does; expected a complete safetensors file. "
         "Download or write the file again."
     )
 
@@ -156,12 +156,12 @@ def test_a_header_that_lies_about_a_size_is_refused(tmp_path: Path) -> None:
         read_places([path])
 
 
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelFilesError) as error:
         read_places([tmp_path / "x.safetensors"])
-    assert "stores w as F8_E4M3; wanted one of F64, F32," in str(error.value)
-    assert str(error.value).endswith("Use the model's original, not a quantised copy.")
+    assert "stores w as F8_E4M3; expected one of F64, F32," in str(error.value)
+    assert str(error.value).endswith("Use the model's original, not a quantized copy.")
 
 
 def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:

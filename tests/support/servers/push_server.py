@@ -102,10 +102,10 @@ class Hub:
         self.repositories[name] = Repository(private=asked.get("visibility") == "private")
         return 200, {"url": f"{self.url}/{name}"}
 
-    def _slot(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        if wanted["oid"] in self.large:
-            return wanted
-        return wanted | {"actions": {"upload": {"href": f"{self.url}/lfs/{wanted['oid']}"}}}
+    def _slot(self, expected: dict[str, Any]) -> dict[str, Any]:
+        if expected["oid"] in self.large:
+            return expected
+        return expected | {"actions": {"upload": {"href": f"{self.url}/lfs/{expected['oid']}"}}}
 
     def _commit(self, repository: Repository, branch: str, body: bytes) -> None:
         files = dict(repository.branches[branch])
