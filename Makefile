@@ -6,9 +6,13 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 MODEL := models/SmolLM2-135M-Instruct
 DATA := runs/quickstart/data
+# What `make coverage` runs, all by default, and options of .ci/matrix.py.
+TESTS ?=
+MATRIX ?=
+WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-slow check format clean
+.PHONY: install quickstart test test-slow test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -32,11 +36,29 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Refreshes the output blocks of docs/; read the diff before you commit it.
+docs: install
+	UPDATE_DOCS=1 $(BIN)/python -m pytest -m slow tests/test_docs_outputs.py
+
+# Each Python with pinned and with lowest versions; slow, and gigabytes of downloads.
+test-matrix: install
+	$(BIN)/python .ci/matrix.py $(MATRIX)
+
+# Forked ranks and commands in processes of their own are counted too; a failing test still fails.
+coverage: install
+	rm -rf build/coverage
+	code=0; $(BIN)/coverage run -m pytest -m 'not slow and not cluster' $(TESTS) || code=$$?; \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $$code
+
 check: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(WITH_TOOLS) pre-commit run --all-files
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/shellcheck -x .ci/run slurm/dpo.sh slurm/task.sh slurm/sweep_table.sh launch/ray_up.sh tests/clusters/slurm.sh
+
+# Every commit is checked by what `make check` runs, whether or not the environment is active.
+hooks: install
+	printf '#!/bin/sh\nPATH="%s:$$PATH" exec pre-commit run\n' '$(abspath $(BIN))' \
+	    >"$$(git rev-parse --git-path hooks)/pre-commit"
+	chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
 format: install
 	$(BIN)/ruff check --fix .

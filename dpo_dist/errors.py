@@ -1,7 +1,8 @@
-"""What a user can get wrong or run into: every error says what was found, expected and what "
-"to do."""
+"""What a user can get wrong or run into: an error says what it found, expected, and what to do."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from typing import ClassVar
 
 EXIT_USER_ERROR = 2
@@ -95,3 +96,14 @@ def as_disk_error(error: BaseException) -> DiskError | None:
         "a writable disk with free space",
         "Fix this, then start the same command again; what was done is kept.",
     )
+
+
+@contextlib.contextmanager
+def disk_errors_as(
+    kind: type[DPODistError], found: str, expected: str, remedy: str
+) -> Iterator[None]:
+    """Raises an OSError of the block as `kind`, with the system's reason behind `found`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{found} ({error.strerror or error})", expected, remedy) from error

@@ -7,119 +7,50 @@ Sizes come from the `slurm:` section of the run config: its keys hold for every 
 when that failed. Everything else is slurm/dpo.sh, which every job runs for its stage alone.
 """
 
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from typing import Annotated
 
-from dpo_dist.config.cluster_section import SlurmJobSection
+import typer
+from command_line import ConfigPath, Overrides, start
+
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import ClusterError, ConfigError, DPODistError
-from dpo_dist.run.pipeline import DOCTOR, stages_of
+from dpo_dist.run.pipeline import DOCTOR, Stage, stages_of
+from dpo_dist.submission.programs import program
+from dpo_dist.submission.sbatch import Submission, check_sbatch, job_options
 
-SCRIPT = Path(__file__).absolute().parent.parent / "slurm" / "dpo.sh"
-# One process on one node, whatever the distributed stages have.
-ALONE = SlurmJobSection(nodes=1)  # pyright: ignore[reportCallIssue]
-
-
-def main() -> None:
-    arguments = sys.argv[1:]
-    dry_run = "--dry-run" in arguments
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if arguments else 2)
-    try:
-        submit(Path(arguments[0]), arguments[1:], dry_run)
-    except DPODistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+SCRIPT = program("slurm/dpo.sh")
 
 
-def submit(config_path: Path, overrides: list[str], dry_run: bool) -> None:
-    """Submits the jobs and prints their ids, or prints what it would submit.
-
-    Raises ConfigError for a name that sbatch would not take, and ClusterError when there is no
-    sbatch or it refuses a job; those that were submitted before it are cancelled.
-    """
-    config = load_config(config_path, overrides)
+def main(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """Submit a run as a chain of Slurm jobs, a job a stage, of the sizes in its slurm section."""
+    config = load_config(config_path, overrides or [])
+    # Made first: a bad one is refused before anything is submitted.
+    sizes = {stage: job_options(config, stage) for stage in (DOCTOR, *stages_of(config))}
     if not dry_run:
         check_sbatch()
-    job_ids: list[str] = []
-    for stage in (DOCTOR, *stages_of(config)):
-        command = sbatch_command(config, stage.name, config_path, overrides, job_ids)
-        if dry_run:
-            print(shlex.join(command))
-            job_ids.append(f"ID_OF_{stage.name.upper()}")
-            continue
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            if job_ids:
-                subprocess.run(["scancel", *job_ids], check=False)
-            raise ClusterError(
-                f"sbatch refuses {stage.name} (exit {done.returncode}: {done.stderr.strip()})",
-                "a job that the cluster takes",
-                f"Correct slurm or slurm.stages.{stage.name}; nothing of this chain runs.",
-            )
-        job_ids.append(done.stdout.strip().split(";")[0])
-        print(f"{stage.name:<10} job {job_ids[-1]}", flush=True)
+    arguments = [str(config_path), *(overrides or [])]
+    jobs, before = Submission(dry_run), None
+    for stage, size in sizes.items():
+        command = sbatch_command(config, stage, size, before, arguments)
+        remedy = f"Correct slurm or slurm.stages.{stage.name}; nothing of this chain runs."
+        before = jobs.submit(stage.name, command, remedy)
     if dry_run:
         print(f"\n# {SCRIPT}\n{SCRIPT.read_text()}", end="")
 
 
-def check_sbatch() -> None:
-    """Raises ClusterError on a machine without Slurm's commands."""
-    if shutil.which("sbatch") is None:
-        raise ClusterError(
-            "there is no sbatch on PATH",
-            "a login node of a Slurm cluster",
-            "Submit from there, or look at the jobs with --dry-run; `dpo-dist run` needs no Slurm.",
-        )
-
-
 def sbatch_command(
-    config: RunConfig,
-    stage: str,
-    config_path: Path,
-    overrides: list[str],
-    job_ids: list[str],
+    config: RunConfig, stage: Stage, size: list[str], before: str | None, arguments: list[str]
 ) -> list[str]:
-    """The sbatch command of one stage, after the last of `job_ids`."""
-    after = [f"--dependency=afterok:{job_ids[-1]}", "--kill-on-invalid-dep=yes"] if job_ids else []
+    """The sbatch command of one stage, whose job waits for the one `before`."""
+    after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
     return [
-        "sbatch", "--parsable", f"--job-name={config.run.dir.name}-{stage}",
-        f"--export=ALL,DPO_STAGES={stage}", *after, *job_options(config, stage),
-        str(SCRIPT), os.fspath(config_path), *overrides,
+        "sbatch", "--parsable", f"--job-name={config.run.dir.name}-{stage.name}",
+        f"--export=ALL,DPO_STAGES={stage.name}", *after, *size, str(SCRIPT), *arguments,
     ]  # fmt: skip
 
 
-def job_options(config: RunConfig, stage: str) -> list[str]:
-    """Options of sbatch for the size of one stage; raises ConfigError for what is none."""
-    distributed = {s.name: s.distributed for s in (DOCTOR, *stages_of(config))}[stage]
-    section = config.slurm.model_dump(exclude={"stages"}, exclude_none=True)
-    if not distributed:
-        section |= ALONE.model_dump(exclude_none=True, exclude_defaults=True)
-    own = config.slurm.stages.get(stage)  # pyright: ignore[reportArgumentType]
-    section |= own.model_dump(exclude_none=True, exclude_unset=True) if own else {}
-    flags = {
-        "partition": "partition",
-        "account": "account",
-        "nodes": "nodes",
-        "tasks_per_node": "ntasks-per-node",
-        "gpus_per_node": "gpus-per-node",
-        "cpus_per_task": "cpus-per-task",
-        "time": "time",
-    }
-    options = [f"--{flags[key]}={section[key]}" for key in flags if key in section]
-    bad = [option for option in section["options"] if not option.startswith("-")]
-    if bad:
-        raise ConfigError(
-            f"slurm.options: {bad[0]!r}", "options of sbatch, such as --qos=high", "Correct it."
-        )
-    return [*options, *section["options"]]
-
-
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -16,7 +16,20 @@
 # the lines above. Five minutes before the end, or at a preemption, every rank is told to write a
 # checkpoint; the job then puts itself back into the queue and goes on where it was.
 set -euo pipefail
-# In an array one job has the array's own id: by that, all of them would be signalled or requeued.
+refuse() {
+    echo "dpo.sh: $1; expected $2" >&2
+    exit 2
+}
+usage="sbatch [options of sbatch] slurm/dpo.sh run.yaml [section.key=value ...]"
+[ $# -gt 0 ] || refuse "no run config" "$usage"
+for argument; do
+    [[ $argument != -* ]] || refuse "$argument behind the script" "$usage"
+done
+every="doctor prepare reference train export verify push"
+for stage in ${DPO_STAGES:-}; do
+    [[ " $every " == *" $stage "* ]] || refuse "DPO_STAGES has $stage" "some of $every"
+done
+# In an array one job has the array's own id: by that, all of them would be signaled or requeued.
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 # Slurm runs a copy of this file, so its folder is asked for.
@@ -24,7 +37,7 @@ here=$(scontrol show job "$job" | sed -n 's|^ *Command=\(.*\)/dpo\.sh.*|\1|p')
 IN_ENV=() SRUN_OPTIONS=()
 unset MASTER_ADDR # of an allocation that this was submitted from
 # shellcheck source=slurm/site.env
-source "$here/site.env"
+source "${DPO_DIST_SITE:-$here/site.env}"
 if [ -n "${DPO_SWEEP:-}" ]; then # a point of a sweep: its overrides, one a line
     mapfile -t point <"$DPO_SWEEP/$SLURM_ARRAY_TASK_ID"
     set -- "$@" "${point[@]}"
@@ -47,7 +60,7 @@ requeue() {
 }
 
 number=0 cpus=${SLURM_CPUS_PER_TASK:-1}
-for stage in ${DPO_STAGES:-doctor prepare reference train export verify push}; do
+for stage in ${DPO_STAGES:-$every}; do
     [ "$stopping" = 0 ] || requeue
     number=$((number + 1))
     # Jobs that share a node must not share a port, nor steps that follow each other.

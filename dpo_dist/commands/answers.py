@@ -9,7 +9,6 @@ the file of an unbroken one.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from dpo_dist.data.answers.questions import Question, read_questions
 from dpo_dist.data.tokens.templates import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.engine.distributed.collectives import device_of
-from dpo_dist.engine.forward.generation import Answer, answer, context_length
+from dpo_dist.engine.forward.generation import Answer, Sampling, answer, context_length
 from dpo_dist.engine.model.model_choice import (
     ModelChoice,
     choose_model,
@@ -37,7 +36,8 @@ from dpo_dist.engine.model.model_choice import (
 from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
 from dpo_dist.model_files.files import digest_of_tokenizer
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.run.lock import lock_file
 from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import (
     Manifest,
@@ -70,10 +70,12 @@ class Speaker:
             ids = [self._prompt_ids(questions[place], said[place]) for place in asked]
             torch.manual_seed(int(digest_of([self.seed, number, turn])[:15], 16))
             answers = answer(
-                self.model, self.prompts.tokenizer, ids,
-                max_new_tokens=self.settings.max_new_tokens, top_p=self.settings.top_p,
-                temperature=self.settings.temperature, batch_size=self.settings.batch_size,
-            )  # fmt: skip
+                self.model,
+                self.prompts.tokenizer,
+                ids,
+                Sampling.of(self.settings),
+                batch_size=self.settings.batch_size,
+            )
             for place, reply in zip(asked, answers, strict=True):
                 said[place].append(reply)
         return said
@@ -118,7 +120,7 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
     Raises ArtifactError when one of other settings is there, or another process is writing it.
     """
     questions, settings = read_questions(prompts_path), config.generate
-    base_dir = base_model_dir(config)
+    base_dir = RunModels(config).base
     choice = choose_model(which, RunDir(config.run.dir), base_dir)
     out = out or RunDir(config.run.dir).answers_path(choice.name, form == "fastchat")
     if out.is_dir() or out.suffix != ".jsonl":
@@ -146,9 +148,8 @@ def _alone_with(out: Path) -> Iterator[TextIO]:
     partial = partial_path(out)
     with partial.open("a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = partial.samefile(f"/dev/fd/{stream.fileno()}")
-        except (BlockingIOError, FileNotFoundError):  # not found: it was just finished and renamed
+            held = lock_file(stream) and partial.samefile(f"/dev/fd/{stream.fileno()}")
+        except FileNotFoundError:  # it was just finished and renamed
             held = False
         if not held:
             raise ArtifactError(

@@ -3,7 +3,8 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -12,11 +13,11 @@ from dpo_dist.data.rows.messages import Conversation, message
 from dpo_dist.data.tokens.templates import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.engine.distributed.collectives import device_of
-from dpo_dist.engine.forward.generation import answer, context_length
+from dpo_dist.engine.forward.generation import Sampling, answer, context_length, stop_when
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import DataError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.logs import console
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.topology import SINGLE_PROCESS
@@ -31,7 +32,7 @@ def run(config: RunConfig, which: str) -> None:
     """
     from transformers import TextStreamer
 
-    base_dir, settings = base_model_dir(config), config.generate
+    base_dir, sampling = RunModels(config).base, Sampling.of(config.generate)
     choice = choose_model(which, RunDir(config.run.dir), base_dir)
     tokenizer = load_chat_tokenizer(config, choice.folder, choice.is_adapter, base_dir)
     if not tokenizer.chat_template:
@@ -63,14 +64,13 @@ def run(config: RunConfig, which: str) -> None:
         if room <= 0:
             console.print(f"{len(ids)} tokens, the model has no room for more: /reset", style="dim")
             continue
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        fitting = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         with _interruptible() as interrupted:
+            ends = stop_when(interrupted)
             (reply,) = answer(
-                model, tokenizer, [ids],
-                max_new_tokens=min(settings.max_new_tokens, room),
-                temperature=settings.temperature, top_p=settings.top_p,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                stop_if=lambda: bool(interrupted),
-            )  # fmt: skip
+                model, tokenizer, [ids], fitting, streamer=streamer, stopping_criteria=ends
+            )
         said = [*asked, message("assistant", reply.text.strip())]
 
 
@@ -90,11 +90,11 @@ def _lines() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills while the block runs, in place of ending the program."""
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, which does not end the program while the block runs."""
     interrupted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
     try:
-        yield interrupted
+        yield lambda: bool(interrupted)
     finally:
         signal.signal(signal.SIGINT, before)

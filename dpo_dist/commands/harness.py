@@ -20,7 +20,7 @@ from dpo_dist.engine.distributed.collectives import device_of
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import HarnessError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
@@ -43,7 +43,7 @@ def run(
     `batch_size` is a number of rows, or `auto` for the largest that fits. Raises HarnessError when
     lm-eval is not installed, and for a task that it does not have or cannot load.
     """
-    paths, base_dir = RunDir(config.run.dir), base_model_dir(config)
+    paths, base_dir = RunDir(config.run.dir), RunModels(config).base
     choices = [choose_model(which, paths, base_dir) for which in ("base", "export")]
     tasks = [name.strip() for name in names.split(",") if name.strip()]
     if not tasks:

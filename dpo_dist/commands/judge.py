@@ -8,7 +8,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -45,6 +44,7 @@ from dpo_dist.judging.endpoint import (
     key_from_environment,
 )
 from dpo_dist.judging.verdicts import result_of, write_verdicts
+from dpo_dist.run.lock import lock_file
 from dpo_dist.run.logs import console, progress_bar
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import JudgedDir
@@ -221,14 +221,12 @@ def _replies(paths: JudgedDir) -> Iterator[tuple[TextIO, dict[str, dict[str, Any
     """The file of replies to append to, for this process alone, and what it holds by digest."""
     paths.root.mkdir(parents=True, exist_ok=True)
     with paths.replies_path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(stream):
             raise ArtifactError(
                 f"{paths.replies_path} is being written by another judge",
                 "one at a time",
                 "Wait for it, or choose another --out.",
-            ) from None
+            )
         yield stream, {row["digest"]: row for row in keep_whole_lines(paths.replies_path)}
 
 

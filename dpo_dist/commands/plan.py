@@ -1,8 +1,8 @@
 """What a run will need, before it runs: memory, steps, tokens, disk; no weights, no GPU.
 
-1. Count the model and its adapter; read the DeepSpeed JSON, and the prepared pairs if any.
-2. `make_plan` puts them through the arithmetic of dpo_dist.planning, a `Row` for every number.
-3. `print_plan` prints the rows or their JSON; `print_dry_run` adds the resolved config and the
+1. Read: count the model and its adapter; open the DeepSpeed JSON, and the prepared pairs if any.
+2. `make_plan`: put them through the arithmetic of `dpo_dist.planning`, an entry for every number.
+3. `print_plan` prints the plan as text or JSON; `print_dry_run` adds the resolved config and the
    commands. Nothing is written.
 """
 
@@ -10,35 +10,31 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.config.keys import to_yaml
-from dpo_dist.config.run_config import RunConfig, scoring_budget
+from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
 from dpo_dist.errors import ConfigError
-from dpo_dist.inputs.sizes import (
-    Work,
-    count_shape,
-    disk_lines,
-    make_setup,
-    prepared_work,
-    read_sizes,
-)
-from dpo_dist.model_files.of_run import start_adapter_dir
-from dpo_dist.planning import estimate
-from dpo_dist.planning.estimate import GIB, RESERVE_BYTES, Line, Memory, Setup, total
-from dpo_dist.planning.plan_text import Plan, Row, as_dict, as_text, in_gib
-from dpo_dist.planning.remedies import Remedy, remedies
+from dpo_dist.inputs.disk import disk_sizes
+from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
+from dpo_dist.inputs.work import Work, prepared_work
+from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.planning import entries
+from dpo_dist.planning.memory import estimate_memory, fits, reference_sizes
+from dpo_dist.planning.remedies import Alternatives, find_remedies
+from dpo_dist.planning.run_plan import Entry, RunPlan, as_dict, as_text
+from dpo_dist.planning.setup import PairCounts, Setup
+from dpo_dist.planning.sizes import GIB, Size
 from dpo_dist.run.local_ranks import LOOPBACK, count_gpus, count_workers
 from dpo_dist.run.pipeline import stage_argv, stages_of
 from dpo_dist.run.topology import Topology
 
 STEPS_PACKED = 16  # optimizer steps whose micro-batches are counted
-SHORTEST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
-NO_PAIRS = "known after `dpo-dist prepare`"
+LEAST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
 
 
 def print_plan(
@@ -69,199 +65,108 @@ def print_dry_run(config: RunConfig, config_path: Path, overrides: Sequence[str]
     print("  PORT is one that is free when the stage starts")
 
 
-def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float | None) -> Plan:
+def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float | None) -> RunPlan:
     """The plan of a run; arguments and errors as those of `print_plan`."""
-    ranks, ranks_why = count_workers(config.local)
-    if world_size is not None:
-        ranks, ranks_why = world_size, "--world-size"
-    if ranks < 1:
-        raise ConfigError(f"--world-size {ranks}", "1 or more ranks", "Correct it.")
+    ranks, ranks_why = _ranks(config, world_size)
     limit_gib = _gpu_memory_gib() if gpu_memory_gib is None else gpu_memory_gib
-    setup = make_setup(config, ranks)
-    work = prepared_work(config)
-    memory = estimate.estimate(setup)
-    reference = _reference_rows(config, setup, limit_gib)
-    disk = _disk_rows(config, setup, work)
-    sections = {
-        "run": _run_rows(config, setup, ranks_why),
-        "memory of a GPU": list(_memory_rows(memory, limit_gib)),
-        "memory of a host": [_size(line) for line in memory.host],
-        "reference pass": reference,
-        "batches": list(_batch_rows(config, setup, work)),
-        "work": list(_work_rows(config, setup, work)),
+    setup, work = make_setup(config, ranks), prepared_work(config)
+    counts = None if work is None else _count_pairs(config, work, ranks)
+    memory = estimate_memory(setup)
+    fits_gpu = None if limit_gib is None else fits(memory.peak_bytes, limit_gib * GIB)
+    changes = []
+    if limit_gib is not None and not fits_gpu:
+        alternatives = _alternatives(config, counts)
+        changes = find_remedies(setup, round(limit_gib * GIB), alternatives)
+    reference = entries.reference_entries(config, _reference_passes(config, setup), limit_gib)
+    disk = _disk_entries(config, setup, work)
+    groups = {
+        "run": entries.run_entries(config, setup, ranks_why, RunModels(config).start_adapter),
+        "memory_per_gpu": list(entries.memory_entries(memory, limit_gib)),
+        "memory_per_host": entries.host_entries(memory),
+        "reference_pass": reference,
+        "batches": list(entries.batch_entries(config, setup, counts)),
+        "work": list(entries.work_entries(config, setup, counts)),
         "disk": disk,
     }
-    fits = _fits(memory.peak_bytes, limit_gib)
-    changes: list[Remedy] = []
-    if limit_gib is not None and not fits:
-        changes = _remedies(config, setup, work, limit_gib)
-    if reference[-1].value is False:
-        fits = False
-    return Plan(
-        {title: rows for title, rows in sections.items() if rows},
-        fits,
-        disk[-1].value is True,
-        changes,
+    return RunPlan(
+        groups={name: group for name, group in groups.items() if group},
+        fits=False if reference[-1].value is False else fits_gpu,
+        disk_fits=disk[-1].value is True,
+        remedies=changes,
     )
 
 
-def _size(line: Line) -> Row:
-    return Row(f"{line.name}_gib", line.num_bytes / GIB, f"= {line.arithmetic}")
+def _ranks(config: RunConfig, world_size: int | None) -> tuple[int, str]:
+    """The ranks of training, and where their number comes from."""
+    if world_size is None:
+        return count_workers(config.local)
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}", "1 or more ranks", "Correct it.")
+    return world_size, "--world-size"
 
 
-def _fits(num_bytes: int, limit_gib: float | None) -> bool | None:
-    return None if limit_gib is None else num_bytes + RESERVE_BYTES <= limit_gib * GIB
+def _count_pairs(config: RunConfig, work: Work, world_size: int) -> PairCounts:
+    """The prepared pairs in numbers, the micro-batches of the first steps among them."""
+    lengths, settings = work.train.packed_lengths, config.train
+    micro_batches: list[int] = []
+    for step in range(min(work.num_steps, STEPS_PACKED)):
+        indices = step_pair_indices(step, len(lengths), settings.global_batch_size, config.run.seed)
+        on_ranks = plan_micro_batches(lengths, indices, world_size, settings.micro_batch_tokens)
+        micro_batches.append(len(on_ranks[0]))
+    return PairCounts(
+        num_pairs=len(work.train),
+        num_held_out=len(work.held_out),
+        num_steps=work.num_steps,
+        mean_tokens=float(lengths.mean()),
+        longest_tokens=int(lengths.max()),
+        reference_tokens=int(lengths.sum() + work.held_out.packed_lengths.sum()),
+        micro_batches=tuple(micro_batches),
+    )
 
 
-def _fit_row(num_bytes: int, limit_gib: float | None) -> Row:
-    if limit_gib is None:
-        return Row("fits", None, "without --gpu-memory-gib")
-    needed = f"{in_gib(num_bytes)} + {in_gib(RESERVE_BYTES)} reserve"
-    return Row("fits", _fits(num_bytes, limit_gib), f"{needed} of {limit_gib:.1f} GiB")
-
-
-def _run_rows(config: RunConfig, setup: Setup, ranks_why: str) -> list[Row]:
-    shape, adapter = setup.shape, config.adapter
-    trained = "all" if adapter is None else f"LoRA of rank {adapter.rank}"
-    if adapter is not None and adapter.rank_pattern:
-        trained += "".join(f", {name} {rank}" for name, rank in adapter.rank_pattern.items())
-    if start_adapter_dir(config) is not None and adapter is not None:
-        trained = f"the adapter {adapter.path}"
-    longer = config.model.add_tokens or config.model.pad_vocab_to_multiple
-    return [
-        Row("model", config.model.path),
-        Row("num_parameters", shape.num_parameters),
-        Row("num_trained_parameters", shape.num_trained, trained),
-        *([Row("vocab_size", shape.vocab_size, "with model.add_tokens")] if longer else []),
-        Row("num_ranks", setup.world_size, ranks_why),
-        Row("zero_stage", setup.sharding.stage, f"train.deepspeed {config.train.deepspeed}"),
-        Row("dtype", config.model.dtype, f"{setup.dtype_bytes} bytes"),
-    ]
-
-
-def _memory_rows(memory: Memory, limit_gib: float | None) -> Iterator[Row]:
-    yield from map(_size, (*memory.states, *memory.micro_batch, *memory.update))
-    phases = {
-        "a micro-batch": total(memory.micro_batch),
-        "the update": total(memory.update),
-        "evaluation": total(memory.scoring),
-    }
-    if memory.scoring:
-        parts = " + ".join(f"{in_gib(line.num_bytes)} {line.name}" for line in memory.scoring)
-        yield Row("evaluation_gib", phases["evaluation"] / GIB, f"= {parts.replace('_', ' ')}")
-    most = max(phases, key=lambda name: phases[name])
-    why = f"= {in_gib(total(memory.states))} all the time + {in_gib(phases[most])} in {most}"
-    yield Row("peak_gib", memory.peak_bytes / GIB, why)
-    yield _fit_row(memory.peak_bytes, limit_gib)
-
-
-def _reference_rows(config: RunConfig, setup: Setup, limit_gib: float | None) -> list[Row]:
-    """Memory in the reference pass, for each way that reference.sharding leaves open."""
+def _reference_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, ...]]:
+    """Memory of a GPU in the reference pass, for each way that reference.sharding leaves open."""
     if config.objective.reference_free:
-        losses = ", ".join(config.objective.names)
-        return [
-            Row("needed", False, f"objective.loss {losses} has no reference"),
-            Row("fits", True),
-        ]
+        return {}
     if config.reference.model is not None:
         setup = replace(setup, shape=count_shape(config, None, config.reference.model))
-    setup = replace(setup, scoring_tokens=scoring_budget(config))
+    setup = replace(setup, scoring_tokens=config.scoring_tokens)
     asked = config.reference.sharding
-    rows: list[Row] = []
-    needed = 0
-    for how, sharding in (("whole", "zero0"), ("zero3", "zero3")):
-        if asked in ("auto", how):
-            lines = estimate.reference_lines(setup, read_sizes(sharding))
-            needed = total(lines)
-            parts = " + ".join(f"{in_gib(line.num_bytes)} {line.name}" for line in lines)
-            rows.append(Row(f"{how}_gib", needed / GIB, f"= {parts.replace('_', ' ')}"))
-    return [*rows, _fit_row(needed, limit_gib)]
+    return {
+        how: reference_sizes(setup, sharding_named(name))
+        for how, name in (("whole", "zero0"), ("zero3", "zero3"))
+        if asked in ("auto", how)
+    }
 
 
-def _batch_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[Row]:
-    pairs, tokens = config.train.global_batch_size, config.train.micro_batch_tokens
-    yield Row("global_batch_pairs", pairs, "train.global_batch_size")
-    why = f"= {pairs} pairs / {setup.world_size} ranks"
-    yield Row("pairs_per_rank", pairs / setup.world_size, why)
-    yield Row("micro_batch_tokens", tokens, "train.micro_batch_tokens")
-    if work is None:
-        yield Row("micro_batches_per_step", None, NO_PAIRS)
-        return
-    lengths = work.train.packed_lengths
-    yield Row("mean_pair_tokens", float(lengths.mean()), "prompt + chosen + rejected")
-    yield Row("longest_pair_tokens", int(lengths.max()))
-    counts: list[int] = []
-    for step in range(min(work.num_steps, STEPS_PACKED)):
-        indices = step_pair_indices(step, len(lengths), pairs, config.run.seed)
-        counts.append(len(plan_micro_batches(lengths, indices, setup.world_size, tokens)[0]))
-    why = f"= {sum(counts)} micro-batches of a rank / the first {len(counts)} steps"
-    yield Row("micro_batches_per_step", sum(counts) / len(counts), why)
-
-
-def _work_rows(config: RunConfig, setup: Setup, work: Work | None) -> Iterator[Row]:
-    forward, training = estimate.flops_per_token(setup.shape, setup.checkpointing)
-    why = f"= 2 x {setup.shape.num_active:,} matrix elements"
-    yield Row("forward_gflop_per_token", forward / 1e9, why)
-    again = ", and a second forward" if setup.checkpointing else ""
-    coupled = config.objective.second_forward
-    if coupled is not None:
-        training += forward
-        again += f"; + {forward / 1e9:.3g} of a forward ahead of it, since {coupled}"
-    yield Row("training_gflop_per_token", training / 1e9, f"forward and backward{again}")
-    if work is None:
-        for key in ("num_pairs", "num_steps", "num_tokens", "training_pflop", "reference_pflop"):
-            yield Row(key, None, NO_PAIRS)
-        return
-    train, settings = work.train, config.train
-    yield Row("num_pairs", len(train), f"and {len(work.held_out):,} held out")
-    epochs = f"{len(train):,} pairs x {settings.num_epochs:g} epochs"
-    capped = f", at most train.max_steps {settings.max_steps}" if settings.max_steps else ""
-    why = f"= floor({epochs} / {settings.global_batch_size} pairs){capped}"
-    yield Row("num_steps", work.num_steps, why)
-    mean, in_steps = float(train.packed_lengths.mean()), work.num_steps * settings.global_batch_size
-    num_tokens = round(mean * in_steps)
-    yield Row("num_tokens", num_tokens, f"= {mean:,.1f} tokens of a pair x {in_steps:,} pairs")
-    why = f"= {training / 1e9:.3g} GFLOP x {num_tokens:,} tokens"
-    yield Row("training_pflop", num_tokens * training / 1e15, why)
-    scored = int(train.packed_lengths.sum() + work.held_out.packed_lengths.sum())
-    if config.objective.reference_free:
-        yield Row("reference_pflop", 0.0, "no reference pass")
-        return
-    why = f"= {forward / 1e9:.3g} GFLOP x {scored:,} tokens of all pairs, each once"
-    yield Row("reference_pflop", scored * forward / 1e15, why)
-
-
-def _disk_rows(config: RunConfig, setup: Setup, work: Work | None) -> list[Row]:
-    """What is written, as far as it is known, beside what is free; `fits` is the last row."""
-    rows: list[Row] = []
-    if work is None:
-        rows = [Row("pairs_gib", None, NO_PAIRS), Row("reference_store_gib", None, NO_PAIRS)]
-    lines = disk_lines(config, setup, work)
-    needed = total(lines) / GIB
+def _disk_entries(config: RunConfig, setup: Setup, work: Work | None) -> list[Entry]:
     root = config.run.dir.absolute()
     folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
-    free = shutil.disk_usage(folder).free / GIB
-    rows += [*map(_size, lines), Row("total_gib", needed, "what is known")]
-    return [*rows, Row("free_gib", free, f"in {folder}"), Row("fits", needed <= free)]
+    return entries.disk_entries(
+        disk_sizes(config, setup, work),
+        pairs_known=work is not None,
+        free_bytes=shutil.disk_usage(folder).free,
+        folder=folder,
+    )
 
 
-def _remedies(config: RunConfig, setup: Setup, work: Work | None, limit_gib: float) -> list[Remedy]:
-    names = {"adamw": ("zero3", "zero3_offload"), "adafactor": ()}  # of the others zero3 alone
-    quantized = None
-    if config.adapter is not None and not config.adapter.use_dora:
+def _alternatives(config: RunConfig, counts: PairCounts | None) -> Alternatives:
+    """What this run could use instead: other shardings, LoRA, a quantized base."""
+    quantized = with_adapter = None
+    if config.adapter is None:
+        with_adapter = count_shape(config, AdapterSection.model_validate({}))
+    elif not config.adapter.use_dora:
         model = config.model.model_copy(update={"quantization": "nf4"})
         quantized = count_shape(config.model_copy(update={"model": model}), config.adapter)
-    return remedies(
-        setup,
-        round(limit_gib * GIB),
+    # of the optimizers AdamW alone is offloaded, and Adafactor is not sharded
+    names = {"adamw": ("zero3", "zero3_offload"), "adafactor": ()}
+    return Alternatives(
         shardings={
-            name: read_sizes(name) for name in names.get(config.train.optimizer, ("zero3",))
+            name: sharding_named(name) for name in names.get(config.train.optimizer, ("zero3",))
         },
+        with_adapter=with_adapter,
         quantized=quantized,
-        with_adapter=count_shape(config, AdapterSection.model_validate({}))
-        if config.adapter is None
-        else None,
-        longest_pair=int(work.train.packed_lengths.max()) if work else SHORTEST_MICRO_BATCH,
+        least_tokens=LEAST_MICRO_BATCH if counts is None else counts.longest_tokens,
     )
 
 

@@ -1,28 +1,32 @@
 """A run as one HTML page with its plots: `report/index.html`, at any point of the run.
 
 1. Read what the stages have left in the run folder so far; nothing else is needed.
-2. Draw the curves as PNG files, and put them into the page as well.
+2. Draw the curves into the page, and as PNG files beside it.
 3. The folder appears under its name only when it is whole.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dpo_dist import __version__
 from dpo_dist.engine.checkpoints.retention import marked
 from dpo_dist.errors import ArtifactError
-from dpo_dist.metrics.curves import HELD_OUT, Line, displacement, points
+from dpo_dist.metrics.curves import HELD_OUT, PLOTS, Line, displacement, points
 from dpo_dist.metrics.writer import read_lines
-from dpo_dist.report import sections as report_sections
-from dpo_dist.report.data_section import html_sections
-from dpo_dist.report.page import Section, number, page
+from dpo_dist.report import data_section
+from dpo_dist.report import sections as parts
+from dpo_dist.report.charts import write_pictures
+from dpo_dist.report.page import Html, Page, Section, number
 from dpo_dist.run.manifest import atomic_dir
 from dpo_dist.run.run_dir import PAIRS_REPORT_NAME, REPORT_PAGE_NAME, TRAIN_STATE_NAME, RunDir
-from dpo_dist.run.status import duration, read_status
+from dpo_dist.run.status import duration
 
 
 def run(run_dir: Path) -> Path:
@@ -40,7 +44,9 @@ def run(run_dir: Path) -> Path:
         )
     try:
         with atomic_dir(paths.report_dir) as folder:
-            (folder / REPORT_PAGE_NAME).write_text(_page(paths, folder), encoding="utf-8")
+            lines = read_lines(paths.metrics_path)
+            write_pictures(lines, PLOTS, folder)
+            (folder / REPORT_PAGE_NAME).write_text(_page(paths, lines), encoding="utf-8")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise ArtifactError(
@@ -51,51 +57,74 @@ def run(run_dir: Path) -> Path:
     return paths.report_dir / REPORT_PAGE_NAME
 
 
-def _page(paths: RunDir, folder: Path) -> str:
-    """The page; draws its pictures into the folder."""
-    lines, status = read_lines(paths.metrics_path), read_status(paths.status_path)
-    report = _read_json(paths.pairs_dir / PAIRS_REPORT_NAME)
-    verified = _read_json(paths.verify_path)
-    committed = marked(paths.checkpoints_dir)
-    state = _read_json(committed[0] / TRAIN_STATE_NAME) if committed else {}
-    evaluated, doctor = _read_json(paths.evaluate_path), _read_json(paths.doctor_path)
-    answers = _read_json(paths.generate_path).get("answers", [])
-    sampled = read_lines(paths.samples_path)
-    # the warnings of the data stand at the top of this page
-    data_shown = html_sections(report | {"warnings": []}) if report else ""
-    sections = [
-        Section("Curves", report_sections.curves(lines, folder)),
-        Section("Held-out pairs", report_sections.held_out(lines, evaluated)),
-        Section("Samples", report_sections.samples(answers, sampled)),
-        Section("Data", report_sections.data(report, data_shown)),
-        Section("Checkpoints", report_sections.checkpoints(committed[::-1], status)),
-        Section("Export", report_sections.export(verified)),
-        Section("Settings", report_sections.settings(paths.config_path)),
-        Section("Environment", report_sections.environment(status, state, doctor)),
-    ]
-    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return page(
-        paths.root.resolve().name,
-        f"dpo-dist {__version__}, report of {written}",
-        _facts(lines, status),
-        [*_warnings(lines, status, verified), *report.get("warnings", [])],
-        sections,
-    )
+@dataclass(frozen=True)
+class _Files:
+    """What the files of a run hold; those that cannot be read are noted in `damaged`."""
 
+    root: Path
+    damaged: list[str] = field(default_factory=list)
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the run, {} when it is not there yet."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    def read(self, path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+        """The mapping in a file, {} when it is not there yet or damaged."""
+        try:
+            found = parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, yaml.YAMLError):
+            found = None
+        if isinstance(found, dict):
+            return found
+        self.damaged.append(str(path.relative_to(self.root)))
         return {}
+
+
+def _page(paths: RunDir, lines: Sequence[Line]) -> Html:
+    files = _Files(paths.root)
+    status, doctor = files.read(paths.status_path), files.read(paths.doctor_path)
+    evaluated, verified = files.read(paths.evaluate_path), files.read(paths.verify_path)
+    answers = files.read(paths.generate_path).get("answers", [])
+    data = files.read(paths.pairs_dir / PAIRS_REPORT_NAME)
+    config = files.read(paths.config_path, yaml.safe_load)
+    committed = marked(paths.checkpoints_dir)
+    state = files.read(committed[0] / TRAIN_STATE_NAME) if committed else {}
+    sections = {  # title: its blocks, and what is said without any
+        "Curves": (parts.curves(lines), "No step has been trained yet."),
+        "Held-out pairs": (
+            parts.held_out(lines, evaluated),
+            "No held-out pairs have been evaluated yet.",
+        ),
+        "Samples": (
+            parts.samples(answers, read_lines(paths.samples_path)),
+            "None yet: run `dpo-dist generate`, or set eval.samples_every_steps before training.",
+        ),
+        "Data": (data_section.blocks(data), "No pairs have been prepared yet."),
+        "Checkpoints": (
+            parts.checkpoints(committed[::-1], status),
+            "None has been committed yet.",
+        ),
+        "Export": (parts.export(verified), "Nothing has been exported and verified yet."),
+        "Settings": (parts.settings(config), f"There is no {paths.config_path.name} yet."),
+        "Environment": (parts.environment(status, state, doctor), ""),
+    }
+    warnings = [
+        *(f"{name} is damaged: not shown." for name in files.damaged),
+        *_warnings(lines, status, verified),
+        *data.get("warnings", []),
+    ]
+    return Page(
+        paths.root.resolve().name,
+        f"dpo-dist {__version__}, report of {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}",
+        dict(_figures(lines, status)),
+        warnings,
+        [Section(title, *found) for title, found in sections.items()],
+    ).html()
 
 
 def _last(lines: Sequence[Line], name: str) -> Any:
     return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
 
 
-def _facts(lines: Sequence[Line], status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _figures(lines: Sequence[Line], status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures at the top of the page."""
     yield "last stage", f"{status.get('stage', '-')} {status.get('state', '')}"
     train = status.get("train")
@@ -104,11 +133,11 @@ def _facts(lines: Sequence[Line], status: dict[str, Any]) -> Iterator[tuple[str,
     for name, label in (("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
         for prefix, where in ((HELD_OUT, "held-out"), ("", "training")):
             if (value := _last(lines, prefix + name)) is not None:
-                yield f"reward {label}, {where}, last", number(value)
+                yield f"{where} reward {label}, last", number(value)
                 break
     if speeds := points(lines, "pairs_per_second")[1]:
-        yield "pairs a second, median", number(statistics.median(speeds))
-        yield "in training steps", duration(_seconds_trained(lines))
+        yield "pairs per second, median", number(statistics.median(speeds))
+        yield "spent in training steps", duration(_seconds_trained(lines))
     if memory := points(lines, "peak_memory_gib")[1]:
         yield "peak memory, GiB", number(max(memory))
 
@@ -132,7 +161,8 @@ def _warnings(
         yield warning
     broken = [line["step"] for line in lines if line.get("non_finite")]
     if broken:
-        yield f"{len(broken):,} lines hold numbers that are not finite, first at step {broken[0]}."
+        share = f"{len(broken):,} of {len(lines):,} lines"
+        yield f"Numbers that are not finite: {share}, first at step {broken[0]}."
     for stage, own in status.get("stages", {}).items():
         if own.get("state") == "failed":
             yield f"{stage} failed: {own.get('error')}"

@@ -1,10 +1,11 @@
 """Sections of a run config about the pairs: sources, the gate, tokenizing."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from dpo_dist.config.section import Fraction, PositiveInt, Section
+from dpo_dist.config.section import Fraction, PositiveInt, Rule, Section
 
 Policy = Literal["drop", "raise", "keep"]
 PreferenceFormat = Literal[
@@ -15,23 +16,26 @@ PreferenceFormat = Literal[
 
 class SourceSection(Section):
     path: str = Field(description="JSONL, JSON, Parquet or CSV file, datasets folder, or hub id.")
-    name: str | None = Field(None, description="Name in reports; the file's stem by default.")
-    format: PreferenceFormat = Field("auto", description="Row format; auto looks at the columns.")
+    name: str | None = Field(None, description="Name in reports; defaults to the file's stem.")
+    format: PreferenceFormat = Field(
+        "auto", description="Row format; auto infers it from the columns."
+    )
     columns: dict[str, str] = Field(
-        {}, description="Our column name -> the file's, e.g. {prompt: question, chosen: good}."
+        {},
+        description="The file's column for each of ours, e.g. {prompt: question, chosen: good}.",
     )
-    config: str | None = Field(None, description="Configuration name of a hub data set.")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set or datasets folder.")
-    revision: str | None = Field(None, description="Hub revision of the data set.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the data set.")
     streaming: bool = Field(
-        False, description="Read a hub data set once, row by row, and store nothing of it."
+        False, description="Read a hub data set once, row by row, without storing it."
     )
-    limit: PositiveInt | None = Field(None, description="Take at most this many rows.")
+    limit: PositiveInt | None = Field(None, description="Read at most this many rows.")
     weight: float = Field(
-        1.0, gt=0, description="Share of the source's rows taken: 0.5 every second, 2 all twice."
+        1.0, gt=0, description="Share of rows to take: 0.5 every second one, 2 each one twice."
     )
     min_score_margin: float | None = Field(
-        None, description="Drop pairs with chosen_score - rejected_score below this."
+        None, description="Drop pairs whose chosen_score - rejected_score is below this."
     )
 
 
@@ -39,32 +43,49 @@ class DataSection(Section):
     train: list[SourceSection] = Field(min_length=1, description="Sources of training pairs.")
     eval: list[SourceSection] = Field([], description="Sources of held-out pairs.")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the training prompts held out, all their pairs."
+        0.0, ge=0, lt=1, description="Share of training prompts to hold out with all their pairs."
     )
-    eval_seed: int = Field(0, description="Seed of the choice of held-out prompts.")
+    eval_seed: int = Field(0, description="Seed that picks the held-out prompts.")
     max_length: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Tokens of prompt + completion; auto: p99 rounded up to 8."
+        "auto",
+        description="Maximum tokens of prompt + answer; auto: p99, rounded up to a multiple of 8.",
     )
     chat_template: str | None = Field(
-        None, description="Built-in name or Jinja file; the tokenizer's own by default."
+        None, description="Built-in name or Jinja file; defaults to the tokenizer's own."
     )
     system_message: str | None = Field(
-        None, description="System message for conversations that have none."
+        None, description="System message for conversations without one."
     )
-    on_empty: Policy = Field("drop", description="Pair with an empty prompt or answer.")
-    on_identical: Policy = Field("drop", description="Same chosen and rejected, also truncated.")
+    on_empty: Policy = Field("drop", description="Pairs with an empty prompt or answer.")
+    on_identical: Policy = Field(
+        "drop", description="Pairs with equal answers, before or after truncation."
+    )
     on_prompt_fills: Literal["drop", "raise"] = Field(
-        "drop", description="Prompt leaves no room for an answer."
+        "drop", description="Pairs whose prompt leaves no room for an answer."
     )
-    on_duplicate: Policy = Field("drop", description="Pair that was there before.")
-    on_conflict: Policy = Field("drop", description="A > B and B > A for one prompt.")
-    on_overlap: Policy = Field("drop", description="Held-out pair whose prompt is trained on.")
-    max_dropped: Fraction = Field(0.5, description="Refuse when more than this share is dropped.")
+    on_duplicate: Policy = Field("drop", description="Pairs that repeat an earlier one.")
+    on_conflict: Policy = Field(
+        "drop", description="Pairs that contradict each other: A > B and B > A."
+    )
+    on_overlap: Policy = Field("drop", description="Held-out pairs whose prompt is trained on.")
+    max_dropped: Fraction = Field(0.5, description="Fail if more than this share is dropped.")
     num_workers: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Tokenizing processes; auto: one a core, at most 16."
+        "auto", description="Tokenizing processes; auto uses one per core, at most 16."
     )
 
     @property
     def holds_out(self) -> bool:
         """Whether there will be held-out pairs."""
         return bool(self.eval) or self.eval_fraction > 0
+
+
+def data_rules(data: DataSection) -> Iterator[Rule]:
+    """What must hold between keys of a source."""
+    for split, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            yield (
+                source.streaming and source.format == "labelled",
+                f"data.{split}.{index}.streaming: true with format labelled",
+                "false, because the two answers of a pair may be anywhere in the data",
+                "Set it to false, or pair the rows beforehand.",
+            )

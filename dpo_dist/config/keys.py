@@ -1,4 +1,4 @@
-"""Every key of a run config for a reader: its type, its default and what it is for."""
+"""Every key of a run config as a reader sees it: type, default and meaning."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -27,14 +27,14 @@ def explain_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterat
 
 
 def override_names() -> Iterator[str]:
-    """`section.key=` of every key, as it stands behind a run.yaml; of a list its first entry."""
+    """`section.key=` for every key, as typed after run.yaml; for a list, of its first entry."""
     for key, kind, *_ in explain_keys():
         if kind != "section" and ".NAME." not in key:
             yield f"{key.replace('[]', '.0')}="
 
 
 def type_name(annotation: Any) -> str:
-    """A reader's name of a key's type: `drop | raise | keep`, `int`, `list of str`."""
+    """A key's type in words: `drop | raise | keep`, `int`, `list of text`."""
     if annotation is type(None):
         return "null"
     arguments = get_args(annotation)
@@ -56,6 +56,6 @@ def type_name(annotation: Any) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to the same value."""
+    """The resolved config as YAML, which `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -4,16 +4,19 @@ from dpo_dist.config.run_config import RunConfig
 
 
 def training_identity(config: RunConfig) -> dict[str, str]:
-    """What a resume must find unchanged, one entry a setting so that a difference has a name.
+    """What a resume must find unchanged, one entry per key so that a difference can be named.
 
-    Memory and speed settings (micro_batch_tokens, sharding, attention, checkpointing, logging)
-    are left out: they change no number.
+    Keys about memory and speed (micro_batch_tokens, sharding, attention, checkpointing, logging)
+    are left out, because they change no number.
     """
-    free = {"micro_batch_tokens", "gradient_checkpointing", "deepspeed"}
+    free = {
+        "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "deterministic",
+        "profile_steps",
+    }  # fmt: skip
     sections = {
         "objective": config.objective.model_dump(mode="json"),
         "train": {k: v for k, v in config.train.model_dump(mode="json").items() if k not in free},
-        # of the adapter it starts from the content counts, which is part of the model's digest
+        # the adapter that training starts from counts by content, as part of the model's digest
         "adapter": config.adapter.model_dump(mode="json", exclude={"path"})
         if config.adapter
         else {"none": True},

@@ -1,11 +1,13 @@
-"""The run config: frozen, strict, torch-free; every problem reported at once.
+"""The run config: frozen, strict, torch-free; every problem is reported at once.
 
 1. `load_config` reads the YAML and applies `section.key=value` overrides.
-2. pydantic checks names, types and ranges; `contradictions` what spans keys.
-3. The stages get a `RunConfig`; the rooms below them get their own section only.
+2. pydantic checks names, types and ranges; the rules check what spans keys.
+3. The stages get a `RunConfig`; the rooms below them get only their own section.
 """
 
 import difflib
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,16 +15,23 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from dpo_dist.config.cluster_section import LocalSection, RaySection, RestartSection, SlurmSection
-from dpo_dist.config.data_section import DataSection
-from dpo_dist.config.objective_section import ObjectiveSection, objective_contradictions
+from dpo_dist.config.cluster_section import (
+    LocalSection,
+    RaySection,
+    RestartSection,
+    SlurmSection,
+    ray_rules,
+)
+from dpo_dist.config.data_section import DataSection, data_rules
+from dpo_dist.config.objective_section import ObjectiveSection, objective_rules
 from dpo_dist.config.output_section import (
     ExportSection,
     GenerateSection,
     LoggingSection,
     RunSection,
 )
-from dpo_dist.config.section import Section
+from dpo_dist.config.overrides import apply_override
+from dpo_dist.config.section import Rule, Section, broken
 from dpo_dist.config.training_section import (
     AdapterSection,
     CheckpointSection,
@@ -41,7 +50,9 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     reference: ReferenceSection = ReferenceSection()  # pyright: ignore[reportCallIssue]
-    adapter: AdapterSection | None = Field(None, description="LoRA; null trains all parameters.")
+    adapter: AdapterSection | None = Field(
+        None, description="LoRA settings; null trains all parameters."
+    )
     objective: ObjectiveSection = ObjectiveSection()  # pyright: ignore[reportCallIssue]
     train: TrainSection = TrainSection()  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointSection = CheckpointSection()  # pyright: ignore[reportCallIssue]
@@ -56,105 +67,121 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "RunConfig":
-        problems = list(contradictions(self))
-        if problems:
-            raise ValueError("\n  ".join(problems))
+        rules = itertools.chain(
+            data_rules(self.data), objective_rules(self.objective), ray_rules(self.ray),
+            _rules(self),
+        )  # fmt: skip
+        if problems := list(broken(rules)):
+            raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def scoring_tokens(self) -> int:
+        """Packed tokens of a forward without gradients: twice as many, as it keeps nothing."""
+        return self.reference.micro_batch_tokens or 2 * self.train.micro_batch_tokens
 
-def contradictions(config: RunConfig) -> Iterator[str]:
-    """What is wrong between keys that are right one by one: found, expected, remedy."""
-    objective = config.objective
-    yield from objective_contradictions(objective)
-    if objective.reference_free and config.reference.model is not None:
-        yield (
-            f"reference.model: {config.reference.model} with loss {', '.join(objective.names)}, "
-            "which has no reference; expected none. Leave it out."
-        )
-    if objective.router_aux_loss_coef and config.train.gradient_checkpointing:
-        yield (
-            "train.gradient_checkpointing: true with objective.router_aux_loss_coef "
-            f"{objective.router_aux_loss_coef}; expected false, because the routers of a "
-            "recomputed "
-            "layer pass no gradient on. Set train.gradient_checkpointing to false."
-        )
-    best_by, checkpoint, evaluation = config.checkpoint.best_by, config.checkpoint, config.eval
-    if best_by is not None and checkpoint.every_steps % evaluation.every_steps:
-        yield (
-            f"checkpoint.every_steps: {checkpoint.every_steps} with eval.every_steps "
-            f"{evaluation.every_steps} and checkpoint.best_by {best_by}; expected a multiple of "
-            "eval.every_steps. A checkpoint needs an evaluation to be compared by."
-        )
-    for key, expected in (
-        ("eval.patience", evaluation.patience is not None),
-        ("export.checkpoint: best", config.export.checkpoint == "best"),
+
+def _rules(config: RunConfig) -> Iterator[Rule]:
+    """What must hold between keys of different sections."""
+    objective, train, checkpoint = config.objective, config.train, config.checkpoint
+    yield (
+        objective.reference_free and config.reference.model is not None,
+        f"reference.model: {config.reference.model} with loss {', '.join(objective.names)}",
+        "null, because this loss has no reference",
+        "Remove it.",
+    )
+    yield (
+        objective.router_aux_loss_coef > 0 and train.gradient_checkpointing,
+        "train.gradient_checkpointing: true with objective.router_aux_loss_coef "
+        f"{objective.router_aux_loss_coef}",
+        "false, because recomputed layers pass no gradient to their routers",
+        "Set it to false.",
+    )
+    yield (
+        train.optimizer == "muon" and train.max_grad_norm > 0,
+        f"train.max_grad_norm: {train.max_grad_norm} with train.optimizer muon",
+        "0, because ZeRO would clip the orthogonalized step instead of the gradient",
+        "Set it to 0.",
+    )
+    steps = train.profile_steps
+    yield (
+        steps is not None and steps[0] > steps[1],
+        f"train.profile_steps: {list(steps or ())}",
+        "the first step, then the last",
+        "Swap them.",
+    )
+    every = config.eval.every_steps
+    yield (
+        checkpoint.best_by is not None and checkpoint.every_steps % every > 0,
+        f"checkpoint.every_steps: {checkpoint.every_steps} with eval.every_steps {every} and "
+        f"checkpoint.best_by {checkpoint.best_by}",
+        "a multiple of eval.every_steps, because checkpoints are compared by their evaluations",
+        f"Set it to {every * (checkpoint.every_steps // every + 1)}, for example.",
+    )
+    for needs_metric, found in (
+        (config.eval.patience is not None, f"eval.patience: {config.eval.patience}"),
+        (config.export.checkpoint == "best", "export.checkpoint: best"),
     ):
-        if expected and best_by is None:
-            yield f"{key} without checkpoint.best_by; expected the metric to go by. Set it."
-    yield from _adapter_contradictions(config.adapter, config.model)
-    for split, sections in (("train", config.data.train), ("eval", config.data.eval)):
-        for index, section in enumerate(sections):
-            if section.streaming and section.format == "labelled":
-                yield (
-                    f"data.{split}.{index}.streaming: true with format labelled; expected a source "
-                    "that can be read by position, since a partner may stand anywhere. Remove "
-                    "streaming, or pair the rows beforehand."
-                )
-    made = ["full"]
-    if config.adapter is not None:
-        made = ["adapter", "merged"] if config.export.merge else ["adapter"]
-    if config.export.hub_folder not in ("auto", *made):
         yield (
-            f"export.hub_folder: {config.export.hub_folder}, which this run does not export; "
-            f"expected auto or {' or '.join(made)}."
+            needs_metric and checkpoint.best_by is None,
+            f"{found} without checkpoint.best_by",
+            "a metric to compare by",
+            "Set checkpoint.best_by, for example to eval_loss.",
         )
-    fewest, workers = config.ray.min_workers, config.ray.workers
-    if fewest is not None and fewest > workers:
-        yield (f"ray.min_workers: {fewest} with ray.workers {workers}; expected at most that many.")
-    if config.model.quantization is not None and config.adapter is None:
-        yield (
-            f"model.quantization: {config.model.quantization} without an adapter section; expected "
-            "one, because quantized weights are frozen. Add `adapter: {}`."
-        )
-    elif config.model.quantization is not None and config.adapter and config.adapter.use_dora:
-        yield (
-            "adapter.use_dora: true with model.quantization; expected LoRA. DoRA trains the "
-            "lengths "
-            "of the quantized rows, which the full-precision rows of the merge do not have."
-        )
-    if config.train.optimizer == "muon" and config.train.max_grad_norm > 0:
-        yield (
-            f"train.max_grad_norm: {config.train.max_grad_norm} with train.optimizer muon; "
-            "expected "
-            "0. ZeRO would clip the orthogonalized step, not the gradient."
-        )
+    merged = ["adapter", "merged"] if config.export.merge else ["adapter"]
+    made = ["auto", "full"] if config.adapter is None else ["auto", *merged]
+    yield (
+        config.export.hub_folder not in made,
+        f"export.hub_folder: {config.export.hub_folder}, which this run does not export",
+        " or ".join(made),
+        "Set it to one of these.",
+    )
+    yield from _adapter_rules(config.adapter, config.model)
 
 
-def _adapter_contradictions(adapter: AdapterSection | None, model: ModelSection) -> Iterator[str]:
+def _adapter_rules(adapter: AdapterSection | None, model: ModelSection) -> Iterator[Rule]:
+    quantized = model.quantization is not None
     if adapter is None:
-        return
-    if adapter.path is None and adapter.start == "merge":
-        yield "adapter.start: merge without adapter.path; expected an adapter to merge. Set it."
-    if adapter.path is not None and adapter.start == "continue":
-        own = {"path", "start", "dropout"}
-        for name, field in AdapterSection.model_fields.items():
-            value = getattr(adapter, name)
-            if name not in own and value != field.get_default(call_default_factory=True):
-                yield (
-                    f"adapter.{name}: {value} with adapter.start continue; the adapter at path has "
-                    "its own. Leave the key out, or set adapter.start=merge for a fresh adapter."
-                )
-    fresh = adapter.path is None or adapter.start == "merge"
-    if model.add_tokens and fresh and not adapter.modules_to_save:
         yield (
-            "model.add_tokens: with an adapter that leaves the embeddings frozen, so that the new "
-            "tokens would all stay the same; expected them trained. Name embeddings and head in "
-            "adapter.modules_to_save, such as [embed_tokens, lm_head]."
+            quantized,
+            f"model.quantization: {model.quantization} without an adapter section",
+            "one, because quantized weights are frozen",
+            "Add `adapter: {}`.",
         )
+        return
+    yield (
+        quantized and adapter.use_dora,
+        "adapter.use_dora: true with model.quantization",
+        "false, because DoRA would train the lengths of the quantized rows, and the merge has "
+        "full-precision rows",
+        "Set it to false.",
+    )
+    yield (
+        adapter.path is None and adapter.start == "merge",
+        "adapter.start: merge without adapter.path",
+        "an adapter to merge",
+        "Set adapter.path.",
+    )
+    continued = adapter.path is not None and adapter.start == "continue"
+    for name, field in AdapterSection.model_fields.items():
+        value, default = getattr(adapter, name), field.get_default(call_default_factory=True)
+        yield (
+            continued and name not in ("path", "start", "dropout") and value != default,
+            f"adapter.{name}: {value} with adapter.start continue",
+            "no value, because the adapter at adapter.path has its own",
+            "Remove the key, or set adapter.start=merge to train a fresh adapter.",
+        )
+    yield (
+        bool(model.add_tokens) and not continued and not adapter.modules_to_save,
+        f"model.add_tokens: {model.add_tokens} with an adapter that leaves the embeddings frozen",
+        "trained embeddings, because the new tokens would otherwise stay identical",
+        "Add the embeddings and the head to adapter.modules_to_save, for example "
+        "[embed_tokens, lm_head].",
+    )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run config and its overrides; raises ConfigError naming every problem at once."""
+    """Reads a run config and applies overrides; raises ConfigError with every problem at once."""
     try:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -166,7 +193,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise ConfigError(
-            f"{path} is not YAML ({where})", "a YAML mapping", "Correct it."
+            f"{path} is not YAML ({where})", "a YAML mapping of sections", "Fix its syntax."
         ) from None
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -176,7 +203,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     settings = cast(dict[str, Any], raw)
     for override in overrides:
-        _apply_override(settings, override)
+        apply_override(settings, override)
     return parse_config(settings, str(path))
 
 
@@ -185,70 +212,17 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem).split("\n  ")]
+        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(
             f"{origin} has {len(problems)} problem{'s' * (len(problems) > 1)}:{listed}",
-            "keys and values as `dpo-dist config` explains them",
-            "Correct the lines above.",
+            "keys and values that `dpo-dist config` lists",
+            "Fix the lines above.",
         ) from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    if not separator or not name:
-        raise ConfigError(
-            f"override {override!r}",
-            "section.key=value",
-            "For example train.learning_rate=1e-6.",
-        )
-    *parents, leaf = name.split(".")
-    target: Any = raw
-    for depth, part in enumerate(parents):
-        target = _child(target, part, ".".join(parents[: depth + 1]), override)
-    try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        where = " ".join(str(error).split())
-        raise ConfigError(
-            f"override {override!r} is not YAML ({where})",
-            "section.key=value, the value as in a YAML file",
-            "Correct it; text that is not YAML goes in quotes of its own: \"run.dir='[x'\".",
-        ) from None
-    if isinstance(target, list):
-        entries = cast(list[Any], target)
-        entries[_index(entries, leaf, override)] = value
-    else:
-        target[leaf] = value
-
-
-def _child(target: Any, part: str, path: str, override: str) -> Any:
-    if isinstance(target, list):
-        entries = cast(list[Any], target)
-        return entries[_index(entries, part, override)]
-    child: Any = target.setdefault(part, {})
-    if child is None:  # `adapter: null` becomes a section once a key of it is set
-        child = target[part] = {}
-    if not isinstance(child, dict | list):
-        raise ConfigError(
-            f"override {override!r} goes into {path}, which is {child!r}",
-            "a section",
-            "Override the key itself.",
-        )
-    return cast(Any, child)
-
-
-def _index(target: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
-        raise ConfigError(
-            f"override {override!r}: {part!r} is no entry of a list of {len(target)}",
-            f"a number from 0 to {len(target) - 1}",
-            "For example data.train.0.limit=100.",
-        )
-    return int(part)
 
 
 def _explain(problem: Any) -> str:
+    """The line, or lines, that a reader gets for one of pydantic's errors."""
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         valid = _names_at(problem["loc"][:-1])
@@ -256,10 +230,13 @@ def _explain(problem: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(sorted(valid))}"
         return f"{location}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{location}: missing, and it has no default"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{location}: {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{location}: missing; this key is required"
+    if problem["type"] == "value_error":  # ours: of one key, or of several
+        return f"{location}: {problem['ctx']['error']}".removeprefix(": ")
+    said = problem["msg"].partition(", unable")[0]
+    said = re.sub(r"^Input should be (?=greater|less)", "expected a number ", said)
+    said = re.sub(r"^Input should be", "expected", said)
+    return f"{location}: {problem['input']!r}; {said[0].lower()}{said[1:]}"
 
 
 def _names_at(location: Sequence[Any]) -> list[str]:
@@ -277,8 +254,3 @@ def section_types(annotation: Any) -> Iterator[type[Section]]:
         yield annotation
     for argument in get_args(annotation):
         yield from section_types(argument)
-
-
-def scoring_budget(config: RunConfig) -> int:
-    """Packed tokens of one forward without gradients: nothing is kept for a backward."""
-    return config.reference.micro_batch_tokens or 2 * config.train.micro_batch_tokens

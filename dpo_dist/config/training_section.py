@@ -7,136 +7,153 @@ from pydantic import Field
 
 from dpo_dist.config.section import Fraction, PositiveInt, Section
 
-Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
-
 
 class ModelSection(Section):
-    path: str = Field(description="Model folder or hub id of the policy's base model.")
-    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    path: str = Field(description="Folder or hub id of the base model.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the model.")
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Precision of the forward; the optimizer keeps float32 copies."
+        "bfloat16", description="Dtype of the forward; the optimizer keeps float32 master weights."
     )
     quantization: Literal["nf4"] | None = Field(
-        None, description="nf4: QLoRA, the frozen base in 4 bits (needs adapter and bitsandbytes)."
+        None, description="nf4 freezes the base in 4 bits (QLoRA); needs adapter and bitsandbytes."
     )
     attention: Literal["auto", "sdpa", "torch", "flash_attn"] = Field(
-        "auto", description="Attention backend; auto takes the fastest that the model allows."
+        "auto", description="Attention backend; auto picks the fastest that the model supports."
     )
     layout: Literal["auto", "packed", "padded"] = Field(
-        "auto", description="auto packs with a shared prompt where the self-check at load allows."
+        "auto",
+        description="auto packs pairs around a shared prompt if the self-check at load passes.",
     )
     add_tokens: list[str] = Field(
-        [], description="Special tokens to add; their embeddings start as the mean of the others."
+        [], description="Special tokens to add; their embeddings start as the mean of the rest."
     )
     pad_vocab_to_multiple: PositiveInt | None = Field(
-        None, description="Lengthen the embeddings to a multiple of this many tokens."
+        None, description="Pad the vocabulary to a multiple of this size."
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
-    allow_pickle_weights: bool = Field(False, description="Load .bin weights (runs pickle code).")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+    allow_pickle_weights: bool = Field(
+        False, description="Load .bin weights; unpickling them can run code."
+    )
 
 
 class ReferenceSection(Section):
     model: str | None = Field(
-        None, description="Reference model folder or hub id; the starting policy by default."
+        None, description="Folder or hub id of the reference; defaults to the starting policy."
     )
     store_dir: Path | None = Field(
-        None, description="Folder of the reference store, may be shared; run.dir by default."
+        None,
+        description="Folder of the reference store, which runs may share; by default in run.dir.",
     )
     sharding: Literal["auto", "whole", "zero3"] = Field(
-        "auto", description="Whole model on every rank, or ZeRO-3 inference; auto by size."
+        "auto", description="Whole model on every rank, or ZeRO-3 partitions; auto decides by size."
     )
     micro_batch_tokens: PositiveInt | None = Field(
-        None, description="Packed tokens of one scoring batch; twice train's by default."
+        None, description="Packed tokens per scoring forward; defaults to twice those of train."
     )
     part: str | None = Field(
         None,
         pattern=r"^[1-9]\d*/[1-9]\d*$",
-        description="Score only this part of the pairs, such as 2/8, without the others' help.",
+        description="Score only this part of the pairs, e.g. 2/8, as a job of its own.",
     )
 
 
 class AdapterSection(Section):
     path: str | None = Field(
-        None, description="Folder or hub id of a LoRA adapter to start from, such as after SFT."
+        None, description="Folder or hub id of a LoRA adapter to start from, e.g. after SFT."
     )
     start: Literal["continue", "merge"] = Field(
         "continue",
-        description="Train on the adapter at path, or merge it and train a fresh one on that.",
+        description="Keep training the adapter at path, or merge it and train a fresh one.",
     )
     rank: PositiveInt = Field(16, description="LoRA rank r.")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha; scale is alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha; the scale is alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on adapter inputs.")
     target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Module names to adapt; all-linear: all but the head."
+        "all-linear", description="Modules to adapt; all-linear is every linear layer but the head."
     )
-    use_rslora: bool = Field(False, description="Scale alpha / sqrt(r) (rsLoRA).")
-    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
-    modules_to_save: list[str] = Field([], description="Modules trained in full beside LoRA.")
-    exclude_modules: list[str] = Field([], description="Module names that get no adapter.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rsLoRA).")
+    use_dora: bool = Field(False, description="Train weight-decomposed adapters (DoRA).")
+    modules_to_save: list[str] = Field([], description="Modules to train in full alongside LoRA.")
+    exclude_modules: list[str] = Field([], description="Modules to leave without an adapter.")
     target_parameters: list[str] = Field(
-        [], description="Parameters to adapt that are no layer, such as mlp.experts.down_proj."
+        [], description="Parameters to adapt that are not layers, e.g. mlp.experts.down_proj."
     )
     rank_pattern: dict[str, PositiveInt] = Field(
-        {}, description="Other ranks for names that end so: {down_proj: 32}."
+        {}, description="Ranks by end of module name, e.g. {down_proj: 32}."
     )
     alpha_pattern: dict[str, float] = Field(
-        {}, description="Other alphas for names that end so: {down_proj: 64}."
+        {}, description="Alphas by end of module name, e.g. {down_proj: 64}."
     )
 
 
 class TrainSection(Section):
     num_epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
-    max_steps: PositiveInt | None = Field(None, description="Stop here if epochs last longer.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Stop after this many steps if the epochs last longer."
+    )
     global_batch_size: PositiveInt = Field(
-        64, description="Pairs of one optimizer step over all ranks."
+        64, description="Pairs per optimizer step, over all ranks."
     )
     micro_batch_tokens: PositiveInt = Field(
-        8192, description="Packed tokens of one forward on one rank; changes memory, not numbers."
+        8192, description="Packed tokens per forward of a rank; changes memory, not numbers."
     )
     optimizer: Literal[
         "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon"
-    ] = Field("adamw", description="docs/memory.md says what each holds, and where it works.")
+    ] = Field(
+        "adamw", description="Optimizer; docs/memory.md lists what each keeps and where it works."
+    )
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape after warm-up; cosine and linear end at 0."
+        "cosine", description="Schedule after warmup; cosine and linear end at 0."
     )
-    warmup_ratio: Fraction = Field(0.1, description="Share of the steps that warm up linearly.")
+    warmup_ratio: Fraction = Field(0.1, description="Share of steps spent on linear warmup.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
-    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
     max_grad_norm: float = Field(
-        1.0, ge=0, description="Clip the gradient's L2 norm here; 0 does not clip."
+        1.0, ge=0, description="Clip the gradient to this L2 norm; 0 turns clipping off."
     )
     gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in backward: less memory, a third more FLOPs."
+        True,
+        description="Recompute activations in the backward pass: less memory, a third more FLOPs.",
+    )
+    deterministic: bool = Field(
+        False, description="Kernels that give the same bits every time, or an error; slower."
+    )
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last optimizer step to trace with torch's profiler."
     )
     deepspeed: str = Field(
-        "zero3", description="zero0, zero1, zero2, zero3, zero3_offload, zero3_hpz, or a JSON path."
+        "zero3",
+        description="zero0, zero1, zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON.",
     )
+
+
+HeldOutMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
 class CheckpointSection(Section):
     every_steps: PositiveInt = Field(200, description="Optimizer steps between checkpoints.")
-    keep: int = Field(2, ge=2, description="Committed checkpoints to keep.")
+    keep: int = Field(2, ge=2, description="How many of the newest checkpoints to keep.")
     resume: Path | Literal["auto"] = Field(
-        "auto", description="auto: the newest that verifies; or one checkpoint's folder."
+        "auto", description="Checkpoint folder to resume from; auto takes the newest that verifies."
     )
-    probe_pairs: PositiveInt = Field(8, description="Pairs scored into every checkpoint's probe.")
-    best_by: Metric | None = Field(
-        None, description="Also keep the checkpoint with the best of this held-out metric."
+    probe_pairs: PositiveInt = Field(8, description="Pairs to score for each checkpoint's probe.")
+    best_by: HeldOutMetric | None = Field(
+        None, description="Held-out metric whose best checkpoint is kept as well."
     )
 
 
 class EvalSection(Section):
     every_steps: PositiveInt = Field(100, description="Optimizer steps between evaluations.")
     patience: PositiveInt | None = Field(
-        None, description="End training after so many evaluations in a row without a better one."
+        None, description="End training after this many evaluations in a row without a better one."
     )
     min_delta: float = Field(
-        0.0, ge=0, description="Better means better by more than this, for patience."
+        0.0, ge=0, description="How much better an evaluation must be to reset patience."
     )
     samples_every_steps: PositiveInt | None = Field(
-        None, description="Optimizer steps between answers to held-out prompts; null: none."
+        None, description="Optimizer steps between answers to held-out prompts; null for none."
     )
-    num_samples: PositiveInt = Field(2, description="Held-out prompts to answer in training.")
+    num_samples: PositiveInt = Field(2, description="Held-out prompts to answer during training.")

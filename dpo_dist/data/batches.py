@@ -15,15 +15,14 @@ A token count is that of the packed row: prompt + chosen + rejected.
 import bisect
 import functools
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.errors import DataError
+from dpo_dist.reference.arrays import IntArray
 
-IntArray = npt.NDArray[np.integer]
 Bin = list[int]  # positions in the list of pairs that is being packed
 
 
@@ -43,7 +42,7 @@ Plan = list[list[MicroBatch]]  # [rank][micro_step]
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> IntArray:
     """The order of the pairs in an epoch: (num_pairs,) read-only, a function of its arguments.
 
     The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch).
@@ -78,9 +77,7 @@ def num_steps(num_pairs: int, global_batch_size: int, num_epochs: float) -> int:
     return steps
 
 
-def step_pair_indices(
-    step: int, num_pairs: int, global_batch_size: int, seed: int
-) -> npt.NDArray[np.int64]:
+def step_pair_indices(step: int, num_pairs: int, global_batch_size: int, seed: int) -> IntArray:
     """The (global_batch_size,) pairs of a step (counted from 0), whatever the number of ranks.
 
     They stand at positions [step * G, (step + 1) * G) of the epoch permutations laid end to end.
@@ -88,13 +85,19 @@ def step_pair_indices(
     """
     assert num_pairs > 0, f"num_pairs is {num_pairs}, expected at least 1"
     position, end = step * global_batch_size, (step + 1) * global_batch_size
-    pieces: list[npt.NDArray[np.int64]] = []
+    pieces: list[IntArray] = []
     while position < end:
         epoch, offset = divmod(position, num_pairs)
         piece = epoch_permutation(num_pairs, seed, epoch)[offset : offset + end - position]
         pieces.append(piece)
         position += len(piece)
     return np.concatenate(pieces)
+
+
+def with_last(batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Every micro-batch of a step, and whether it is the last."""
+    for position, batch in enumerate(batches, start=1):
+        yield batch, position == len(batches)
 
 
 def check_token_budget(

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_dist.errors import ArtifactError
+from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, pair_key
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.wording import first_line
 
-IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 DATA_NAME = "data-00000-of-00001.arrow"
@@ -53,7 +53,7 @@ class Pairs:
         return self.table.num_rows
 
     @functools.cached_property
-    def keys(self) -> npt.NDArray[np.bytes_]:
+    def keys(self) -> KeyArray:
         """(N,) 16-byte keys; compare them as an array only."""
         chunks = [key_column(chunk) for chunk in self.table["pair_key"].chunks]
         return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
@@ -121,12 +121,12 @@ def open_pairs(pairs_dir: Path, split: str) -> Pairs:
     return pairs
 
 
-def digest_of_keys(keys: npt.NDArray[np.bytes_]) -> str:
+def digest_of_keys(keys: KeyArray) -> str:
     """Hex SHA-256 of (N,) keys in order."""
     return hashlib.sha256(keys.tobytes()).hexdigest()
 
 
-def key_column(array: pa.FixedSizeBinaryArray) -> npt.NDArray[np.bytes_]:
+def key_column(array: pa.FixedSizeBinaryArray) -> KeyArray:
     """(N,) keys of an Arrow column."""
     rows = np.frombuffer(array.buffers()[1], dtype=KEY_DTYPE)
     return rows[array.offset : array.offset + len(array)]

@@ -1,6 +1,6 @@
 """The base model of a run whose config changes the one at model.path: more tokens, or merged.
 
-`prepare` makes it before anything else; every later stage reads it through `base_model_dir`.
+`prepare` makes it before anything else; every later stage reads it as `RunModels.base`.
 """
 
 import logging
@@ -14,11 +14,9 @@ from dpo_dist.model_files.adapter import digest_of_adapter
 from dpo_dist.model_files.files import TOKENIZER_FILES, digest_of_tokenizer, digest_of_weights
 from dpo_dist.model_files.of_run import (
     BASE,
+    RunModels,
     base_settings,
     makes_base,
-    named_adapter_dir,
-    source_model_dir,
-    start_adapter_dir,
 )
 from dpo_dist.run.manifest import Manifest, atomic_dir, is_current, write_manifest
 from dpo_dist.run.run_dir import RunDir
@@ -26,17 +24,18 @@ from dpo_dist.run.run_dir import RunDir
 _logger = logging.getLogger(__name__)
 
 
-def make_base(config: RunConfig) -> None:
+def make_base(models: RunModels) -> None:
     """Writes the run's own base model unless it is current, or none is needed.
 
     Raises ArtifactError when one made from other settings or files stands there, ModelFilesError
     when model or adapter are not usable, ConfigError when added tokens would stay untrained.
     """
+    config = models.config
     if not makes_base(config):
         return
-    folder, source, model = RunDir(config.run.dir).base_dir, source_model_dir(config), config.model
-    settings = base_settings(config)
-    merged = named_adapter_dir(config) if settings["merged_adapter"] else None
+    folder, model = RunDir(config.run.dir).base_dir, config.model
+    source, settings = models.source, base_settings(config)
+    merged = models.named_adapter if settings["merged_adapter"] else None
     inputs = {
         "model": digest_of_weights(source, model.allow_pickle_weights),
         "tokenizer": digest_of_tokenizer(source),
@@ -60,7 +59,7 @@ def make_base(config: RunConfig) -> None:
         if longer not in (source, partial):
             shutil.rmtree(longer)
         if model.add_tokens and config.adapter is not None:
-            start = start_adapter_dir(config)
+            start = models.start_adapter
             check_new_tokens_train(partial, config.adapter, start, model.trust_remote_code)
         write_manifest(partial, Manifest(BASE, settings, inputs))
     _logger.info("prepare: base model in %s", folder)
@@ -77,11 +76,8 @@ def _lengthen(config: RunConfig, source: Path, folder: Path) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    size = lengthen(
-        source, folder, vocabulary.num_tokens, vocabulary.new_ids, model.pad_vocab_to_multiple,
-        model.trust_remote_code,
-    )  # fmt: skip
-    _logger.info(
-        "prepare: %d tokens added, %d in all, embeddings for %d",
-        len(vocabulary.new_ids), vocabulary.num_tokens, size,
-    )  # fmt: skip
+    num_tokens, new_ids = vocabulary.num_tokens, vocabulary.new_ids
+    multiple, remote = model.pad_vocab_to_multiple, model.trust_remote_code
+    size = lengthen(source, folder, num_tokens, new_ids, multiple, remote)
+    counts = (len(new_ids), num_tokens, size)
+    _logger.info("prepare: %d tokens added, %d in all, embeddings for %d", *counts)

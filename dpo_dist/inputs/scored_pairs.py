@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dpo_dist.config.run_config import RunConfig
@@ -17,13 +16,14 @@ from dpo_dist.data.pairs import Pairs
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import ReferenceStoreError
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
+from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.reference.contract import scoring_contract, store_root
 from dpo_dist.reference.store import explain_miss, open_store
 from dpo_dist.run.run_dir import RunDir
 
-IntArray = npt.NDArray[np.int64]
 Indices = Sequence[int] | IntArray
 
 
@@ -59,9 +59,7 @@ class ScoredPairs:
             mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
         )
 
-    def by_source(
-        self, indices: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    def by_source(self, indices: IntArray) -> Iterator[tuple[str, IntArray]]:
         """What to put behind a metric's name, and which of `indices` it is of.
 
         All of them under "", then, where there are several sources, each under "/NAME".
@@ -92,7 +90,7 @@ def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
     return [list(prompt) for prompt in distinct]
 
 
-def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
+def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
     """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
 
     An objective without a reference gets zeros.
@@ -100,23 +98,18 @@ def with_reference(config: RunConfig, pairs: Pairs, layout: str) -> ScoredPairs:
     Raises ReferenceStoreError on every rank when rows are missing, saying what the store holds
     instead.
     """
-    if config.objective.reference_free:
+    if models.config.objective.reference_free:
         return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
-    reference = None
-    with collectives.same_error_everywhere():
-        if collectives.is_first():
-            contract = scoring_contract(config, layout)
-            store = open_store(store_root(config), contract)
-            try:
-                reference = store.lookup(pairs.keys, np.arange(len(pairs)))
-            except ReferenceStoreError as error:
-                held = explain_miss(store_root(config), contract)
-                raise ReferenceStoreError(
-                    "; ".join([error.found, *held]), error.expected, error.remedy
-                ) from None
-    received = collectives.broadcast(reference)
-    assert received is not None, "rank 0 sent no reference log-probs"
-    return ScoredPairs(pairs, torch.from_numpy(received))
+
+    def look_up() -> LogpArray:
+        root, contract = store_root(models.config), scoring_contract(models, layout)
+        try:
+            return open_store(root, contract).lookup(pairs.keys, np.arange(len(pairs)))
+        except ReferenceStoreError as error:
+            found = "; ".join([error.found, *explain_miss(root, contract)])
+            raise ReferenceStoreError(found, error.expected, error.remedy) from None
+
+    return ScoredPairs(pairs, torch.from_numpy(collectives.on_first(look_up)))
 
 
 def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:

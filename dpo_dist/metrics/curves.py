@@ -1,4 +1,4 @@
-"""The curves of a run: which metrics are drawn together, and what their course warns of."""
+"""The curves of a run: which metrics are drawn together, and what their trend warns of."""
 
 import math
 import statistics
@@ -22,6 +22,7 @@ class Plot:
     title: str
     axis: str
     metrics: tuple[str, ...]
+    smooth: bool = True  # whether many points are drawn as a mean over them
     from_zero: bool = False  # whether the vertical axis begins there
 
 
@@ -30,14 +31,27 @@ QUALITY_PLOTS = (
     Plot("rewards", "Rewards", "implicit reward", ("rewards/chosen", "rewards/rejected")),
     Plot("margins", "Reward margin", "chosen - rejected", ("rewards/margins",)),
     Plot("accuracies", "Reward accuracy", "share of pairs", ("rewards/accuracies",)),
-    Plot("logps", "Log-probs", "nats a completion", ("logps/chosen", "logps/rejected")),
+    Plot("logps", "Log-probs", "nats per completion", ("logps/chosen", "logps/rejected")),
 )
 PLOTS = (
     *QUALITY_PLOTS,
     Plot("grad_norm", "Gradient norm", "L2 norm before clipping", ("grad_norm",)),
-    Plot("learning_rate", "Learning rate", "of the step", ("learning_rate",)),
-    Plot("throughput", "Throughput", "tokens a second, all ranks", ("tokens_per_second",), True),
-    Plot("memory", "Peak memory", "GiB of the fullest rank", ("peak_memory_gib",), True),
+    Plot("learning_rate", "Learning rate", "learning rate", ("learning_rate",), smooth=False),
+    Plot(
+        "throughput",
+        "Throughput",
+        "tokens per second, all ranks",
+        ("tokens_per_second",),
+        from_zero=True,
+    ),
+    Plot(
+        "memory",
+        "Peak memory",
+        "GiB, fullest rank",
+        ("peak_memory_gib",),
+        smooth=False,
+        from_zero=True,
+    ),
 )
 
 
@@ -48,6 +62,17 @@ def points(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
         [step for step, _ in found],
         [math.nan if value is None else float(value) for _, value in found],
     )
+
+
+def finite(values: Sequence[float]) -> list[float]:
+    """Those of the values that are numbers."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def spread(lines: Sequence[Line], most: int) -> list[Line]:
+    """At most so many of the lines, evenly spaced, the first and the last among them."""
+    last = len(lines) - 1
+    return [lines[i] for i in sorted({round(k * last / (most - 1)) for k in range(most)})]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -83,7 +108,7 @@ def change_of(lines: Sequence[Line], name: str) -> Change | None:
     their difference. For a held-out metric the first and the last evaluation, which see the
     same pairs and so have no noise.
     """
-    values = [value for value in points(lines, name)[1] if math.isfinite(value)]
+    values = finite(points(lines, name)[1])
     if name.startswith(HELD_OUT):
         return Change(values[0], values[-1], 0.0) if len(values) > 1 else None
     if len(values) < NUM_FEWEST:
@@ -108,8 +133,8 @@ def displacement(lines: Sequence[Line]) -> str | None:
             return (
                 "Likelihood displacement: the log-probs of chosen and of rejected answers both "
                 f"fall ({where}: chosen {_arrow(chosen)}, rejected {_arrow(rejected)}). "
-                "Probability goes to answers that are neither: read the samples. A lower "
-                "train.learning_rate, a larger objective.beta or fewer steps hold it back."
+                "Probability goes to answers that are neither: read the samples. To limit it, "
+                "lower train.learning_rate, raise objective.beta or train for fewer steps."
             )
     return None
 

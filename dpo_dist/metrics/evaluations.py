@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_dist.config.training_section import Metric
+from dpo_dist.config.training_section import HeldOutMetric
 
+# what is shown of an evaluation before training and after
+SHOWN = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
 Evaluation = Mapping[str, Any]  # {"step": 100, "eval_loss": 0.5, ...}; None: not finite
 
 
@@ -19,7 +21,7 @@ def record(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     return {"step": step} | {k: v if math.isfinite(v) else None for k, v in named.items()}
 
 
-def ranked_steps(evaluations: Sequence[Evaluation], metric: Metric | None) -> list[int]:
+def ranked_steps(evaluations: Sequence[Evaluation], metric: HeldOutMetric | None) -> list[int]:
     """Steps by their evaluation, best first, of equal ones the earlier; [] without a metric."""
     if metric is None:
         return []
@@ -28,7 +30,7 @@ def ranked_steps(evaluations: Sequence[Evaluation], metric: Metric | None) -> li
 
 
 def early_stop(
-    evaluations: Sequence[Evaluation], metric: Metric, patience: int, min_delta: float
+    evaluations: Sequence[Evaluation], metric: HeldOutMetric, patience: int, min_delta: float
 ) -> str | None:
     """Why training should end now, or None.
 
@@ -54,6 +56,6 @@ def early_stop(
     )
 
 
-def _score(line: Evaluation, metric: Metric) -> float:
+def _score(line: Evaluation, metric: HeldOutMetric) -> float:
     """The metric, turned so that more is better."""
     return -line[metric] if metric == "eval_loss" else line[metric]

@@ -9,6 +9,8 @@ A line of the JSONL file is strict JSON: {"step": 200, "time": <Unix seconds>, n
 | logps/chosen, logps/rejected | mean over pairs of the policy's summed log-probs |
 | grad_norm, learning_rate, epoch | before clipping; as used by the step; epochs consumed |
 | tokens_per_second, pairs_per_second | all ranks together |
+| tokens_per_second_per_gpu | packed tokens of one rank |
+| mfu | model FLOPs a second over the GPUs' peak, where that is known |
 | peak_memory_gib | of the fullest rank: most GPU memory of tensors since the last line; without \
 GPUs the most memory its process ever held |
 | tokens_saved_by_sharing | prompt tokens not computed twice, share of the unshared tokens |

@@ -17,24 +17,6 @@ from torch.autograd.function import once_differentiable
 LOGITS_BUDGET = 2**25  # logits of one chunk; 128 MiB of float32
 
 
-def completion_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_size: int | None = None,
-) -> Tensor:
-    """The first of `completion_terms`, without the cost of the second."""
-    logps, _ = completion_terms(
-        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap,
-        chunk_size=chunk_size,
-    )  # fmt: skip
-    return logps
-
-
 def completion_terms(
     hidden: Tensor,
     weight: Tensor,

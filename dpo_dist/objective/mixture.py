@@ -17,7 +17,7 @@ def pair_losses(logps: PairLogps, objective: Objective) -> Tensor:
     """(B,) losses whose mean over the pairs of an optimizer step is the loss of the step.
 
     Losses that couple pairs (`aot`, `aot_unpaired`, the routers' balance) need the B pairs to be
-    all pairs of the step.
+    all pairs of the step. KeyError names a loss that there is not.
     """
     weighted = [weight * LOSSES[name](logps, objective) for name, weight in objective.losses]
     losses = torch.stack(weighted).sum(0)

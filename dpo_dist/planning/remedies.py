@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dpo_dist.planning.estimate import RESERVE_BYTES, ModelShape, Setup, Sharding, estimate
+from dpo_dist.planning.memory import estimate_memory, fits
+from dpo_dist.planning.setup import ModelShape, Setup, Sharding
 
 DOUBLINGS = 10  # of the ranks, at most
 
@@ -19,35 +20,32 @@ class Remedy:
     fits: bool
 
 
-def remedies(
-    setup: Setup,
-    limit_bytes: int,
-    *,
-    shardings: Mapping[str, Sharding],
-    with_adapter: ModelShape | None,
-    longest_pair: int,
-    quantized: ModelShape | None = None,
-) -> list[Remedy]:
-    """Single changes that lower the peak: those that fit first, then by the peak.
+@dataclass(frozen=True)
+class Alternatives:
+    """What a remedy may take in place of the run's own."""
 
-    `shardings` are alternatives by their name in train.deepspeed; `with_adapter` is the shape with
-    LoRA, None when there is one already; `quantized` the shape on NF4, None without an adapter. A
-    micro-batch stays at or above `longest_pair` tokens.
-    """
+    shardings: Mapping[str, Sharding]  # by their name in train.deepspeed
+    with_adapter: ModelShape | None  # with LoRA; None when there is an adapter already
+    quantized: ModelShape | None  # in NF4; None without an adapter that can train on it
+    least_tokens: int  # of a micro-batch: the longest pair must fit
+
+
+def find_remedies(setup: Setup, limit_bytes: int, others: Alternatives) -> list[Remedy]:
+    """Single changes that lower the peak: those that fit first, then by the peak."""
     chains = [
         _checkpointed(setup),
-        _smaller_micro_batches(setup, longest_pair),
+        _smaller_micro_batches(setup, others.least_tokens),
         *(
-            iter([(f"train.deepspeed={n}", replace(setup, sharding=s))])
-            for n, s in shardings.items()
+            iter([(f"train.deepspeed={name}", replace(setup, sharding=sharding))])
+            for name, sharding in others.shardings.items()
         ),
         _more_ranks(setup),
-        _adapted(setup, with_adapter),
-        _quantized(setup, quantized),
+        _adapted(setup, others.with_adapter),
+        _quantized(setup, others.quantized),
         _smaller_states(setup),
     ]
     found = [remedy for chain in chains for remedy in _first_that_fits(chain, limit_bytes)]
-    now = estimate(setup).peak_bytes
+    now = estimate_memory(setup).peak_bytes
     return sorted(
         (remedy for remedy in found if remedy.peak_bytes < now),
         key=lambda remedy: (not remedy.fits, remedy.peak_bytes),
@@ -58,8 +56,8 @@ def _first_that_fits(chain: Iterator[Change], limit_bytes: int) -> list[Remedy]:
     """The first of ever stronger changes that fits, else the strongest."""
     remedy = None
     for change, setup in chain:
-        peak = estimate(setup).peak_bytes
-        remedy = Remedy(change, peak, peak + RESERVE_BYTES <= limit_bytes)
+        peak = estimate_memory(setup).peak_bytes
+        remedy = Remedy(change, peak, fits(peak, limit_bytes))
         if remedy.fits:
             break
     return [remedy] if remedy else []
@@ -69,9 +67,9 @@ def _checkpointed(setup: Setup) -> Iterator[Change]:
     yield "train.gradient_checkpointing=true", replace(setup, checkpointing=True)
 
 
-def _smaller_micro_batches(setup: Setup, longest_pair: int) -> Iterator[Change]:
+def _smaller_micro_batches(setup: Setup, least_tokens: int) -> Iterator[Change]:
     tokens = setup.micro_batch_tokens // 2
-    while tokens >= max(longest_pair, 1):
+    while tokens >= max(least_tokens, 1):
         smaller = replace(setup, micro_batch_tokens=tokens)
         if setup.scoring_tokens == 2 * setup.micro_batch_tokens:  # its default follows
             smaller = replace(smaller, scoring_tokens=2 * tokens)

@@ -9,6 +9,7 @@ Where two parts hold the same key the lower number wins, so a row never changes 
 somebody has read it. Shapes: N keys in a call; a log-prob is a sum over one completion.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.errors import ReferenceStoreError
+from dpo_dist.errors import ReferenceStoreError, disk_errors_as
+from dpo_dist.reference.arrays import IntArray, KeyArray, LogpArray
 from dpo_dist.reference.pair_key import KEY_DTYPE, Keys, as_key_array
 from dpo_dist.reference.parts import (
     QUARANTINE_NAME,
@@ -37,10 +39,6 @@ SCHEMA_VERSION = 1
 
 _CONTRACT_NAME = "contract.json"
 _NUM_NAMED = 5  # pairs that an error message lists
-
-LogpArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.integer]
-KeyArray = npt.NDArray[np.bytes_]
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class ReferenceStore:
         Raises ReferenceStoreError when the store cannot be read.
         """
         unread: list[Rows] = []
-        try:
+        with _disk_errors("read", self.directory):
             for path in part_paths(self.directory):
                 if path.name in self._read_parts:
                     continue
@@ -103,12 +101,10 @@ class ReferenceStore:
                 if rows is not None:
                     unread.append(rows)
                     self._read_parts.add(path.name)
-        except OSError as error:
-            raise _io_error("read", self.directory, error) from error
         if unread:
             self._add(np.concatenate(unread))
 
-    def coverage(self, keys: Keys) -> tuple[int, npt.NDArray[np.int64]]:
+    def coverage(self, keys: Keys) -> tuple[int, IntArray]:
         """How many of the N keys are present, and the positions in `keys` of those that are not."""
         _, present = self._find(as_key_array(keys))
         return int(present.sum()), np.flatnonzero(~present)
@@ -129,15 +125,13 @@ class ReferenceStore:
         unique, first = np.unique(key_array[~present], return_index=True)
         if len(unique) == 0:
             return 0
-        try:
+        with _disk_errors("write", self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             contract_path = self.directory / _CONTRACT_NAME
             if not contract_path.exists():
                 write_json(contract_path, dataclasses.asdict(self.contract))
             rows = _to_rows(unique, logps[~present][first])
             publish_part(self.directory, rows, self.contract.digest())
-        except OSError as error:
-            raise _io_error("write", self.directory, error) from error
         # from disk and by number: another process may have published the same keys just before
         self.refresh()
         return len(unique)
@@ -160,7 +154,7 @@ class ReferenceStore:
             )
         return self._logps[positions]
 
-    def _find(self, keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def _find(self, keys: KeyArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
         """Position of each key, meaningful only where the second array says it is present."""
         if self.num_rows == 0:
             return np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.bool_)
@@ -264,9 +258,10 @@ def _name_pairs(indices: Iterable[int]) -> str:
     return f"pair index {', '.join(listed[:_NUM_NAMED])}{more}"
 
 
-def _io_error(action: str, directory: Path, error: OSError) -> ReferenceStoreError:
-    return ReferenceStoreError(
-        f"cannot {action} the reference store {directory} ({error.strerror})",
+def _disk_errors(action: str, directory: Path) -> contextlib.AbstractContextManager[None]:
+    return disk_errors_as(
+        ReferenceStoreError,
+        f"cannot {action} the reference store {directory}",
         "a readable and writable folder, free space, and a file system with hard links",
         "Fix this, or set reference.store_dir to another folder.",
     )

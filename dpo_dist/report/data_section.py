@@ -1,49 +1,78 @@
-"""The data report as HTML: one file without scripts, and its sections for a larger page."""
+"""What `prepare` found in the data: a page of its own, and a section of a run's report."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dpo_dist import __version__
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTES
 from dpo_dist.data.screening.distributions import describe_bias
-from dpo_dist.report import svg
-from dpo_dist.report.html_page import figure, page, paragraph, table, tiles
+from dpo_dist.report import charts
+from dpo_dist.report.page import (
+    Html,
+    Page,
+    Section,
+    Share,
+    chart,
+    grid,
+    heading,
+    note,
+    table,
+    tiles,
+    warning,
+)
 
-SPLIT_TITLES = {"train": "Training pairs", "eval": "Held-out pairs"}
+TITLES = {"train": "Training pairs", "eval": "Held-out pairs"}
 MEANINGS = {reason.name: reason.meaning for reason in DROP_REASONS}
 
 
-def report_page(report: Mapping[str, Any]) -> str:
+def report_page(report: Mapping[str, Any]) -> Html:
     """The whole page of report.json."""
-    return page("Preference data", html_sections(report))
+    return Page(
+        "Preference data",
+        f"dpo-dist {__version__}",
+        _figures(report),
+        [*report["warnings"], *report["hints"]],
+        [Section(TITLES[split], _split(counts)) for split, counts in report["splits"].items()],
+        _notes(report),
+    ).html()
 
 
-def html_sections(report: Mapping[str, Any]) -> str:
-    """What the page shows, from tiles to tables, for a page with `svg.STYLE` and `html_page`'s."""
+def blocks(report: Mapping[str, Any]) -> Iterator[Html]:
+    """The same inside a larger page, which has the warnings at its top; none of an empty report."""
+    if not report:
+        return
+    yield tiles(_figures(report))
+    yield from map(warning, report["hints"])
+    yield from map(note, _notes(report))
+    for split, counts in report["splits"].items():
+        yield heading(TITLES[split])
+        yield from _split(counts)
+
+
+def _figures(report: Mapping[str, Any]) -> dict[str, str]:
     splits: dict[str, dict[str, Any]] = report["splits"]
-    figures = {
-        SPLIT_TITLES[split].lower(): f"{counts['pairs']:,}" for split, counts in splits.items()
+    train = splits["train"]
+    pairs = {TITLES[split].lower(): f"{counts['pairs']:,}" for split, counts in splits.items()}
+    return pairs | {
+        "tokens to train on": f"{train['tokens']:,}",
+        "saved by sharing prompts": f"{train['tokens_saved_by_sharing']:.0%}",
+        "max_length": f"{report['max_length']:,}",
     }
-    figures |= {
-        "tokens to train on": f"{splits['train']['tokens']:,}",
-        "saved by sharing prompts": f"{splits['train']['tokens_saved_by_sharing']:.0%}",
-        "tokens at most": f"{report['max_length']:,}",
-    }
-    parts = [tiles(figures)]
-    parts += [paragraph(text, "warning") for text in (*report["warnings"], *report["hints"])]
-    parts.append(paragraph(f"max_length: {report['max_length_reason']}", "faint"))
-    if report["held_out"]:
-        parts.append(paragraph(f"held out: {report['held_out']}", "faint"))
-    for split, counts in splits.items():
-        parts.append(f"<h2>{SPLIT_TITLES[split]}</h2>")
-        parts += _split(counts)
-    return "\n".join(parts)
 
 
-def _split(counts: Mapping[str, Any]) -> Iterator[str]:
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    held_out = [f"held out: {report['held_out']}"] if report["held_out"] else []
+    return [f"max_length: {report['max_length_reason']}", *held_out]
+
+
+def _split(counts: Mapping[str, Any]) -> Iterator[Html]:
     yield _sources(counts)
     if counts["length_bias"]:
-        yield paragraph(f"Length: {describe_bias(counts['length_bias'])}.")
-    yield f'<div class="charts">{"".join(_charts(counts))}</div>'
+        yield note(f"Length: {describe_bias(counts['length_bias'])}.")
+    yield grid(_charts(counts))
+    lengths = [(part, *values.values()) for part, values in counts["lengths"].items() if values]
+    if lengths:
+        yield table(("tokens, truncated", "p50", "p90", "p99", "max"), lengths)
     for kind, meanings in (("dropped", MEANINGS), ("noted", NOTES)):
         rows = [
             (name, meanings[name], number, counts["first"].get(name, ""))
@@ -52,51 +81,46 @@ def _split(counts: Mapping[str, Any]) -> Iterator[str]:
         ]
         if rows:
             yield table((kind, "because", "rows", "first"), rows)
-    yield from (paragraph(f"refused {refusal}", "faint") for refusal in counts["refusals"])
+    yield from (note(f"refused {refusal}") for refusal in counts["refusals"])
 
 
-def _sources(counts: Mapping[str, Any]) -> str:
-    rows: list[tuple[str | int | float, ...]] = []
+def _sources(counts: Mapping[str, Any]) -> Html:
+    rows: list[tuple[Any, ...]] = []
     for name, source in counts["sources"].items():
         bias = source["length_bias"]
-        longer = (bias["chosen_longer"], round(bias["mean_difference"])) if bias else ("", "")
+        longer = Share(bias["chosen_longer"]) if bias else None
+        difference = round(bias["mean_difference"]) if bias else None
         dropped = source["rows"] - source["kept"]
-        numbers = (source["rows"], dropped, source["pairs"])
-        share = source["pairs"] / counts["pairs"] if counts["pairs"] else 0.0
-        rows.append((name, source["format"], *numbers, share, *longer, source["path"]))
-    headers = ("source", "format", "rows", "dropped", "pairs", "share")
-    return table((*headers, "chosen longer", "by tokens", "path"), rows)
+        share = Share(source["pairs"] / counts["pairs"] if counts["pairs"] else 0.0)
+        numbers = (source["rows"], dropped, source["pairs"], share, longer, difference)
+        rows.append((name, source["format"], *numbers, source["path"]))
+    numbers = ("rows", "dropped", "pairs", "share", "chosen longer", "by tokens")
+    return table(("source", "format", *numbers, "path"), rows)
 
 
-def _charts(counts: Mapping[str, Any]) -> Iterator[str]:
+def _charts(counts: Mapping[str, Any]) -> Iterator[Html]:
     found: Mapping[str, Any] = counts["histograms"]
     dropped = {name: number for name, number in counts["dropped"].items() if number}
     if dropped:
-        yield figure("Rows dropped, by reason", svg.bars(dropped, "rows"))
+        yield chart("Rows dropped, by reason", charts.bars(dropped))
     if not counts["pairs"]:
         return
-    yield _histogram("Prompts", found["prompt"], "tokens")
-    answers = found["answers"]
-    yield _histogram("Answers, as they are trained on", answers, "tokens")
-    note = "Right of zero the chosen answer is the longer one."
-    for name, alone in _by_source(found["difference"]):
-        yield _histogram(f"Chosen - rejected, {name}", alone, "tokens", note, signed=True)
-    note = "Of all rows with scores, also of those dropped."
-    for name, alone in _by_source(found.get("score_margin")):
-        yield _histogram(f"Scores, chosen - rejected, {name}", alone, "score", note, signed=True)
+    for name, title in (("prompt", "Prompts"), ("answers", "Answers, as they are trained on")):
+        shown = charts.histogram(found[name]["edges"], found[name]["counts"], "tokens")
+        yield chart(title, shown)
+    yield from _by_source(
+        found["difference"], "Chosen - rejected", "tokens",
+        "Right of zero the chosen answer is the longer one.",
+    )  # fmt: skip
+    if "score_margin" in found:
+        yield from _by_source(
+            found["score_margin"], "Scores, chosen - rejected", "score",
+            "All rows with scores, including those that were dropped.",
+        )  # fmt: skip
 
 
-def _by_source(found: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A histogram of several series as one each, on the same edges."""
-    if found is None:
-        return
+def _by_source(found: Mapping[str, Any], title: str, unit: str, below: str) -> Iterator[Html]:
+    """A chart for each series of a histogram, all on the same edges."""
     for name, counts in found["counts"].items():
-        yield name, {"edges": found["edges"], "counts": {"pairs": counts}}
-
-
-def _histogram(
-    title: str, found: Mapping[str, Any], unit: str, note: str = "", signed: bool = False
-) -> str:
-    names = list(found["counts"])
-    chart = svg.histogram(found["edges"], found["counts"], unit, signed=signed)
-    return figure(title, (svg.legend(names) if len(names) > 1 else "") + chart, note)
+        shown = charts.histogram(found["edges"], {"pairs": counts}, unit, signed=True)
+        yield chart(f"{title}, {name}", shown, below)

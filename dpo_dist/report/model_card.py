@@ -9,8 +9,8 @@ import yaml
 
 from dpo_dist import __version__
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.metrics.curves import Line, displacement
-from dpo_dist.run.exports import Kind
+from dpo_dist.metrics.curves import Line, displacement, spread
+from dpo_dist.run.exports import ExportKind
 
 NUM_CURVE_ROWS = 6
 CURVE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -58,7 +58,7 @@ def _name_of(path: str) -> str:
     return folder.resolve().name if folder.exists() else path
 
 
-def model_card(config: RunConfig, kind: Kind, dtype: str, training: Training) -> str:
+def model_card(config: RunConfig, kind: ExportKind, dtype: str, training: Training) -> str:
     """Markdown with YAML front matter as the Hugging Face Hub reads it."""
     base = base_model_name(config)
     loading = _LOADING["adapter" if kind == "adapter" else "merged"]
@@ -87,14 +87,14 @@ def _start_of(config: RunConfig) -> str:
     said = ""
     adapter, tokens = config.adapter, config.model.add_tokens
     if adapter is not None and adapter.path is not None:
-        verb = {"continue": "went on from", "merge": "started from the merged"}[adapter.start]
+        verb = {"continue": "continued from", "merge": "started from the merged"}[adapter.start]
         said += f" Training {verb} adapter {_name_of(adapter.path)}."
     if tokens:
         said += f" Added tokens: {', '.join(f'`{token}`' for token in tokens)}."
     return said
 
 
-def _front_matter(config: RunConfig, kind: Kind, base: str) -> dict[str, Any]:
+def _front_matter(config: RunConfig, kind: ExportKind, base: str) -> dict[str, Any]:
     tags = ["dpo", "preference-optimization", "dpo-dist", *(["lora"] if config.adapter else [])]
     front: dict[str, Any] = {
         "base_model": base,
@@ -153,9 +153,10 @@ def _results(metrics: Sequence[Line], plots: Mapping[str, str]) -> Iterable[str]
     """The curves, a few points of them, what they warn of, and the last evaluation."""
     curve = [line for line in metrics if "loss" in line]
     if curve:
-        last = len(curve) - 1
-        picked = sorted({round(i * last / (NUM_CURVE_ROWS - 1)) for i in range(NUM_CURVE_ROWS)})
-        rows = [(f"{curve[i]['step']}", *(_plain(curve[i].get(n)) for n in CURVE)) for i in picked]
+        rows = [
+            (f"{line['step']}", *(_plain(line.get(name)) for name in CURVE))
+            for line in spread(curve, NUM_CURVE_ROWS)
+        ]
         yield "## Training"
         if warning := displacement(metrics):
             yield f"> **Note:** {warning}"

@@ -1,24 +1,13 @@
-"""The sections of a run's report, each from what one or two stages have left; HTML each."""
+"""The sections of a run's report, each from what one or two stages have left."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_dist import __version__
-from dpo_dist.metrics.curves import HELD_OUT, PLOTS, Line, points
-from dpo_dist.report.page import (
-    columns,
-    flatten,
-    heading,
-    number,
-    paragraph,
-    part_of,
-    pictures,
-    table,
-)
-from dpo_dist.report.plots import draw_plots, plot_path
+from dpo_dist.metrics.curves import HELD_OUT, PLOTS, Line, finite, points, spread
+from dpo_dist.report import charts
+from dpo_dist.report.page import Html, chart, grid, heading, note, number, table
 from dpo_dist.run.run_dir import step_of
 
 NUM_SAMPLES = 12  # answers shown; the files have all
@@ -26,12 +15,12 @@ NUM_EVALUATIONS = 20  # rows of the table; the curves have all
 SHOWN = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
 
 
-def curves(lines: Sequence[Line], folder: Path) -> str:
-    """The plots, drawn into the folder too, and the range of every training metric."""
-    drawn = draw_plots(lines, PLOTS, folder)
+def curves(lines: Sequence[Line]) -> Iterator[Html]:
+    """The plots, and the range of every training metric."""
+    drawn = charts.drawable(lines, PLOTS)
     if not drawn:
-        return paragraph("No step has been trained yet.")
-    images = pictures((plot.title, plot_path(folder, plot).read_bytes()) for plot in drawn)
+        return
+    yield grid(chart(plot.title, charts.curve_svg(lines, plot)) for plot in drawn)
     names = dict.fromkeys(
         name
         for line in lines
@@ -41,14 +30,15 @@ def curves(lines: Sequence[Line], folder: Path) -> str:
     rows = []
     for name in names:
         steps, values = points(lines, name)
-        rows.append((name, steps[0], values[0], steps[-1], values[-1], min(values), max(values)))
+        known = finite(values)
+        ends = (steps[0], values[0], steps[-1], values[-1])
+        rows.append((name, *ends, min(known, default=None), max(known, default=None)))
     head = ("training metric", "first step", "first", "last step", "last", "lowest", "highest")
-    return images + table(head, rows)
+    yield table(head, rows)
 
 
-def held_out(lines: Sequence[Line], evaluated: dict[str, Any]) -> str:
+def held_out(lines: Sequence[Line], evaluated: Mapping[str, Any]) -> Iterator[Html]:
     """Export by source, against the start if that is known, and the evaluations of the training."""
-    body = ""
     if evaluated:
         states = [state for state in ("before", "after") if state in evaluated]
         groups = {"all": [evaluated[state] for state in states]} | {
@@ -61,29 +51,28 @@ def held_out(lines: Sequence[Line], evaluated: dict[str, Any]) -> str:
             for name, group in groups.items()
         ]
         what = "Export against the start" if "before" in states else "The export"
-        body += heading(f"{what} (dpo-dist evaluate)") + table(head, rows)
+        yield heading(f"{what} (dpo-dist evaluate)")
+        yield table(head, rows)
     evaluations = [line for line in lines if f"{HELD_OUT}loss" in line]
     if evaluations:
         names = [name for name in evaluations[-1] if name.startswith(HELD_OUT)]
-        last = len(evaluations) - 1
-        picked = {round(i * last / (NUM_EVALUATIONS - 1)) for i in range(NUM_EVALUATIONS)}
-        shown = [evaluations[i] for i in sorted(picked)]
-        rows = [(line["step"], *(line.get(name) for name in names)) for line in shown]
-        head = ("step", *(name.removeprefix(HELD_OUT) for name in names))
-        body += heading("During training") + table(head, rows)
-    return body or paragraph("No held-out pairs have been evaluated yet.")
+        yield heading("During training")
+        yield table(
+            ("step", *(name.removeprefix(HELD_OUT) for name in names)),
+            [
+                (line["step"], *(line.get(name) for name in names))
+                for line in spread(evaluations, NUM_EVALUATIONS)
+            ],
+        )
 
 
-def samples(answers: Sequence[dict[str, Any]], sampled: Sequence[Line]) -> str:
+def samples(answers: Sequence[Mapping[str, Any]], sampled: Sequence[Line]) -> Iterator[Html]:
     """Answers of base model and export, and of the policy at the first and last sampled step."""
-    body = ""
     if answers:
-        rows = [
-            tuple(row[key].strip() for key in ("prompt", "before", "after"))
-            for row in answers[:NUM_SAMPLES]
-        ]
-        body += heading("Base model and export (dpo-dist generate)")
-        body += table(("prompt", "before", "after"), rows, texts=True)
+        names = ("prompt", "before", "after")
+        yield heading("Base model and export (dpo-dist generate)")
+        rows = [[row[name].strip() for name in names] for row in answers[:NUM_SAMPLES]]
+        yield table(names, rows, texts=True)
     if sampled:
         steps = sorted({line["step"] for line in sampled})
         first, last = (
@@ -91,47 +80,26 @@ def samples(answers: Sequence[dict[str, Any]], sampled: Sequence[Line]) -> str:
             for step in (steps[0], steps[-1])
         )
         rows = [
-            (
-                line["prompt"].strip(),
-                first.get(n, {}).get("answer", "-").strip(),
-                line["answer"].strip(),
-            )
+            [line["prompt"].strip(), first.get(n, {}).get("answer", "-").strip(),
+             line["answer"].strip()]
             for n, line in list(last.items())[:NUM_SAMPLES]
-        ]
-        head = ("prompt", f"step {steps[0]}", f"step {steps[-1]}")
-        body += heading("During training") + table(head, rows, texts=True)
-    return body or paragraph(
-        "None yet: run `dpo-dist generate`, or set eval.samples_every_steps before training."
-    )
+        ]  # fmt: skip
+        yield heading("During training")
+        yield table(("prompt", f"step {steps[0]}", f"step {steps[-1]}"), rows, texts=True)
 
 
-def data(report: dict[str, Any], shown: str) -> str:
-    """Token lengths under `shown`, the HTML of the data report's own page."""
-    if not report:
-        return paragraph("No pairs have been prepared yet.")
-    lengths = [
-        (split, part, *values.values())
-        for split, counts in report["splits"].items()
-        for part, values in counts["lengths"].items()
-        if values
-    ]
-    head = ("split", "part", "p50", "p90", "p99", "max")
-    return part_of("data", shown) + heading("Tokens, truncated") + table(head, lengths)
-
-
-def checkpoints(found: Sequence[Path], status: dict[str, Any]) -> str:
+def checkpoints(found: Sequence[Path], status: Mapping[str, Any]) -> Iterator[Html]:
     """The committed folders and which of them is best."""
     if not found:
-        return paragraph("None has been committed yet.")
+        return
     best = status.get("best_checkpoint")
-    rows = []
-    for path in found:
-        mark = "best" if str(path) == best else ""
-        rows.append((path.name, step_of(path), _size_mib(path), mark))
-    body = table(("folder", "step", "MiB", ""), rows)
+    rows = [
+        (path.name, step_of(path), _size_mib(path), "best" if str(path) == best else "")
+        for path in found
+    ]
+    yield table(("folder", "step", "MiB", ""), rows)
     if best:
-        body += paragraph(f"Best by {status['best_by']}: {number(status['best_metric'])}.")
-    return body
+        yield note(f"Best by {status['best_by']}: {number(status['best_metric'])}.")
 
 
 def _size_mib(folder: Path) -> float | None:
@@ -142,37 +110,45 @@ def _size_mib(folder: Path) -> float | None:
         return None
 
 
-def export(verified: dict[str, Any]) -> str:
+def export(verified: Mapping[str, Any]) -> Iterator[Html]:
     """Every check of the export."""
     if not verified:
-        return paragraph("Nothing has been exported and verified yet.")
-    rows = [
-        (
-            check["name"],
-            "passed" if check["passed"] else "FAILED",
-            check["detail"],
-            check["max_difference"],
-            check["tolerance"],
-        )
-        for check in verified["checks"]
-    ]
+        return
     verdict = "Verified" if verified["passed"] else "NOT verified"
-    said = f"{verdict}: a fresh load against {verified['num_probe_pairs']} pairs of the probe of "
-    return paragraph(said + Path(verified["checkpoint"]).name) + table(
-        ("check", "result", "detail", "largest difference", "tolerance"), rows
+    yield note(
+        f"{verdict}: a fresh load against {verified['num_probe_pairs']} pairs of the probe of "
+        f"{Path(verified['checkpoint']).name}"
     )
+    rows = [
+        (check["name"], "passed" if check["passed"] else "FAILED", check["detail"],
+         check["max_difference"], check["tolerance"])
+        for check in verified["checks"]
+    ]  # fmt: skip
+    yield table(("check", "result", "detail", "largest difference", "tolerance"), rows)
 
 
-def settings(config_path: Path) -> str:
-    """Every key of the resolved run config."""
-    if not config_path.is_file():
-        return paragraph(f"There is no {config_path.name} yet.")
-    rows = flatten(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-    half = (len(rows) + 1) // 2
-    return columns(*(table(("key", "value"), part) for part in (rows[:half], rows[half:])))
+def settings(config: Mapping[str, Any]) -> Iterator[Html]:
+    """Every key of the resolved run config that has a value."""
+    rows = list(_flat(config, ""))
+    if rows:
+        half = (len(rows) + 1) // 2
+        yield grid(table(("key", "value"), part) for part in (rows[:half], rows[half:]) if part)
 
 
-def environment(status: dict[str, Any], state: dict[str, Any], doctor: dict[str, Any]) -> str:
+def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """(section.key, value) of a nested mapping; entries of a list by their position."""
+    for key, value in settings.items():
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None and value != []:
+            yield f"{prefix}{key}", number(value) if isinstance(value, float) else str(value)
+
+
+def environment(
+    status: Mapping[str, Any], state: Mapping[str, Any], doctor: Mapping[str, Any]
+) -> Iterator[Html]:
     """Versions and machines; `state` is the newest checkpoint's, empty before there is one."""
     software = [("dpo-dist", __version__), *state.get("versions", {}).items()]
     place: list[tuple[str, Any]] = [("host of rank 0", status.get("host", "-"))]
@@ -182,7 +158,7 @@ def environment(status: dict[str, Any], state: dict[str, Any], doctor: dict[str,
     for rank, seen in enumerate(doctor.get("ranks", [])):
         gpus = ", ".join(f"{gpu['name']} ({gpu['gib']} GiB)" for gpu in seen["gpus"]) or "no GPU"
         place.append((f"rank {rank}: {seen['host']}", f"{seen['cores']} cores, {gpus}"))
-    return columns(
+    yield grid((
         heading("Software") + table(("package", "version"), software),
-        heading("Machines") + table(("what", "value"), [(k, str(v)) for k, v in place]),
-    )
+        heading("Machines") + table(("machine", "value"), place),
+    ))  # fmt: skip

@@ -6,13 +6,13 @@ from typing import Literal
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.run.run_dir import RunDir
 
-Kind = Literal["adapter", "merged", "full"]
+ExportKind = Literal["adapter", "merged", "full"]
 
 
-def export_folders(config: RunConfig) -> dict[Kind, Path]:
+def export_folders(config: RunConfig) -> dict[ExportKind, Path]:
     """The folders that an export of this run makes, each with its card."""
     paths = RunDir(config.run.dir)
     if config.adapter is None:
         return {"full": paths.model_dir(merged=False)}
-    merged: dict[Kind, Path] = {"merged": paths.model_dir(merged=True)}
+    merged: dict[ExportKind, Path] = {"merged": paths.model_dir(merged=True)}
     return {"adapter": paths.adapter_dir, **(merged if config.export.merge else {})}

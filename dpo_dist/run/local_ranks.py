@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dpo_dist.config.cluster_section import LocalSection
+from dpo_dist.run.attempts import TAIL_LINES
 from dpo_dist.run.run_dir import rank_log_path
+from dpo_dist.run.status import POLL_S
 from dpo_dist.run.stop_flag import SIGNALS
 from dpo_dist.run.topology import Topology
 
 LOOPBACK = "127.0.0.1"
-POLL_S = 0.1
 GRACE_S = 15.0  # for the other ranks to leave by themselves once one has failed
 CPU_WORKERS = 2
 PR_SET_PDEATHSIG = 1
-TAIL_LINES = 30
 
 
 def count_gpus() -> int:
@@ -52,8 +52,8 @@ def run_ranks(argv: Sequence[str], num_ranks: int, log_dir: Path) -> int:
     """Runs `argv` once a rank and waits; the exit code of the rank that tells why, or 0.
 
     Rank 0 has the terminal, the others write to their file in `log_dir`. When a rank fails the
-    others get GRACE_S to leave and are then killed. Stop signals are passed on to every rank. The
-    ranks die with this process, whatever kills it.
+    others get GRACE_S to leave and are then killed. Stop signals and SIGQUIT are passed on to every
+    rank. The ranks die with this process, whatever kills it.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -145,7 +145,8 @@ def _signals_forwarded(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    passed_on = (*SIGNALS, signal.SIGQUIT)  # the last makes ranks write their stacks
+    previous = {number: signal.signal(number, forward) for number in passed_on}
     try:
         yield
     finally:

@@ -15,10 +15,22 @@ from typing import IO
 
 from dpo_dist.errors import ArtifactError
 from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.status import POLL_S
 
-POLL_S = 0.5
 # what a file system without locks answers
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def lock_file(stream: IO[str]) -> bool:
+    """Whether this process alone now holds an open file, until it closes it or ends."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return True
 
 
 @contextlib.contextmanager
@@ -53,17 +65,11 @@ def _who(stage: str) -> str:
 def _take(lock: IO[str], paths: RunDir, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock_file(lock):
             return
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(POLL_S)
-                continue
-        except OSError as error:
-            if error.errno in UNSUPPORTED:
-                return
-            raise
+        if time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            continue
         lock.seek(0)
         raise ArtifactError(
             f"{paths.root} is in use ({lock.read() or 'by another job'})",

@@ -1,7 +1,9 @@
-"""Log lines of a rank: the terminal for rank 0, a file for every rank; and progress bars."""
+"""Log lines of a rank: the terminal for rank 0, a file for every rank; stacks; progress bars."""
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -46,6 +48,15 @@ def set_up_logging(rank: int, log_path: Path | None) -> None:
         handler = logging.FileHandler(log_path)
         handler.setFormatter(plain)
         logger.addHandler(handler)
+
+
+def dump_stacks_on_quit(rank: int, log_path: Path | None) -> None:
+    """SIGQUIT writes the Python stack of every thread into the rank's log; the rank goes on.
+
+    To see where a run hangs: Ctrl-\\ on this machine, `scancel --signal=QUIT JOB` under Slurm.
+    """
+    stream = log_path.open("a") if rank == 0 and log_path is not None else sys.stderr
+    faulthandler.register(signal.SIGQUIT, file=stream, all_threads=True)
 
 
 def hush_libraries() -> None:

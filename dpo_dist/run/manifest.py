@@ -100,6 +100,14 @@ def atomic_dir(final: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: bytes, and the hex SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact was made from: stage, settings, digests of its inputs; and what came out."""
 

@@ -105,6 +105,14 @@ class RunDir:
     def tensorboard_dir(self) -> Path:
         return self.root / "tensorboard"
 
+    def trace_path(self, rank: int) -> Path:
+        """The profiler's trace of a rank, for train.profile_steps."""
+        return self.root / "profile" / f"rank{rank:04d}.trace.json"
+
+    def memory_snapshot_path(self, rank: int) -> Path:
+        """What held a rank's GPU memory during these steps."""
+        return self.root / "profile" / f"rank{rank:04d}.memory.pickle"
+
     @property
     def wandb_dir(self) -> Path:
         return self.root / "wandb"

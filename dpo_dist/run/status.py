@@ -9,6 +9,8 @@ from typing import Any
 
 from dpo_dist.run.manifest import write_json
 
+POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
+
 
 def read_status(path: Path) -> dict[str, Any]:
     """The last status, or an empty one when there is none yet."""

@@ -82,7 +82,6 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Topology:
     return topology
 
 
-def node_names(environ: Mapping[str, str] | None = None) -> list[str]:
+def node_names() -> list[str]:
     """The job's nodes in rank order as the launcher names them, empty when it does not."""
-    environ = os.environ if environ is None else environ
-    return environ.get(NODES_VARIABLE, "").split()
+    return os.environ.get(NODES_VARIABLE, "").split()

@@ -25,11 +25,14 @@ from rich.table import Table
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import ClusterError
-from dpo_dist.inputs.sizes import disk_lines, make_setup, prepared_work
-from dpo_dist.planning.estimate import GIB, total
+from dpo_dist.inputs.disk import disk_sizes
+from dpo_dist.inputs.setup import make_setup
+from dpo_dist.inputs.work import prepared_work
+from dpo_dist.planning.sizes import GIB, total
 from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.status import POLL_S
 from dpo_dist.run.topology import Topology, from_environment, node_names
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +42,6 @@ PACKAGES = (
     "httpx2", "flash-attn", "bitsandbytes", "ray", "lm-eval", "wandb",
 )  # fmt: skip
 ARRIVAL_S = 120.0
-POLL_S = 0.2
 REDUCED_MIB = 64
 Facts = dict[str, Any]
 
@@ -171,7 +173,7 @@ def check_disk(config: RunConfig, topology: Topology) -> Facts:
         # a model or data that is wrong is for its own stage to refuse, in its own words
         _logger.info("doctor: disk not estimated (%s)", error)
         return {"free_disk_gib": free}
-    needed = total(disk_lines(config, setup, work)) / GIB
+    needed = total(disk_sizes(config, setup, work)) / GIB
     if needed > free:
         raise ClusterError(
             f"{config.run.dir} has {free:.1f} GiB free",

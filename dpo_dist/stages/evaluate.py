@@ -6,7 +6,6 @@
 3. Write means over all pairs and per source.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from dpo_dist.config.run_config import RunConfig, scoring_budget
+from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.distributed import collectives
@@ -24,7 +23,8 @@ from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.errors import DataError
 from dpo_dist.inputs.scored_pairs import ScoredPairs, objective_of, with_reference
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.metrics.evaluations import SHOWN
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import Terms
 from dpo_dist.objective.rewards import reward_metrics
@@ -32,9 +32,6 @@ from dpo_dist.run.logs import console, progress_bar
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.topology import Topology, from_environment
-
-_logger = logging.getLogger(__name__)
-SHOWN = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
 
 
 def run(config: RunConfig) -> Path:
@@ -48,12 +45,13 @@ def run(config: RunConfig) -> Path:
             "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir.",
         )
     with collectives.process_group(topology) as device:
-        base_dir, quantization = base_model_dir(config), config.model.quantization
+        models, quantization = RunModels(config), config.model.quantization
+        base_dir = models.base
         choice = choose_model("adapter" if quantization else "export", paths, base_dir)
         model = load_chosen(choice, base_dir, config.model, device)
         scorer = PairScorer(model).eval()
         layout = settle_layout(scorer, scorer, config.model, device)
-        held_out = with_reference(config, pairs, layout)
+        held_out = with_reference(models, pairs, layout)
         scores = _score_all(config, scorer, pairs, topology, device)
         if topology.rank == 0:
             scored = {"model": choice.name, "quantization": quantization}
@@ -75,7 +73,7 @@ def _score_all(
         pairs.packed_lengths,
         range(len(pairs)),
         topology.world_size,
-        scoring_budget(config),
+        config.scoring_tokens,
         micro_batches_per_wave=1,
     )
     with progress_bar("pairs", enabled=topology.rank == 0) as bar:

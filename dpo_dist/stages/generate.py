@@ -1,5 +1,6 @@
 """Answers of the policy as it started and of the export to held-out prompts, side by side."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.distributed.collectives import device_of
-from dpo_dist.engine.forward.generation import Answer, answer
+from dpo_dist.engine.forward.generation import Answer, Sampling, answer
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
-from dpo_dist.engine.model.policy import load_policy
+from dpo_dist.engine.model.policy import PolicyParts, load_policy
 from dpo_dist.errors import DataError
 from dpo_dist.inputs.scored_pairs import distinct_prompts
-from dpo_dist.model_files.of_run import base_model_dir, start_adapter_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
@@ -34,29 +35,25 @@ def run(config: RunConfig) -> Path:
         )
     prompts = distinct_prompts(pairs, settings.num_prompts)
     device = device_of(from_environment())
-    base_dir = base_model_dir(config)
+    models = RunModels(config)
+    base_dir = models.base
     template = resolve_template(config.data.chat_template)
     tokenizer = load_tokenizer(base_dir, template, config.model.trust_remote_code)
-    answers: list[list[Answer]] = []
-    start = start_adapter_dir(config)
-    adapter = None if start is None else config.adapter
     export = choose_model("export", paths, base_dir)
     model = export.section(config.model)  # both in full precision where the export is
-    for load in (
-        lambda: load_policy(base_dir, model, adapter, device=device, start=start).eval(),
-        lambda: load_chosen(export, base_dir, config.model, device),
-    ):
+    start = PolicyParts(base_dir, model, models.start_section, models.start_adapter)
+
+    def answered_by(load: Callable[[], Any]) -> list[Answer]:
         torch.manual_seed(config.run.seed)
-        answers.append(
-            answer(
-                load(), tokenizer, prompts,
-                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-                top_p=settings.top_p, batch_size=settings.batch_size,
-            )
-        )  # fmt: skip
+        sampling = Sampling.of(settings)
+        return answer(load(), tokenizer, prompts, sampling, batch_size=settings.batch_size)
+
+    # one after the other, so that only one of them is in memory
+    before = answered_by(lambda: load_policy(start, device).eval())
+    after = answered_by(lambda: load_chosen(export, base_dir, config.model, device))
     rows = [
-        {"prompt": tokenizer.decode(ids), "before": before.text, "after": after.text}
-        for ids, before, after in zip(prompts, *answers, strict=True)
+        {"prompt": tokenizer.decode(ids), "before": first.text, "after": last.text}
+        for ids, first, last in zip(prompts, before, after, strict=True)
     ]
     write_json(paths.generate_path, {"answers": rows} | settings.model_dump(mode="json"))
     return paths.generate_path

@@ -43,7 +43,7 @@ from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
 from dpo_dist.inputs.own_base import make_base
 from dpo_dist.model_files.files import digest_of_tokenizer, read_model_config
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.report.data_section import report_page
 from dpo_dist.run.logs import console, progress_bar
 from dpo_dist.run.manifest import (
@@ -71,8 +71,9 @@ def run(config: RunConfig) -> Path:
     other settings or data stands there.
     """
     folder = RunDir(config.run.dir).pairs_dir
-    make_base(config)
-    model_dir = base_model_dir(config)
+    models = RunModels(config)
+    make_base(models)
+    model_dir = models.base
     template = resolve_template(config.data.chat_template)
     settings, inputs = _identity(config, model_dir, template)
     if is_current(folder, STAGE, settings, inputs):
@@ -99,7 +100,7 @@ def preview(config: RunConfig, num_pairs: int) -> None:
     rows, so with it they are shown untruncated.
     """
     output = Console(highlight=False, soft_wrap=True)
-    model_dir = base_model_dir(config)
+    model_dir = RunModels(config).base
     template = resolve_template(config.data.chat_template)
     with tempfile.TemporaryDirectory() as scratch:
         sources = open_sources(config.data.train, "train", Path(scratch))
@@ -245,8 +246,11 @@ def _tokenize(
     seconds, total = time.monotonic() - started, sum(map(len, tokenized.values()))
     _logger.info(
         "prepare: %s rows tokenized in %.1f s, %s rows/s, %d processes",
-        f"{total:,}", seconds, f"{total / seconds:,.0f}", num_workers,
-    )  # fmt: skip
+        f"{total:,}",
+        seconds,
+        f"{total / seconds:,.0f}",
+        num_workers,
+    )
     return tokenized
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
 from dpo_dist.errors import ArtifactError, ConfigError
+from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME
 from dpo_dist.model_files.hub import push_folder
-from dpo_dist.run.exports import Kind, export_folders
+from dpo_dist.run.exports import ExportKind, export_folders
 from dpo_dist.run.manifest import digest_of_file, read_manifest, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 _logger = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ def run(config: RunConfig) -> Path:
     return paths.push_path
 
 
-def _choose(config: RunConfig) -> tuple[Kind, Path]:
+def _choose(config: RunConfig) -> tuple[ExportKind, Path]:
     """The whole model unless the config names a folder or there is only an adapter."""
     folders = export_folders(config)
     expected = config.export.hub_folder
@@ -67,7 +67,7 @@ def _choose(config: RunConfig) -> tuple[Kind, Path]:
     return kind, folders[kind]
 
 
-def _verified_files(paths: RunDir, kind: Kind, folder: Path) -> list[str]:
+def _verified_files(paths: RunDir, kind: ExportKind, folder: Path) -> list[str]:
     """Names of the folder's files, which are those that verify has passed."""
     manifest = read_manifest(folder)
     checked: dict[str, Any] = {}

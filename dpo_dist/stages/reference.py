@@ -8,7 +8,8 @@
 
 import logging
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from dpo_dist.config.run_config import RunConfig, scoring_budget
+from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import Plan, plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
-from dpo_dist.engine.model.policy import load_policy, settle_layout
+from dpo_dist.engine.model.policy import PolicyParts, load_policy, settle_layout
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.errors import ArtifactError
-from dpo_dist.inputs.sizes import checked_work, count_shape, make_setup, read_sizes
+from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
+from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.files import weight_files
-from dpo_dist.model_files.of_run import reference_adapter_dir, reference_model_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.pair_logps import Terms
-from dpo_dist.planning.estimate import GIB, parameter_lines, total
-from dpo_dist.reference.contract import complete_store, scoring_contract, store_root
+from dpo_dist.planning.memory_resident import parameter_sizes
+from dpo_dist.planning.sizes import GIB, total
+from dpo_dist.reference.contract import MASK_RULES, complete_store, scoring_contract, store_root
 from dpo_dist.reference.store import ReferenceStore, explain_miss, open_store
 from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import write_json
@@ -42,6 +45,7 @@ from dpo_dist.run.topology import Topology, from_environment
 
 _logger = logging.getLogger(__name__)
 IndexArray = npt.NDArray[np.int64]
+LogpArray = npt.NDArray[np.float32]
 SPLITS = ("train", "eval")
 WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for activations
 
@@ -53,25 +57,22 @@ def run(config: RunConfig) -> Path:
         return _skip(config, paths)
     work = checked_work(config)
     splits, topology = [work.train, work.held_out], from_environment()
-    stop = StopFlag().install()
+    models, stop = RunModels(config), StopFlag().install()
     with collectives.process_group(topology) as device:
-        if directory := _complete(config, paths, splits):
+        if directory := collectives.on_first(lambda: _complete(models, paths, splits)):
             return directory
-        return _run_pass(config, paths, splits, topology, device, stop)
+        return _run_pass(models, splits, topology, device, stop)
 
 
-def _complete(config: RunConfig, paths: RunDir, splits: list[Pairs]) -> Path | None:
-    """The store's folder when it lacks nothing; looked up by rank 0 alone, without a model."""
-    directory = None
-    with collectives.same_error_everywhere():
-        if collectives.is_first():
-            done = complete_store(config, np.concatenate([pairs.keys for pairs in splits]))
-            if done is not None:
-                layout, store = done
-                directory = store.directory
-                _logger.info("reference: current, %s rows in %s", store.num_rows, directory)
-                _write_report(paths, splits, store, layout, num_scored=0)
-    return collectives.broadcast(directory)
+def _complete(models: RunModels, paths: RunDir, splits: list[Pairs]) -> Path | None:
+    """The store's folder when it lacks nothing, without a model; on rank 0."""
+    done = complete_store(models, np.concatenate([pairs.keys for pairs in splits]))
+    if done is None:
+        return None
+    layout, store = done
+    _logger.info("reference: current, %s rows in %s", store.num_rows, store.directory)
+    _write_report(paths, splits, store, layout, num_scored=0)
+    return store.directory
 
 
 def _skip(config: RunConfig, paths: RunDir) -> Path:
@@ -83,62 +84,86 @@ def _skip(config: RunConfig, paths: RunDir) -> Path:
     return paths.reference_status_path
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The reference model, ready to score."""
+
+    model: torch.nn.Module  # a scorer, or the DeepSpeed engine around it
+    layout: str
+    engine: Any = None  # the same engine, None when the model is whole on every rank
+
+
 def _run_pass(
-    config: RunConfig,
-    paths: RunDir,
-    splits: list[Pairs],
-    topology: Topology,
-    device: torch.device,
-    stop: StopFlag,
+    models: RunModels, splits: list[Pairs], topology: Topology, device: torch.device, stop: StopFlag
 ) -> Path:
-    model, layout, engine = _load_reference(config, topology, device)
-    store, todo = _open_store(config, layout, splits)
-    num_missing = sum(map(len, todo))
-    num_pairs, num_scored = sum(map(len, splits)), 0
-    if topology.rank == 0:
-        _logger.info("reference: %d of %d pairs to score", num_missing, num_pairs)
-    with progress_bar("pairs", enabled=topology.rank == 0) as bar:
+    config, is_first = models.config, topology.rank == 0
+    paths, terms = RunDir(config.run.dir), Terms(config.objective.ld_alpha)
+    reference = _load_reference(models, topology, device)
+    store, todo = _open_store(models, reference.layout, splits)
+    num_missing, num_scored = sum(map(len, todo)), 0
+    if is_first:
+        _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
+    with progress_bar("pairs", enabled=is_first) as bar:
         task, began = bar.add_task("reference", total=num_missing), time.monotonic()
-        for pairs, missing in zip(splits, todo, strict=True):
-            for wave in plan_scoring_batches(
-                pairs.packed_lengths, missing, topology.world_size, scoring_budget(config)
-            ):
-                num_scored += _score_wave(config, model, store, pairs, wave, topology, device)
-                bar.update(task, completed=num_scored)
-                if store is not None and config.reference.part is None:
-                    update_status(
-                        paths.status_path,
-                        reference={
-                            "num_scored": num_scored,
-                            "num_missing": num_missing,
-                            "pairs_per_second": num_scored / (time.monotonic() - began),
-                        },
-                        progress=f"{store.num_rows} reference rows",
-                    )
-                if any(collectives.gather(bool(stop))):
-                    raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
+        for pairs, wave in _waves(config, splits, todo, topology.world_size):
+            own = wave[topology.rank]
+            scored = score_on_all_ranks(reference.model, own, pairs.token_ids, device, terms)
+            num_scored += _append(store, pairs, *scored)
+            bar.update(task, completed=num_scored)
+            if store is not None and config.reference.part is None:
+                progress = {
+                    "num_scored": num_scored,
+                    "num_missing": num_missing,
+                    "pairs_per_second": num_scored / (time.monotonic() - began),
+                }
+                rows = f"{store.num_rows} reference rows"
+                update_status(paths.status_path, reference=progress, progress=rows)
+            if any(collectives.gather(bool(stop))):
+                raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
     if store is not None and config.reference.part is None:
-        _write_report(paths, splits, store, layout, num_scored=num_missing)
-    if engine is not None:
-        zero.take_down(engine)
+        _write_report(paths, splits, store, reference.layout, num_scored=num_missing)
+    if reference.engine is not None:
+        zero.take_down(reference.engine)
     collectives.barrier()
     return collectives.broadcast(store.directory if store is not None else store_root(config))
 
 
+def _waves(
+    config: RunConfig, splits: list[Pairs], todo: list[IndexArray], world_size: int
+) -> Iterator[tuple[Pairs, Plan]]:
+    """What all ranks score together before it is committed, beside the split that it is of."""
+    for pairs, missing in zip(splits, todo, strict=True):
+        budget = config.scoring_tokens
+        for wave in plan_scoring_batches(pairs.packed_lengths, missing, world_size, budget):
+            yield pairs, wave
+
+
+def _append(
+    store: ReferenceStore | None, pairs: Pairs, indices: IndexArray, scores: LogpArray
+) -> int:
+    """Commits a wave on rank 0; the number of pairs."""
+    collectives.on_first(lambda: store and store.append(pairs.keys[indices], scores, indices))
+    return len(indices)
+
+
 def _open_store(
-    config: RunConfig, layout: str, splits: list[Pairs]
+    models: RunModels, layout: str, splits: list[Pairs]
 ) -> tuple[ReferenceStore | None, list[IndexArray]]:
     """(The store, on rank 0 and None on the others; what this pass is to score of every split)."""
-    store, todo = None, []
-    with collectives.same_error_everywhere():
-        if collectives.is_first():
-            contract = scoring_contract(config, layout)
-            store = open_store(store_root(config), contract)
-            if store.num_rows == 0:
-                for line in explain_miss(store_root(config), contract):
-                    _logger.info("reference: %s", line)
-            todo = [own_part(store.coverage(p.keys)[1], config.reference.part) for p in splits]
-    return store, collectives.broadcast(todo)
+    opened: ReferenceStore | None = None
+    root, part = store_root(models.config), models.config.reference.part
+
+    def look() -> list[IndexArray]:
+        nonlocal opened
+        contract = scoring_contract(models, layout)
+        opened = open_store(root, contract)
+        if opened.num_rows == 0:
+            for line in explain_miss(root, contract):
+                _logger.info("reference: %s", line)
+        return [own_part(opened.coverage(pairs.keys)[1], part) for pairs in splits]
+
+    todo = collectives.on_first(look)
+    return opened, todo
 
 
 def own_part(missing: IndexArray, part: str | None) -> IndexArray:
@@ -150,29 +175,25 @@ def own_part(missing: IndexArray, part: str | None) -> IndexArray:
     return missing[missing % count == number - 1]
 
 
-def _load_reference(
-    config: RunConfig, topology: Topology, device: torch.device
-) -> tuple[torch.nn.Module, str, Any]:
-    """(what `score` takes, its layout, the DeepSpeed engine or None)."""
-    model_dir = reference_model_dir(config)
+def _load_reference(models: RunModels, topology: Topology, device: torch.device) -> Reference:
+    """Whole on every rank when it fits, else in ZeRO-3 partitions."""
+    config, model_dir, start = models.config, models.reference, models.reference_adapter
     whole, reason = collectives.broadcast(_fits_whole(config, model_dir, topology, device))
     if topology.rank == 0:
         _logger.info("reference: %s (%s)", "whole on every rank" if whole else "ZeRO-3", reason)
-    start = reference_adapter_dir(config)
     if topology.rank == 0 and start is not None:
         _logger.info("reference: %s with the adapter %s", model_dir, start)
     sharding = (
         None if whole else ds_config.inference_config(config.model.dtype, topology.world_size)
     )
-    policy = load_policy(
-        model_dir, config.model, config.adapter if start is not None else None,
-        device=device, zero3=sharding, start=start,
-    )  # fmt: skip
+    adapter = config.adapter if start is not None else None
+    parts = PolicyParts(model_dir, config.model, adapter, start)
+    policy = load_policy(parts, device, sharding)
     scorer = PairScorer(policy.requires_grad_(False).eval())
     if sharding is None:
-        return scorer, settle_layout(scorer, scorer, config.model, device), None
+        return Reference(scorer, settle_layout(scorer, scorer, config.model, device))
     engine = zero.start_inference(scorer, sharding)
-    return engine, settle_layout(engine, scorer, config.model, device), engine
+    return Reference(engine, settle_layout(engine, scorer, config.model, device), engine)
 
 
 def _fits_whole(
@@ -199,30 +220,11 @@ def _weights_gib(config: RunConfig, model_dir: Path) -> float:
         setup = replace(
             make_setup(config, 1),
             shape=count_shape(config, None, str(model_dir)),
-            sharding=read_sizes("zero0"),
+            sharding=sharding_named("zero0"),
         )
-        return total(list(parameter_lines(setup))) / GIB
+        return total(parameter_sizes(setup)) / GIB
     stored = sum(path.stat().st_size for path in weight_files(model_dir, True))
     return stored / GIB * (2 if config.model.dtype == "float32" else 1)
-
-
-def _score_wave(
-    config: RunConfig,
-    model: torch.nn.Module,
-    store: ReferenceStore | None,
-    pairs: Pairs,
-    wave: Plan,
-    topology: Topology,
-    device: torch.device,
-) -> int:
-    """Scores this rank's share, gathers, and commits the wave on rank 0; pairs scored."""
-    wave_indices, wave_scores = score_on_all_ranks(
-        model, wave[topology.rank], pairs.token_ids, device, Terms(config.objective.ld_alpha)
-    )
-    with collectives.same_error_everywhere():
-        if store is not None:
-            store.append(pairs.keys[wave_indices], wave_scores, wave_indices)
-    return len(wave_indices)
 
 
 def _write_report(
@@ -250,8 +252,9 @@ def status(config: RunConfig) -> dict[str, Any]:
     if config.objective.reference_free:
         return {"not_needed": f"objective.loss {', '.join(config.objective.names)}"}
     report: dict[str, Any] = {"store_dir": str(store_root(config)), "layouts": {}}
-    for layout in ("packed", "padded"):
-        contract = scoring_contract(config, layout)
+    models = RunModels(config)
+    for layout in MASK_RULES:
+        contract = scoring_contract(models, layout)
         store = open_store(store_root(config), contract)
         coverage = {}
         for split in SPLITS:

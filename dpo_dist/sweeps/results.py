@@ -14,7 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
+from dpo_dist.metrics.curves import HELD_OUT, points
 from dpo_dist.metrics.writer import read_lines
+from dpo_dist.report import charts
 from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_atomic, write_json
 from dpo_dist.sweeps.points import Point, Sweep, state_of
@@ -32,7 +34,8 @@ PANELS = (  # title, name in the metrics file, name where there are no held-out 
     ("reward margin", "eval_rewards/margins", "rewards/margins"),
     ("training loss", "loss", "loss"),
 )
-MAX_LABELLED = 12  # points that a legend names
+FEW = 20  # values of a curve; so many have a dot each
+MAX_BARS = 24  # points whose accuracies are shown side by side
 
 Row = dict[str, Any]
 
@@ -127,33 +130,28 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _plot(sweep: Sweep, rows: Sequence[Row], path: Path) -> None:
-    """Curves of every point, and the final accuracies side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 2).flat
-    points = {point.name: point for point in sweep.points}
-    curves = {row["name"]: _lines(points[row["name"]]) for row in rows}
-    held_out = any("eval_loss" in line for lines in curves.values() for line in lines)
-    for axis, (title, name, fallback) in zip(axes, PANELS, strict=False):
-        expected = name if held_out else fallback
-        for label, lines in curves.items():
-            found = [
-                (line["step"], line[expected]) for line in lines if line.get(expected) is not None
-            ]
-            steps, values = zip(*found, strict=True) if found else ((), ())
-            axis.plot(steps, values, marker="." if len(found) < 20 else None, label=label)
-        where = "held-out" if expected.startswith("eval_") else "training"
-        axis.set_title(title if title.startswith(where) else f"{where} {title}")
-        axis.set_xlabel("optimizer step")
-    if len(rows) <= MAX_LABELLED:
-        figure.axes[0].legend(fontsize="x-small")
-    column = "eval_accuracy" if held_out else "train_accuracy"
-    best_last = list(reversed(rows))
-    last = figure.axes[3]
-    last.barh([row["name"] for row in best_last], [row[column] or 0.0 for row in best_last])
-    last.set_title(f"{'held-out' if held_out else 'training'} accuracy at the end")
-    last.tick_params(axis="y", labelsize="x-small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_atomic(path, image.getvalue())
+    """Curves of every point, and the final accuracies side by side in the curves' colors."""
+    lines_of = {point.name: _lines(point) for point in sweep.points}
+    held_out = any("eval_loss" in line for lines in lines_of.values() for line in lines)
+    with charts.drawing((12, 8)) as figure:
+        *curves, last = figure.subplots(2, 2).flat
+        colors = charts.ranked_colors(len(rows))
+        for axes, (title, name, fallback) in zip(curves, PANELS, strict=True):
+            name = name if held_out else fallback
+            for row, color in zip(rows, colors, strict=True):
+                steps, values = points(lines_of[row["name"]], name)
+                axes.plot(steps, values, marker="." if len(steps) < FEW else "", color=color)
+            where = "held-out" if name.startswith(HELD_OUT) else "training"
+            axes.set_title(title if title.startswith(where) else f"{where} {title}")
+            axes.set_xlabel("optimizer step")
+        column = "eval_accuracy" if held_out else "train_accuracy"
+        best = rows[:MAX_BARS]
+        last.barh(
+            [row["name"] for row in best],
+            [row[column] or 0.0 for row in best],
+            color=colors[: len(best)],
+        )
+        last.invert_yaxis()
+        of_all = f", best {len(best)} of {len(rows)}" if len(best) < len(rows) else ""
+        last.set_title(f"{'held-out' if held_out else 'training'} accuracy at the end{of_all}")
+        write_atomic(path, charts.png(figure))

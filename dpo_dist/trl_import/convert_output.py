@@ -3,7 +3,7 @@
 import re
 from typing import get_args
 
-from dpo_dist.config.training_section import Metric
+from dpo_dist.config.training_section import HeldOutMetric
 from dpo_dist.trl_import.convert_train import put_every
 from dpo_dist.trl_import.settings import OUR_DEFAULTS, Run
 
@@ -38,8 +38,8 @@ def _best(run: Run) -> None:
         note = f"{source}: nothing is held out; checkpoint.best_by needs evaluations"
         run.differs.append(note)
         return
-    if ours not in get_args(Metric):
-        names = ", ".join(get_args(Metric))
+    if ours not in get_args(HeldOutMetric):
+        names = ", ".join(get_args(HeldOutMetric))
         run.differs.append(f"metric_for_best_model: {metric}; checkpoint.best_by is one of {names}")
         return
     greater, natural = settings.get("greater_is_better"), not ours.endswith("loss")

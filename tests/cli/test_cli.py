@@ -4,12 +4,14 @@ import json
 
 import pytest
 from support.tiny_run import dpo_dist, succeed
+from typer.main import get_command
 
 import dpo_dist as package
+from dpo_dist.cli.app import app
 
 COMMANDS = (
-    "run", "prepare", "reference", "train", "export", "verify", "evaluate", "generate", "plan",
-    "config", "doctor", "status", "report", "judge", "import-trl",
+    "run", "sweep", "prepare", "reference", "train", "export", "verify", "push", "evaluate",
+    "generate", "judge", "doctor", "status", "report", "plan", "config", "import-trl",
 )  # fmt: skip
 
 
@@ -18,8 +20,12 @@ def test_the_version() -> None:
 
 
 def test_help_names_every_command() -> None:
-    said = succeed("--help").stdout
-    assert all(name in said for name in COMMANDS)
+    """All that there are, in this order, each with what it is for."""
+    _, _, listed = succeed("--help").stdout.partition(" Commands ")
+    rows = [line.strip("│ ").split(None, 1) for line in listed.splitlines()[1:] if "│" in line]
+    assert [name for name, _ in rows] == list(COMMANDS)
+    assert all(purpose.strip().endswith(".") for _, purpose in rows)
+    assert list(vars(get_command(app))["commands"]) == list(COMMANDS)
 
 
 def test_the_schema_is_json() -> None:

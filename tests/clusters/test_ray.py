@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -127,13 +126,13 @@ def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     assert len(addresses) == 2, "two ranks in two networks"
 
 
-def test_more_than_the_cluster_has_is_refused_within_seconds(
+def test_more_than_the_cluster_has_is_refused_before_anything_starts(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:
-    start = time.monotonic()
+    """Ray itself would wait for ever."""
     job = cluster.submit(local / "run.yaml", f"run.dir={tmp_path}", "ray.workers=16")
     output, _ = job.communicate(timeout=60)
-    assert job.returncode == 1 and time.monotonic() - start < 45
+    assert job.returncode == 1 and not list(tmp_path.iterdir())
     assert "error: the cluster has room for 0 workers of 1 GPUs and 1 CPUs (" in output
     assert "expected room for 16. Lower ray.workers, ray.gpus_per_worker" in output
 

@@ -15,6 +15,7 @@ import pytest
 from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
 from support.ranks import ROOT, wait_until
 from support.tiny_run import metrics_of, same_training
+from support.wheel import HIDDEN, build_wheel, install_wheel
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
 DPO = ROOT / "slurm" / "dpo.sh"
@@ -39,6 +40,7 @@ class Slurm:
     """Slurm's own commands on the test's cluster."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.blind = folder / "blind"  # seen by nodea only
         search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
@@ -222,22 +224,35 @@ def test_a_node_that_does_not_see_the_run_folder_is_named(
     assert not (out / "pairs").exists()
 
 
+def of_a_wheel(slurm: Slurm, folder: Path) -> Slurm:
+    """The same cluster for a user who has installed the wheel, and has a site.env of his own."""
+    installed = install_wheel(build_wheel(folder), folder / "venv")
+    site = folder / "our site.env"
+    site.write_text((ROOT / "slurm" / "site.env").read_text() + "echo this is our site\n")
+    user = Slurm(slurm.folder)
+    kept = {name: value for name, value in user.environment.items() if name not in HIDDEN}
+    search = f"{installed}:{kept['PATH']}"
+    user.environment = kept | {"PATH": search, "DPO_DIST_SITE": str(site)}
+    return user
+
+
 @pytest.mark.slow
 def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
     slurm: Slurm, local: Path, tmp_path: Path
 ) -> None:
     """One point is told to stop: it alone goes back into the queue, and both end done."""
     out = tmp_path / "out"
+    user = of_a_wheel(slurm, tmp_path)
     command = [
-        sys.executable, "-m", "dpo_dist", "sweep", local / "run.yaml", "objective.beta=0.1,0.5",
+        tmp_path / "venv/bin/dpo-dist", "sweep", local / "run.yaml", "objective.beta=0.1,0.5",
         f"run.dir={out}", *LONG, "slurm.nodes=2", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1",
         "slurm.gpus_per_node=0", "slurm.time='10'", "--slurm", "--train-only",
     ]  # fmt: skip
-    said = slurm.call(*command, cwd=tmp_path)
+    said = user.call(*command, cwd=tmp_path)
     ids = {line.split()[0]: line.split()[2] for line in said.splitlines()}
     assert list(ids) == ["inputs", "points", "table"]
     again = subprocess.run(
-        command, env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        command, env=user.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert again.returncode == 2
     assert "jobs of this sweep are in the queue (" in again.stderr
@@ -260,6 +275,8 @@ def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
     assert (out / "sweep" / "results.png").exists()
     (inputs,) = (out / "sweep").glob("inputs-*")
     assert len(list((inputs / "logs").glob("reference-*"))) == 1
+    logs = list(tmp_path.glob("*.log"))
+    assert len(logs) == 4 and all("this is our site" in log.read_text() for log in logs)
     assert not list(out.glob("sweep/beta=*/logs/reference-*"))
 
 

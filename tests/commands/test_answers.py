@@ -22,7 +22,7 @@ from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.answers.answer_files import read_answers
 from dpo_dist.data.answers.questions import read_questions
 from dpo_dist.data.tokens.tokenize import PairTokenizer
-from dpo_dist.engine.forward.generation import Answer, answer, stop_ids
+from dpo_dist.engine.forward.generation import Answer, Sampling, answer, stop_ids
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import ArtifactError, DataError, ModelFilesError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
@@ -81,12 +81,12 @@ def test_a_batch_says_what_its_prompts_say_alone(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path))
     model = tiny_model("llama", vocab_size=len(tokenizer))
     prompts = [[5, 6, 7, 8, 9, 10, 11], [8], [9, 30, 31], [40, 41], [7, 7, 7]]
-    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0}
-    alone = answer(model, tokenizer, prompts, **settings)
+    greedy = Sampling(9)
+    alone = answer(model, tokenizer, prompts, greedy)
     assert len({reply.text for reply in alone}) > 1
     for batch_size in (2, 5, 8):
-        assert answer(model, tokenizer, prompts, **settings, batch_size=batch_size) == alone
-    assert all(reply.cut and reply.num_tokens == 9 for reply in alone if reply.num_tokens == 9)
+        assert answer(model, tokenizer, prompts, greedy, batch_size=batch_size) == alone
+    assert {reply.cut for reply in alone if reply.num_tokens == 9} == {True}
 
 
 def test_an_answer_ends_at_the_tokenizers_end_too(tmp_path: Path) -> None:
@@ -94,17 +94,17 @@ def test_an_answer_ends_at_the_tokenizers_end_too(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path))
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
-    (whole,) = answer(model, tokenizer, [[5, 6]], **settings)
+    greedy = Sampling(6)
+    (whole,) = answer(model, tokenizer, [[5, 6]], greedy)
     assert (whole.num_tokens, whole.cut) == (6, True)
     first = int(model(torch.tensor([[5, 6]])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first]
     assert stop_ids(model, tokenizer) == sorted([first, tokenizer.eos_token_id])
-    (ended,) = answer(model, tokenizer, [[5, 6]], **settings)
+    (ended,) = answer(model, tokenizer, [[5, 6]], greedy)
     assert (ended.num_tokens, ended.cut) == (1, False)
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
-    assert answer(model, tokenizer, [[5, 6]], **settings) == [Answer("", 1, cut=False)]
+    assert answer(model, tokenizer, [[5, 6]], greedy) == [Answer("", 1, cut=False)]
 
 
 def test_top_p_narrows_sampling(tmp_path: Path) -> None:
@@ -112,12 +112,11 @@ def test_top_p_narrows_sampling(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path))
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    settings: dict[str, Any] = {"max_new_tokens": 8}
-    greedy = answer(model, tokenizer, [[5, 6, 7]], temperature=0.0, **settings)
+    greedy = answer(model, tokenizer, [[5, 6, 7]], Sampling(8))
     torch.manual_seed(0)
-    assert answer(model, tokenizer, [[5, 6, 7]], temperature=5.0, top_p=1e-6, **settings) == greedy
+    assert answer(model, tokenizer, [[5, 6, 7]], Sampling(8, 5.0, top_p=1e-6)) == greedy
     torch.manual_seed(0)
-    assert answer(model, tokenizer, [[5, 6, 7]], temperature=5.0, top_p=1.0, **settings) != greedy
+    assert answer(model, tokenizer, [[5, 6, 7]], Sampling(8, 5.0, top_p=1.0)) != greedy
 
 
 def test_later_turns_see_what_was_said(run_yaml: Path, questions: Path, tmp_path: Path) -> None:
@@ -134,7 +133,7 @@ def test_later_turns_see_what_was_said(run_yaml: Path, questions: Path, tmp_path
         said = found[question.question_id].answers
         for turn, text in enumerate(said):
             ids = prompts.prompt_ids(question.conversation(said[:turn]))
-            (alone,) = answer(model, tokenizer, [ids], max_new_tokens=5, temperature=0.0)
+            (alone,) = answer(model, tokenizer, [ids], Sampling(5))
             assert alone.text.strip() == text
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "mine.jsonl", "mine.jsonl.manifest", "question.jsonl",
@@ -317,7 +316,7 @@ def test_a_chat_through_a_pipe(run_yaml: Path) -> None:
     for line in lines[:2]:
         said.append({"role": "user", "content": line})
         ids = prompts.prompt_ids(said)
-        (reply,) = answer(model, tokenizer, [ids], max_new_tokens=6, temperature=0.0)
+        (reply,) = answer(model, tokenizer, [ids], Sampling(6))
         said.append({"role": "assistant", "content": reply.text.strip()})
         texts.append(reply.text)
     assert done.stdout == "".join(f"{text}\n" for text in (*texts, texts[0]))

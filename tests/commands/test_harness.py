@@ -120,7 +120,7 @@ def test_a_task_whose_rows_are_not_there(run_yaml: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "found", "remedy"),
     [
-        ({"names": "colors"}, "lm-eval has no task colors (of ", "Did you mean colors"),
+        ({"names": "colorz"}, "lm-eval has no task colorz (of ", "Did you mean colors"),
         ({"names": ","}, "--harness ','", "For example arc_easy,piqa."),
         ({"batch_size": "0"}, "--batch-size 0", "For example --batch-size 8."),
         ({"include_path": Path("nowhere")}, "--include-path nowhere is no folder", "Correct it."),

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -57,14 +58,34 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     }
     assert error_of(bad, tmp_path) == (
         f"{tmp_path}/run.yaml has 6 problems:\n"
-        "  run: missing, and it has no default\n"
+        "  run: missing; this key is required\n"
         "  model.dtyp: unknown key; did you mean dtype?\n"
         "  data.train.0.fromat: unknown key; did you mean format?\n"
-        "  data.on_empty: 'ignore'; input should be 'drop', 'raise' or 'keep'\n"
-        "  objective.beta: -1; input should be greater than 0\n"
+        "  data.on_empty: 'ignore'; expected 'drop', 'raise' or 'keep'\n"
+        "  objective.beta: -1; expected a number greater than 0\n"
         "  trian: unknown key; did you mean train?\n"
-        "expected keys and values as `dpo-dist config` explains them. Correct the lines above."
+        "expected keys and values that `dpo-dist config` lists. Fix the lines above."
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "line"),
+    [
+        ("train", {"learning_rate": "x"}, "train.learning_rate: 'x'; expected a valid number"),
+        ("train", {"warmup_ratio": 2},
+         "train.warmup_ratio: 2; expected a number less than or equal to 1"),
+        ("ray", {"placement": "NEAR"},
+         "ray.placement: 'NEAR'; expected 'PACK', 'SPREAD', 'STRICT_PACK' or 'STRICT_SPREAD'"),
+        ("data", {"train": []},
+         "data.train: []; list should have at least 1 item after validation, not 0"),
+        ("reference", {"part": "2"},
+         r"reference.part: '2'; string should match pattern '^[1-9]\d*/[1-9]\d*$'"),
+    ],
+)  # fmt: skip
+def test_a_value_that_a_key_cannot_have(
+    tmp_path: Path, section: str, value: dict[str, Any], line: str
+) -> None:
+    assert error_of(MINIMAL | {section: value}, tmp_path).splitlines()[1] == f"  {line}"
 
 
 def test_unknown_key_without_a_near_name_lists_the_valid_ones(tmp_path: Path) -> None:
@@ -72,60 +93,45 @@ def test_unknown_key_without_a_near_name_lists_the_valid_ones(tmp_path: Path) ->
     assert "logging.zzz: unknown key; valid: every_steps, tensorboard" in message
 
 
-def test_the_best_checkpoint_needs_an_evaluation_at_every_checkpoint(tmp_path: Path) -> None:
-    settings = {"best_by": "eval_loss", "every_steps": 250}
-    bad = MINIMAL | {"checkpoint": settings, "eval": {"every_steps": 100}}
-    assert (
-        "checkpoint.every_steps: 250 with eval.every_steps 100 and checkpoint.best_by eval_loss; "
-        "expected a multiple of eval.every_steps. A checkpoint needs an evaluation to be "
-        "compared by."
-    ) in error_of(bad, tmp_path)
-
-
-def test_patience_and_the_best_export_need_a_metric(tmp_path: Path) -> None:
-    message = error_of(
-        MINIMAL | {"eval": {"patience": 3}, "export": {"checkpoint": "best"}}, tmp_path
-    )
-    for key in ("eval.patience", "export.checkpoint: best"):
-        assert f"{key} without checkpoint.best_by; expected the metric to go by. Set it." in message
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         (
             "train",
-            "override 'train'; expected section.key=value. For example train.learning_rate=1e-6.",
+            "override 'train'; expected section.key=value. For example, train.learning_rate=1e-6.",
         ),
         (
             "data.train.3.limit=1",
-            "override 'data.train.3.limit=1': '3' is no entry of a list of 1; expected a "
-            "number from "
-            "0 to 0. For example data.train.0.limit=100.",
+            "override 'data.train.3.limit=1': '3' is not an index into a list of 1; expected an "
+            "index from 0 to 0. For example, data.train.0.limit=100.",
+        ),
+        (
+            "data.eval.0.limit=1",
+            "override 'data.eval.0.limit=1' names an entry of an empty list; expected a list with "
+            "entries. Override the whole list.",
         ),
         (
             "run.dir.x=1",
-            "override 'run.dir.x=1' goes into run.dir, which is 'runs/x'; expected a section. "
-            "Override the key itself.",
+            "override 'run.dir.x=1' goes inside run.dir, which is 'runs/x'; expected a section. "
+            "Override run.dir itself.",
         ),
         (
             "run.dir=[x",
             "override 'run.dir=[x' is not YAML (while parsing a flow sequence in \"<unicode "
             "string>\", line 1, column 1: [x ^ expected ',' or ']', but got '<stream end>' in "
-            '"<unicode string>", line 1, column 3: [x ^); expected section.key=value, the value as '
-            "in a YAML file. Correct it; text that is not YAML goes in quotes of its own: "
-            "\"run.dir='[x'\".",
+            '"<unicode string>", line 1, column 3: [x ^); expected section.key=value with a YAML '
+            "value. Quote text that is not YAML: \"run.dir='[x'\".",
         ),
         (
             "run.dir=2026-13-01",
             "override 'run.dir=2026-13-01' is not YAML (month must be in 1..12); expected "
-            "section.key=value, the value as in a YAML file. Correct it; text that is not YAML "
-            "goes in quotes of its own: \"run.dir='[x'\".",
+            "section.key=value with a YAML value. Quote text that is not YAML: \"run.dir='[x'\".",
         ),
     ],
 )
 def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
-    assert error_of(MINIMAL, tmp_path, override) == message
+    raw = MINIMAL | {"data": {"train": [{"path": "pairs.jsonl"}], "eval": []}}
+    assert error_of(raw, tmp_path, override) == message
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
@@ -135,8 +141,13 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         f"{tmp_path}/none.yaml: No such file or directory; expected a readable YAML run config. "
         "Start from one in examples/."
     )
-    assert "holds a list; expected a YAML mapping of sections" in error_of("- 1", tmp_path)
-    assert "is not YAML (" in error_of("a: [", tmp_path)
+    assert error_of("- 1", tmp_path) == (
+        f"{tmp_path}/run.yaml holds a list; expected a YAML mapping of sections. Start from one in "
+        "examples/."
+    )
+    message = error_of("a: [", tmp_path)
+    assert message.startswith(f"{tmp_path}/run.yaml is not YAML (while parsing a flow node")
+    assert message.endswith("); expected a YAML mapping of sections. Fix its syntax.")
 
 
 def test_config_is_frozen() -> None:
@@ -150,10 +161,10 @@ def test_problems_of_a_slurm_section() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(MINIMAL | {"slurm": slurm})
     assert str(caught.value).splitlines()[1:4] == [
-        "  slurm time: the number 43200, which is how YAML reads 12:00:00 without quotes; expected "
-        "text. Put it in quotes.",
+        "  slurm.time: 43200, which is how YAML reads an unquoted 12:00:00; expected text. Quote "
+        "it.",
         "  slurm.stages.train.node: unknown key; did you mean nodes?",
-        "  slurm.stages.trane.[key]: 'trane'; input should be 'doctor', 'prepare', 'reference', "
+        "  slurm.stages.trane.[key]: 'trane'; expected 'doctor', 'prepare', 'reference', "
         "'train', 'export', 'verify' or 'push'",
     ]
 

@@ -8,7 +8,7 @@ from support.tiny_models import tiny_model
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config.training_section import ModelSection
-from dpo_dist.engine.forward.generation import answer
+from dpo_dist.engine.forward.generation import Sampling, answer
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.model.load import load_model
 from dpo_dist.engine.model.policy import settle_layout
@@ -83,8 +83,8 @@ def test_temperature_samples(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path))
     model = tiny_model("llama", vocab_size=len(tokenizer))
     prompts = [[5, 6, 7], [8, 9]]
-    greedy = answer(model, tokenizer, prompts, max_new_tokens=8, temperature=0.0)
-    assert greedy == answer(model, tokenizer, prompts, max_new_tokens=8, temperature=0.0)
+    greedy = answer(model, tokenizer, prompts, Sampling(8))
+    assert greedy == answer(model, tokenizer, prompts, Sampling(8))
     torch.manual_seed(0)
-    sampled = answer(model, tokenizer, prompts, max_new_tokens=8, temperature=5.0)
+    sampled = answer(model, tokenizer, prompts, Sampling(8, temperature=5.0))
     assert sampled != greedy

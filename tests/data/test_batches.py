@@ -145,7 +145,7 @@ def test_the_rank_with_the_least_so_far_gets_the_largest_next() -> None:
     assert [[tokens_of(m, lengths) for m in rank] for rank in plan] == [[10, 3], [9, 4]]
 
 
-def test_a_tight_packing_that_levelling_misses_is_kept() -> None:
+def test_a_tight_packing_that_leveling_misses_is_kept() -> None:
     # 6+4, 5+5 and 4+3+3 fill three bins of 10; longest first into the emptiest overflows one
     lengths = np.array([6, 5, 5, 4, 4, 3, 3])
     plan = plan_micro_batches(lengths, range(7), 1, 10)

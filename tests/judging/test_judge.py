@@ -125,7 +125,6 @@ def test_429_is_waited_out_as_long_as_asked_for(files: tuple[Path, Path], tmp_pa
     assert result["all"]["table"]["base"]["win"] == 6
     assert len(server.requests) == 14
     assert server.requests[3].at - server.requests[2].at >= 1.0
-    assert server.requests[5].at - server.requests[4].at < 1.0
     assert server.requests[3].payload == server.requests[2].payload
 
 
@@ -236,7 +235,8 @@ def test_one_answer_that_is_too_long(files: tuple[Path, Path], tmp_path: Path) -
         assert result["all"]["error"] == 1 and result["all"]["n"] == 5
         server.answer = lambda *_: Answer(status=400, body="no such model")
         with pytest.raises(EndpointError, match="answered 400 \\(no such model\\)"):
-            judge(files, server.url, tmp_path / "other")
+            # one at a time: another would reach the server after the first has failed
+            judge(files, server.url, tmp_path / "other", limits=replace(LIMITS, concurrency=1))
         num_requests, server.answer = len(server.requests), larger_is_better
         assert judge(files, server.url, tmp_path / "out")["all"]["n"] == 6
         assert len(server.requests) == num_requests + 2
@@ -392,7 +392,7 @@ def test_a_disk_that_fills_up(files: tuple[Path, Path], tmp_path: Path) -> None:
     with serve(larger_is_better) as server:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
         try:
-            with pytest.raises(BaseException) as full:
+            with pytest.raises((OSError, BaseExceptionGroup)) as full:
                 judge(files, server.url, out)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.metrics.curves import change_of, displacement, points, smoothed
+from dpo_dist.metrics.curves import change_of, displacement, points, smoothed, spread
 
 
 def run_of(
@@ -70,3 +70,10 @@ def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
     assert smoothed([2.0] * 100) == pytest.approx([2.0] * 100)
     means = smoothed([0.0] * 100 + [1.0] * 100)
     assert means[99] == pytest.approx(0.0) and 0.9 < means[-1] < 1.0
+
+
+def test_lines_of_a_table_are_spread_evenly_with_both_ends() -> None:
+    lines = [{"step": step} for step in range(1, 102)]
+    assert [line["step"] for line in spread(lines, 5)] == [1, 26, 51, 76, 101]
+    assert spread(lines[:3], 20) == lines[:3]
+    assert spread(lines[:1], 6) == lines[:1]

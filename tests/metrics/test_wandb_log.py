@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_what_is_redacted() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_log, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError) as error:
         wandb_log.check_installed()
     assert str(error.value) == (

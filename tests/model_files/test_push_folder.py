@@ -10,8 +10,6 @@ from support.servers.push_server import TOKEN, Hub, Repository, point_at
 from dpo_dist.errors import HubError
 from dpo_dist.model_files.hub import push_folder
 
-pytest_plugins = ("support.servers.push_server",)  # the fixture `hub`
-
 FILES = {
     "README.md": b"---\ntags: [dpo]\n---\n", "config.json": b"{}", "empty.txt": b"",
     "model-00001-of-00002.safetensors": b"one" * 1000, "model-00002-of-00002.safetensors": b"two",

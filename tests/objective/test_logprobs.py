@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.live_bytes import LiveBytes
-from dpo_dist.objective.logprobs import LOGITS_BUDGET, completion_logps
+from dpo_dist.objective.logprobs import LOGITS_BUDGET, completion_terms
 
 C, D, V = 11, 6, 23
 
@@ -47,6 +47,11 @@ def inputs(
     targets[1] = targets[0]  # two positions that push the same row of the weight
     shift = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if bias else None
     return hidden.to(dtype), weight.to(dtype), targets, shift
+
+
+def completion_logps(*args: Tensor | None, **options: Any) -> Tensor:
+    logps, _ = completion_terms(*args, **options)  # pyright: ignore[reportArgumentType]
+    return logps
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -8,17 +8,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from datasets import Dataset
 from support.oracles.against_trl import (
-    ROWS,
     assert_same_loss_and_gradient,
     names_of,
     tiny_llama,
-    tiny_tokenizer,
+    trl_batch,
 )
 from support.oracles.plain_columns import plain_pair_logps
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo_dist.config.objective_section import (
     COUPLED,
@@ -32,26 +28,6 @@ from dpo_dist.objective.mixture import pair_losses
 from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import PairLogps, Terms
 from dpo_dist.objective.rewards import METRIC_NAMES, metric_means, metric_sums, reward_metrics
-
-
-def trl_batch(tmp_path: Path, batch_size: int, **config: Any) -> tuple[DPOTrainer, dict[str, Any]]:
-    """A real trainer with a policy unlike its reference, and its first training batch."""
-    trainer = DPOTrainer(
-        model=tiny_llama(seed=1),
-        ref_model=tiny_llama(seed=2),
-        args=DPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=batch_size,
-            activation_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to=[],
-            **config,
-        ),
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=tiny_tokenizer(),
-    )
-    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
 def our_logps(model: torch.nn.Module, batch: dict[str, Any], objective: Objective) -> PairLogps:

@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {
     "bf16": False,
     "use_cpu": True,
     "report_to": [],
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 
 

@@ -1,4 +1,4 @@
-"""The planner as its users see it: counts without weights, rows, JSON, dry run, errors."""
+"""The planner as its users see it: counts without weights, text, JSON, dry run, errors."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.model_shape import count_model
 from dpo_dist.errors import ConfigError, DataError, ModelFilesError
-from dpo_dist.inputs.sizes import count_shape
-from dpo_dist.planning.plan_text import as_dict, as_text
+from dpo_dist.inputs.setup import count_shape
+from dpo_dist.planning.run_plan import as_dict, as_text
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +57,17 @@ def test_parameters_are_counted_without_weights(tmp_path: Path, family: str) -> 
     assert shape.num_trained == shape.num_parameters and shape.head_trained
 
 
-@pytest.mark.parametrize("settings", [
-    {"rank": 4}, {"rank": 8, "target_modules": ["q_proj", "v_proj"]},
-    {"rank": 4, "use_dora": True}, {"rank": 4, "modules_to_save": ["lm_head"]},
-    {"rank": 4, "rank_pattern": {"q_proj": 9}, "exclude_modules": ["up_proj"]},
-    {"rank": 4, "target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4},
+        {"rank": 8, "target_modules": ["q_proj", "v_proj"]},
+        {"rank": 4, "use_dora": True},
+        {"rank": 4, "modules_to_save": ["lm_head"]},
+        {"rank": 4, "rank_pattern": {"q_proj": 9}, "exclude_modules": ["up_proj"]},
+        {"rank": 4, "target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
+    ],
+)
 def test_adapter_parameters_are_counted(tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = AdapterSection.model_validate(settings)
     model = tiny_model("llama")
@@ -145,7 +150,7 @@ def test_a_misfit_has_remedies(tmp_path: Path) -> None:
     assert plan.fits is False
     fitting = [remedy.change for remedy in plan.remedies if remedy.fits]
     assert "adapter.rank=16 (LoRA)" in fitting
-    assert "what would help, each by itself" in as_text(plan)
+    assert "what would help, each on its own" in as_text(plan)
     config = config_of(tmp_path, config.model.path, adapter={"rank": 16})
     changes = {r.change: r for r in make_plan(config, 1, 8).remedies}
     packed = changes["model.quantization=nf4 (QLoRA)"]
@@ -236,18 +241,18 @@ def test_a_token_in_the_environment_is_not_shown(
 
 
 def test_a_forward_ahead_and_no_reference_are_planned(prepared: Path) -> None:
-    def section(title: str, *overrides: str) -> dict[str, Any]:
+    def group(name: str, *overrides: str) -> dict[str, Any]:
         plan = make_plan(load_config(prepared, overrides), 2, None)
-        return {row.key: row for row in plan.sections[title]}
+        return {entry.key: entry for entry in plan.groups[name]}
 
-    plain, coupled = section("work"), section("work", "objective.loss=aot")
+    plain, coupled = group("work"), group("work", "objective.loss=aot")
     key = "training_gflop_per_token"
     forward = plain["forward_gflop_per_token"].value
     assert coupled[key].value == pytest.approx(plain[key].value + forward)
     assert coupled[key].why.endswith(
-        f"; + {forward:.3g} of a forward ahead of it, since aot sorts the pairs of a step"
+        f"; + {forward:.3g} of a forward ahead of them, since aot sorts the pairs of a step"
     )
-    assert section("work", "objective.loss=simpo")["reference_pflop"].value == 0
-    free = section("reference pass", "objective.loss=simpo")
+    assert group("work", "objective.loss=simpo")["reference_pflop"].value == 0
+    free = group("reference_pass", "objective.loss=simpo")
     assert free["needed"].why == "objective.loss simpo has no reference"
-    assert "reference_store_gib" not in section("disk", "objective.loss=simpo")
+    assert "reference_store_gib" not in group("disk", "objective.loss=simpo")

@@ -1,6 +1,8 @@
 """The report of a run: whole, partial and damaged runs, in a real browser, on a full disk."""
 
 import contextlib
+import html
+import itertools
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from support.ranks import ROOT
 from support.tiny_run import dpo_dist
 
@@ -24,6 +27,7 @@ from dpo_dist.data.screening.distributions import length_bias
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.errors import ArtifactError
 from dpo_dist.metrics.curves import PLOTS
+from dpo_dist.report.charts import COLORS
 from dpo_dist.report.sections import SHOWN
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import COMMIT_NAME, PAIRS_REPORT_NAME, TRAIN_STATE_NAME, RunDir
@@ -147,30 +151,59 @@ def test_a_browser_shows_it_without_a_complaint_or_a_request(whole: RunDir) -> N
     assert "Content Security Policy" in "".join(console_of(browse(asking, "--dump-dom")))
 
 
-@needs_browser
-def test_markup_in_texts_stays_text_and_every_picture_decodes(whole: RunDir) -> None:
-    page = report.run(whole.root)
-    lax = page.with_name("lax.html")  # without its policy: escaping alone has to hold
+def seen_by_browser(page: Path, script: str) -> Any:
+    """What a script finds in a page that is shown without its policy, so that it may run."""
+    lax = page.with_name("lax.html")
     text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
-    probe = "<script>onload = () => document.body.dataset.images = JSON.stringify("
-    probe += "[...document.images].map(i => [i.complete, i.naturalWidth]))</script>"
+    probe = f"<script>onload = () => document.body.dataset.seen = JSON.stringify({script})</script>"
     lax.write_text(text.replace("</body>", f"{probe}</body>"))
     dom = browse(lax, "--dump-dom").stdout
-    assert "<title>a &lt;b&gt; run</title>" in dom and "<script>document" not in dom
-    found = re.search(r'data-images="([^"]*)"', dom)
-    assert found is not None
-    assert json.loads(found.group(1)) == [[True, 1024]] * len(PLOTS)
-    assert dom.count("&lt;script&gt;document.title") >= 10
+    found = re.search(r'data-seen="([^"]*)"', dom)
+    assert found is not None, dom[-2000:]
+    return json.loads(html.unescape(found.group(1)))
 
 
 @needs_browser
-def test_the_screenshot_has_the_curves(whole: RunDir, tmp_path: Path) -> None:
+def test_markup_in_texts_stays_text(whole: RunDir) -> None:
+    page = report.run(whole.root)  # escaping alone has to hold
+    seen = seen_by_browser(
+        page, "[document.title, document.scripts.length, document.images.length]"
+    )
+    assert seen == ["a <b> run", 1, 0]
+    assert page.read_text().count("&lt;script&gt;document.title") >= 10
+
+
+@needs_browser
+def test_texts_of_a_chart_neither_overlap_nor_leave_it(whole: RunDir) -> None:
+    boxes = """[...document.querySelectorAll("svg")].map(s => [s, ...s.querySelectorAll("text")]
+        .map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom]))"""
+    found = seen_by_browser(report.run(whole.root), boxes)
+    assert len(found) == len(PLOTS) + 4
+    for (left, top, right, bottom), *texts in found:
+        assert right - left > 300 and len(texts) >= 2
+        for text in texts:
+            assert left <= text[0] and top <= text[1] and text[2] <= right and text[3] <= bottom
+        for one, two in itertools.combinations(texts, 2):
+            apart = one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1]
+            assert apart, (one, two)
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_screenshot_has_the_curves(whole: RunDir, tmp_path: Path, scheme: str) -> None:
     page, shot = report.run(whole.root), tmp_path / "shot.png"
-    browse(page, f"--screenshot={shot}", "--window-size=1280,2400", "--hide-scrollbars")
+    chosen = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    browse(page, f"--screenshot={shot}", "--window-size=1280,2400", "--hide-scrollbars", *chosen)
     pixels = (matplotlib.image.imread(shot)[..., :3] * 255).round()
     assert pixels.shape == (2400, 1280, 3)
-    for color in ((0, 114, 178), (213, 94, 0)):
-        assert (np.abs(pixels - color).max(axis=2) < 24).sum() > 500
+    for name, num_pixels in (
+        ("paper", 500_000),
+        ("panel", 500_000),
+        ("first", 500),
+        ("second", 500),
+    ):
+        color = [255 * part for part in to_rgb(COLORS[name][scheme == "dark"])]
+        assert (np.abs(pixels - color).max(axis=2) < 8).sum() > num_pixels, name
 
 
 def test_it_says_what_the_run_has(whole: RunDir) -> None:
@@ -189,7 +222,7 @@ def test_it_says_what_the_run_has(whole: RunDir) -> None:
     ):  # fmt: skip
         assert words in text, words
     assert "chosen is longer in 50% of pairs" in text
-    assert text.count('<svg class="chart"') == 4 and text.count(">biased<") == 1
+    assert text.count("<svg") == len(PLOTS) + 4 and text.count(">biased<") == 1
     names = {path.name for path in whole.report_dir.iterdir()}
     assert names == {"index.html"} | {f"{plot.name}.png" for plot in PLOTS}
 
@@ -199,7 +232,8 @@ def test_no_warning_where_none_is_due(whole: RunDir) -> None:
         line | {"logps/chosen": -200.0, "eval_logps/chosen": -200.0} for line in metric_lines()
     ]
     whole.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert 'class="warning"' not in report.run(whole.root).read_text()
+    text = report.run(whole.root).read_text()
+    assert 'class="warning"' not in text[: text.index("<section>")]
 
 
 def test_without_a_reference_there_is_no_before(whole: RunDir) -> None:
@@ -233,7 +267,27 @@ def test_while_training_writes_and_after_a_failure(whole: RunDir) -> None:
     write_json(whole.status_path, status | {"stages": stages})
     text = report.run(whole.root).read_text()
     assert "train failed: step 61: the loss is not finite" in text
-    assert "1 lines hold numbers that are not finite, first at step 61." in text
+    assert "Numbers that are not finite: 1 of 64 lines, first at step 61." in text
+    assert "generate.json is damaged: not shown." in text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a', b"\xff\xfe\x00", b": - :\n\t?"])
+def test_damaged_files_are_named_and_cost_their_sections_only(
+    whole: RunDir, content: bytes
+) -> None:
+    by_line = (whole.metrics_path, whole.samples_path)
+    damaged = (
+        whole.status_path, whole.config_path, whole.generate_path, whole.evaluate_path,
+        whole.verify_path, whole.doctor_path, whole.pairs_dir / PAIRS_REPORT_NAME,
+    )  # fmt: skip
+    for path in (*by_line, *damaged):
+        path.write_bytes(content)
+    text = report.run(whole.root).read_text()
+    for path in damaged:
+        assert f"{path.relative_to(whole.root)} is damaged: not shown." in text
+    assert text.count("is damaged") == len(damaged)
+    assert "No step has been trained yet." in text and "No pairs have been prepared yet." in text
+    assert "step-000040" in text and "ranks in training" in text
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -11,8 +11,15 @@ from support.prepared import WORDS, make_config, orca_row, report_of, write_json
 
 from dpo_dist.data.screening.distributions import describe_bias, is_biased, length_bias
 from dpo_dist.stages import prepare
+from dpo_dist.wording import nice_step
 
 EVIL = "<script>alert(1)</script>"
+
+
+def outward_links(page: str) -> list[str]:
+    """What a page would fetch: neither parts of itself nor the name of SVG's vocabulary."""
+    own = r'(href="|url\()#[\w-]+|xmlns(:\w+)?="[^"]*"|<link rel="icon" href="data:,">|&lt;img src'
+    return re.findall(r" src=|href=|url\(|https?:|@import", re.sub(own, "", page))
 
 
 def test_length_bias() -> None:
@@ -34,6 +41,13 @@ def test_length_bias() -> None:
 def test_what_counts_as_biased(longer: float, num_pairs: int, expected: bool) -> None:
     bias = {"chosen_longer": longer, "rejected_longer": 1 - longer}
     assert is_biased(bias, num_pairs) is expected
+
+
+@pytest.mark.parametrize(
+    ("span", "parts", "step"), [(100, 5, 20), (99, 5, 20), (1, 6, 0.2), (7, 7, 1), (0, 3, 1)]
+)
+def test_widths_of_bins_are_round(span: float, parts: int, step: float) -> None:
+    assert nice_step(span, parts) == pytest.approx(step)
 
 
 def test_histograms_count_every_pair_as_often_as_it_is_trained_on(tmp_path: Path) -> None:
@@ -88,10 +102,10 @@ def test_the_page_has_every_number_and_no_markup_of_the_users(tmp_path: Path) ->
     assert EVIL in refusal[0]  # a refusing template quotes the prompt
     assert not re.search(r"<(script|img|b>[^0-9])", page)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; refuse" in page
-    assert not re.search(r"( src=|href=|url\(|https?:|@import)", page.replace("&lt;img src=x", ""))
+    assert outward_links(page) == []
     for split in ("train", "eval"):
         assert f">{report['splits'][split]['pairs']:,}</b>" in page
-    assert page.count("<svg") >= 6 and "dropped" in page and "identical" in page
+    assert page.count("<svg") == 7 and "dropped" in page and "identical" in page
 
 
 def test_a_split_of_one_pair_and_a_page_without_held_out_pairs(tmp_path: Path) -> None:

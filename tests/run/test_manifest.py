@@ -30,7 +30,7 @@ def test_write_atomic_failure_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def test_atomic_dir_appears_only_at_the_end(tmp_path: Path) -> None:
-    final = tmp_path / "artefact"
+    final = tmp_path / "artifact"
     with manifest.atomic_dir(final) as partial:
         (partial / "x").write_text("1")
         assert not final.exists()
@@ -42,7 +42,7 @@ def test_atomic_dir_appears_only_at_the_end(tmp_path: Path) -> None:
     with manifest.atomic_dir(final) as partial:
         (partial / "y").write_text("3")
     assert os.listdir(final) == ["y"]
-    assert os.listdir(tmp_path) == ["artefact"]
+    assert os.listdir(tmp_path) == ["artifact"]
 
 
 def test_killed_atomic_dir_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
@@ -53,13 +53,13 @@ def test_killed_atomic_dir_leaves_nothing_under_the_final_name(tmp_path: Path) -
         "with atomic_dir(Path(sys.argv[1])) as p:\n"
         "    (p / 'x').write_text('1'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    final = tmp_path / "artefact"
+    final = tmp_path / "artifact"
     ended = subprocess.run([sys.executable, "-c", program, str(final)], timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not final.exists()
     with manifest.atomic_dir(final) as partial:
         assert os.listdir(partial) == []
-    assert os.listdir(tmp_path) == ["artefact"]
+    assert os.listdir(tmp_path) == ["artifact"]
 
 
 def test_digest_depends_on_values_not_on_key_order() -> None:

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.start_adapters import edited
 from support.tiny_run import fail_on, make_run, metrics_of
-from support.trained_weights import adapted
+from support.weights.start_adapters import edited
+from support.weights.trained_weights import adapted
 
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.model.policy import settle_layout
-from dpo_dist.model_files.of_run import start_adapter_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.reference.contract import complete_store
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.stages import export, generate, prepare, reference, train, verify
@@ -168,7 +168,7 @@ def scores_of_the_start(config: RunConfig, folder: Path, name: str) -> np.ndarra
 
     path = RunDir(config.run.dir).base_dir
     model: Any = load_model_of(folder)
-    if start_adapter_dir(config) is not None:
+    if RunModels(config).start_adapter is not None:
         model = peft.PeftModel.from_pretrained(model, folder / "sft")
     elif path.is_dir():
         from transformers import AutoModelForCausalLM
@@ -186,7 +186,7 @@ def check(name: str, folder: Path, two_ranks: list[dict[str, Any]]) -> None:
     config = config_of(folder, name)
     paths = RunDir(config.run.dir)
     pairs = open_pairs(paths.pairs_dir, "train")
-    held = complete_store(config, pairs.keys)
+    held = complete_store(RunModels(config), pairs.keys)
     assert held is not None
     stored = held[1].lookup(pairs.keys)
     assert np.abs(stored - scores_of_the_start(config, folder, name)).max() < 2e-4
@@ -203,7 +203,7 @@ def check(name: str, folder: Path, two_ranks: list[dict[str, Any]]) -> None:
     export.run(config)
     verify.run(config)
     assert json.loads(paths.verify_path.read_text())["passed"] is True
-    if start_adapter_dir(config) is not None:  # answers before are those of base and adapter
+    if RunModels(config).start_adapter is not None:  # answers before are those of base and adapter
         run_ranks(1, work, str(folder), name, "generate")
 
 

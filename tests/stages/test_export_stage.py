@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.data.tokens.templates import BUILTIN_TEMPLATES
-from dpo_dist.engine.export import weight_writer as weights
+from dpo_dist.engine.weights.safetensors_writer import TensorFile
 from dpo_dist.errors import ArtifactError, CheckpointError, DataError, ModelFilesError
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.stop_flag import SIGNALS, Stopped
@@ -261,13 +261,15 @@ def test_a_shard_index_that_leaves_the_folder_is_refused(
 def test_a_signal_ends_the_export_and_leaves_nothing(
     lora_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Signalled(weights.ShardedModel):
-        def write(self, name: str, tensor: torch.Tensor) -> None:
+    write = TensorFile.write
+
+    def signaled(file: TensorFile, name: str, tensor: torch.Tensor) -> None:
+        if name == "model.layers.1.mlp.up_proj.weight":
             os.kill(os.getpid(), signal.SIGUSR2)
-            super().write(name, tensor)
+        write(file, name, tensor)
 
     config = copy_of(lora_run, tmp_path)
-    monkeypatch.setattr(weights, "ShardedModel", Signalled)
+    monkeypatch.setattr(TensorFile, "write", signaled)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with pytest.raises(Stopped, match="export stopped by SIGUSR2"):
@@ -283,7 +285,7 @@ def test_a_full_disk_is_named(
 ) -> None:
     config = copy_of(lora_run, tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ArtifactError) as error:
         export.run(config)
     out = tmp_path / "out" / "export"
@@ -314,16 +316,17 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dpo_dist.config.run_config import load_config
-from dpo_dist.engine.export import weight_writer as weights
+from dpo_dist.engine.weights.safetensors_writer import TensorFile
 from dpo_dist.stages import export
 
-class Killing(weights.ShardedModel):
-    def write(self, name, tensor):
-        super().write(name, tensor)
-        if name == "model.layers.1.mlp.up_proj.weight":
-            os.kill(os.getpid(), signal.SIGKILL)
+write = TensorFile.write
 
-weights.ShardedModel = Killing
+def killing(file, name, tensor):
+    write(file, name, tensor)
+    if name == "model.layers.1.mlp.up_proj.weight":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TensorFile.write = killing
 export.run(load_config(Path(sys.argv[1]), sys.argv[2:]))
 """
 

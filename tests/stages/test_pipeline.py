@@ -26,6 +26,7 @@ from support.tiny_run import (
 from dpo_dist.config.run_config import load_config
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.engine.checkpoints.checkpoint import read_probe
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.reference.contract import complete_store
 
 pytestmark = pytest.mark.timeout(900)
@@ -258,7 +259,7 @@ def reference_of(run_yaml: Path, run_dir: Path) -> np.ndarray:
     """(N, 2) reference log-probs of the training pairs in a run's store."""
     config = load_config(run_yaml, [f"run.dir={run_dir}"])
     keys = open_pairs(run_dir / "pairs", "train").keys
-    held = complete_store(config, keys)
+    held = complete_store(RunModels(config), keys)
     assert held is not None
     return held[1].lookup(keys)
 

@@ -304,8 +304,9 @@ def test_real_ids_are_those_of_trls_trainer(tmp_path: Path) -> None:
         num_attention_heads=1,
     )  # fmt: skip
     arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, max_length=None, report_to=[]
-    )
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, max_length=None, report_to=[],
+        activation_checkpointing=False,
+    )  # fmt: skip
     trainer = DPOTrainer(
         LlamaForCausalLM(tiny),
         ref_model=LlamaForCausalLM(tiny),

@@ -17,8 +17,6 @@ from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.run.pipeline import stages_of
 from dpo_dist.stages import export, push, verify
 
-pytest_plugins = ("support.servers.push_server",)  # the fixture `hub`
-
 LORA = (
     "adapter.rank=3", "adapter.alpha=4", "export.dtype=float32", "export.base_model=me/base",
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The reference pass and training on ranks that see different disks, and what both refuse first."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,6 @@ from support.ranks import run_ranks
 from support.tiny_run import make_run
 
 from dpo_dist.config.run_config import load_config
-from dpo_dist.engine.model import quantized
 from dpo_dist.errors import ConfigError, DataError, DPODistError
 from dpo_dist.model_files import files as model_files
 from dpo_dist.run.topology import SINGLE_PROCESS, from_environment
@@ -84,10 +84,8 @@ def test_what_training_refuses_without_a_model_is_refused_before_the_reference_p
     kind: type[DPODistError],
     message: str,
 ) -> None:
-    from dpo_dist.metrics import wandb_log
-
-    for module in (quantized, wandb_log):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for package in ("bitsandbytes", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
     for variable, place in SINGLE_PROCESS.environment().items():
         monkeypatch.setenv(variable, place)
     config = load_config(run_yaml, [*overrides, "reference.store_dir=/nowhere"])

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from dpo_dist.run.topology import VARIABLES, Topology
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.02
 FAILURE_GRACE_S = 5.0  # for the other ranks to report what they saw
+# Not as a program: its file would then be imported a second time, under its own name.
+SERVER = "import sys; from support.ranks import serve; serve(int(sys.argv[1]))"
 SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "1000"}
 IMPORTED = ("deepspeed", "peft", "dpo_dist.stages.reference", "dpo_dist.stages.train")
 
@@ -151,12 +154,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 def _start(
     topology: Topology, folder: Path, worker: Callable[..., Any], args: tuple[Any, ...]
 ) -> ForkedProcess:
-    source = Path(cast(str, inspect.getsourcefile(worker)))
+    source, module = Path(cast(str, inspect.getsourcefile(worker))), worker.__module__
     inherited = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     pid = _ask(
         {
-            "folder": str(source.parent),
-            "module": source.stem,
+            "folder": str(source.parents[module.count(".")]),
+            "module": module,
             "function": worker.__name__,
             "args": args,
             "value_path": str(_value_path(folder, topology.rank)),
@@ -173,7 +176,7 @@ def _server() -> tuple[subprocess.Popen[bytes], Any]:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(theirs.fileno())],
+            [sys.executable, "-P", "-c", SERVER, str(theirs.fileno())],
             env=os.environ | SETTINGS | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
             pass_fds=[theirs.fileno()],
             start_new_session=True,
@@ -189,11 +192,11 @@ def _ask(request: dict[str, Any]) -> int | None:
     return json.loads(stream.readline())
 
 
-def _serve(connection: socket.socket) -> None:
-    """Forks a rank, or tells how one ended, for each line."""
+def serve(descriptor: int) -> None:
+    """Forks a rank, or tells how one ended, for each line from the socket `descriptor`."""
     for name in IMPORTED:
         importlib.import_module(name)
-    stream = connection.makefile("rw")
+    stream = socket.socket(fileno=descriptor).makefile("rw")
     for line in stream:
         request = json.loads(line)
         if "poll" in request:
@@ -217,6 +220,7 @@ def _become_a_rank(call: dict[str, Any]) -> None:
             os.dup2(output, stream)
         os.environ.clear()
         os.environ.update(call["environment"])
+        warnings.filterwarnings("error", module="dpo_dist")  # as pyproject.toml has it
         code = _run_worker(call)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -242,7 +246,3 @@ def _run_worker(call: dict[str, Any]) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from support.tiny_run import make_run
-from support.trained_weights import InMemory, adapted, randomly_trained
+from support.weights.trained_weights import InMemory, adapted, randomly_trained
 
 from dpo_dist.config.resume_identity import training_identity
 from dpo_dist.config.run_config import RunConfig, load_config
@@ -47,7 +47,11 @@ class TrainedRun:
 
 def make_trained_run(folder: Path, family: str = "llama", *overrides: str) -> TrainedRun:
     """Writes everything below `folder`; overrides are those of the command line."""
-    config = load_config(make_run(folder, family), list(overrides))
+    return trained_run(load_config(make_run(folder, family), list(overrides)))
+
+
+def trained_run(config: RunConfig) -> TrainedRun:
+    """Prepares the pairs of a run and writes a checkpoint as if it had been trained."""
     prepare.run(config)
     model_dir = Path(config.model.path)
     model: Any = load_model(model_dir, config.model, device=torch.device("cpu"))

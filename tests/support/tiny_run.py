@@ -49,15 +49,7 @@ SETTINGS: dict[str, Any] = {
 
 def make_run(folder: Path, family: str = "llama") -> Path:
     """Writes model/, train.jsonl, eval.jsonl and run.yaml (run.dir `out`); returns run.yaml."""
-    from transformers import AutoTokenizer
-
-    model_dir = make_tokenizer(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = tiny_model(family, vocab_size=len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(model_dir)
+    model_dir = write_model(folder / "model", family)
     for split, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
         write_rows(folder / f"{split}.jsonl", split, count)
     config = SETTINGS | {
@@ -69,6 +61,19 @@ def make_run(folder: Path, family: str = "llama") -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def write_model(folder: Path, family: str = "llama") -> Path:
+    """A random model and the tokenizer that fits it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder))
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, prefix: str, count: int, seed: int = 0) -> None:
@@ -136,7 +141,10 @@ def _command(*arguments: str) -> None:
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the clock and on the layout."""
-    clock = {"time", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+    clock = {
+        "time", "pairs_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu",
+        "peak_memory_gib",
+    }  # fmt: skip
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 

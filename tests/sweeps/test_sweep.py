@@ -2,18 +2,19 @@
 
 import csv
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
+import numpy as np
 import pytest
 import yaml
+from matplotlib import colormaps
 from support.tiny_run import dpo_dist, make_run, metrics_of, succeed
 
 from dpo_dist.config.keys import to_yaml
-from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ArtifactError, ConfigError
-from dpo_dist.model_files.of_run import base_model_dir
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.reference.contract import scoring_contract
 from dpo_dist.run.manifest import write_atomic
 from dpo_dist.run.status import update_stage
@@ -166,7 +167,7 @@ def test_all_points_are_checked_before_any_starts(run_yaml: Path, tmp_path: Path
     said = refused(run_yaml, "objective.beta=0.1,-1", "train.learning_rat=1,2", "run.seed=1,x")
     assert said.startswith("8 of the sweep's 8 points are not usable:\n  ")
     assert "train.learning_rat: unknown key; did you mean learning_rate? (8 of the points)" in said
-    assert "objective.beta: -1; input should be greater than 0 (4 of the points)" in said
+    assert "objective.beta: -1; expected a number greater than 0 (4 of the points)" in said
     assert "run.seed: 'x'; " in said
     assert said.endswith("Correct the lines above; nothing was started.")
     assert not (tmp_path / "out").exists()
@@ -248,8 +249,10 @@ def test_a_point_starts_from_the_base_that_prepare_made(tmp_path: Path) -> None:
     for point in plan_sweep(path, [BETAS, "model.pad_vocab_to_multiple=64"]).points:
         prepare.run(point.inputs.config)
         link_pairs(point)
-        own, shared = (scoring_contract(run.config, "packed") for run in (point, point.inputs))
-        assert own == shared and base_model_dir(point.config).name == "base"
+        own, shared = (
+            scoring_contract(RunModels(run.config), "packed") for run in (point, point.inputs)
+        )
+        assert own == shared and RunModels(point.config).base.name == "base"
 
 
 def test_the_table_is_sorted_by_held_out_accuracy_then_margin(run_yaml: Path) -> None:
@@ -270,6 +273,18 @@ def test_the_table_is_sorted_by_held_out_accuracy_then_margin(run_yaml: Path) ->
     assert [line["objective.beta"] for line in table] == ["0.3", "0.2", "0.1", "0.4"]
     assert json.loads(sweep.root.sweep_results_path.read_text())["points"][0]["name"] == "beta=0.3"
     assert sweep.root.sweep_plot_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_of_more_points_than_it_names(run_yaml: Path) -> None:
+    num_points = sweep_results.MAX_BARS + 6
+    betas = ",".join(f"{0.01 * number:.2f}" for number in range(1, num_points + 1))
+    sweep = plan_sweep(run_yaml, [f"objective.beta={betas}"], train_only=True)
+    for number, point in enumerate(sweep.points[:-1]):  # the last has not begun
+        finish(point, accuracy=number / num_points)
+    sweep_results.write_results(sweep, sweep_results.collect(sweep))
+    pixels = matplotlib.image.imread(sweep.root.sweep_plot_path)
+    for shade in colormaps["viridis"]([0.0, 0.45])[:, :3]:  # of the best and of the middle
+        assert (np.abs(pixels[..., :3] - shade).max(axis=2) < 0.02).sum() > 1000
 
 
 def test_without_held_out_pairs_training_metrics_sort(run_yaml: Path) -> None:
@@ -336,47 +351,3 @@ def test_the_same_command_again_tries_what_failed(tmp_path: Path) -> None:
     for attempt in (1, 2):
         assert dpo_dist("sweep", path, *arguments, "--train-only").returncode == 1
         assert attempts_at(sweep, "train") == [attempt, 1]
-
-
-def commands(run_yaml: Path, *flags: str) -> list[list[str]]:
-    arguments = [BETAS, "train.learning_rate=1e-3,1e-4,1e-5", "slurm.nodes=2", *flags]
-    said = succeed("sweep", run_yaml, *arguments, "--dry-run").stdout
-    return [shlex.split(line) for line in said.splitlines()]
-
-
-def test_on_slurm_one_job_an_array_and_the_table(run_yaml: Path, tmp_path: Path) -> None:
-    size = ("slurm.stages.reference.nodes=4", "slurm.stages.train.time='2:00:00'")
-    inputs, points, table = commands(run_yaml, *size, "--slurm", "--at-once", "4", "--train-only")
-    assert inputs[:3] == ["env", "DPO_STAGES=doctor prepare reference", "sbatch"]
-    assert "--nodes=4" in inputs and inputs[-1].startswith(f"run.dir={tmp_path}/out/sweep/inputs-")
-    assert points[1] == "DPO_STAGES=train" and points[3] == "sbatch"
-    assert points[2].startswith(f"DPO_SWEEP={tmp_path}/out/sweep/array-")
-    assert {"--array=0-5%4", "--dependency=afterok:ID_OF_INPUTS", "--time=2:00:00"} < {*points}
-    assert points[-1] == str(run_yaml)
-    assert "--dependency=afterany:ID_OF_POINTS" in table and "--nodes=1" in table
-    assert table[-1] == "--train-only" and BETAS in table
-    assert not (tmp_path / "out").exists()
-
-
-def test_on_ray_a_job_a_point(run_yaml: Path) -> None:
-    inputs, *points = commands(run_yaml, "--ray")
-    assert '{"env_vars": {"DPO_STAGES": "prepare reference"}}' in " ".join(inputs)
-    assert len(points) == 6
-    for point in points:
-        assert point[1:3] == ["job", "submit"] and "run.dir=" in point[-1]
-        assert '"DPO_STAGES": "train export verify"' in point[3]
-
-
-def test_an_element_of_an_array_has_its_own_overrides(
-    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file of element 1, as slurm/dpo.sh reads it, is the config of the second point."""
-    monkeypatch.syspath_prepend("launch")
-    import slurm_sweep
-
-    sweep = plan_sweep(run_yaml, [BETAS])
-    folder = slurm_sweep._write_array(sweep, list(sweep.points), dry_run=False)
-    overrides = (folder / "1").read_text().splitlines()
-    assert load_config(run_yaml, overrides) == sweep.points[1].config
-    assert sweep.points[1].paths.pairs_dir.is_symlink()
-    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]

@@ -24,6 +24,7 @@ from dpo_dist.metrics.writer import read_lines
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.topology import SINGLE_PROCESS
 from dpo_dist.stages import export, prepare, reference, train
+from dpo_dist.training.records import why_ended_early
 
 pytestmark = pytest.mark.timeout(900)
 BEST = ["checkpoint.best_by=eval_loss", "train.learning_rate=0.01", "eval.every_steps=2"]
@@ -143,9 +144,9 @@ def test_more_patience_goes_on_as_if_it_had_been_there(run_yaml: Path, ended: Pa
 def test_min_delta_decides_what_is_better(run_yaml: Path) -> None:
     evaluations = [record(step, {"loss": 1 - step / 100}) for step in (2, 4, 6)]
     config = load_config(run_yaml, EARLY)
-    assert train._early_stop(config, evaluations) is None
+    assert why_ended_early(config, evaluations) is None
     config = load_config(run_yaml, [*EARLY, "eval.min_delta=2.0"])
-    assert "by more than 2 (" in str(train._early_stop(config, evaluations))
+    assert "by more than 2 (" in str(why_ended_early(config, evaluations))
 
 
 @pytest.mark.parametrize("key", ["checkpoint.best_by=eval_loss", "eval.samples_every_steps=5"])
@@ -172,10 +173,10 @@ def sampling_worker(model_dir: str, stage: str, sampled: bool) -> dict[str, Any]
     from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
     from dpo_dist.data.tokens.templates import load_tokenizer
     from dpo_dist.engine.distributed import collectives
-    from dpo_dist.engine.forward.generation import answer_in_training
+    from dpo_dist.engine.forward.generation import Sampling, answer_in_training
     from dpo_dist.engine.forward.packing import pack_pairs
     from dpo_dist.engine.forward.pair_scorer import score_pairs
-    from dpo_dist.engine.model.policy import build_policy, settle_layout
+    from dpo_dist.engine.model.policy import PolicyParts, build_policy, settle_layout
     from dpo_dist.engine.sharding import ds_config, zero
     from dpo_dist.run.topology import from_environment
 
@@ -184,10 +185,9 @@ def sampling_worker(model_dir: str, stage: str, sampled: bool) -> dict[str, Any]
         train = TrainSection(deepspeed=stage, learning_rate=1e-2, warmup_ratio=0.0)  # pyright: ignore
         model = ModelSection(path=model_dir, dtype="float32")  # pyright: ignore
         sharding = ds_config.training_config(train, "float32", topology.world_size)
-        engine, scorer = build_policy(
-            Path(model_dir), model, AdapterSection(rank=4, dropout=0.3), train,  # pyright: ignore
-            sharding=sharding, num_steps=3, device=device, seed=0,
-        )  # fmt: skip
+        adapter = AdapterSection(rank=4, dropout=0.3)  # pyright: ignore
+        parts = PolicyParts(Path(model_dir), model, adapter)
+        engine, scorer = build_policy(parts, train, sharding, num_steps=3, device=device, seed=0)
         settle_layout(engine, scorer, model, device)
         tokenizer = load_tokenizer(Path(model_dir), None, False)
         losses, answers = [], []
@@ -201,9 +201,8 @@ def sampling_worker(model_dir: str, stage: str, sampled: bool) -> dict[str, Any]
             if sampled:
                 prompts = [[5, 6, 7], [20, 21], [30]]
                 answers += answer_in_training(
-                    engine, tokenizer, prompts, device=device, seed=1,
-                    max_new_tokens=6, temperature=1.0,
-                )  # fmt: skip
+                    engine, tokenizer, prompts, Sampling(6, temperature=1.0), device=device, seed=1
+                )
         zero.take_down(engine)
     return {"losses": losses, "answers": answers, "random": float(torch.rand(()))}
 

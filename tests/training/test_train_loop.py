@@ -63,12 +63,14 @@ class Clock:
 
 def timed_worker(run_yaml: str, overrides: list[str]) -> None:
     """Trains by a clock on which a step takes STEP_S and everything between steps PAUSE_S."""
-    from dpo_dist.stages import train
+    from dpo_dist.engine.sharding import zero
+    from dpo_dist.training import records
 
-    clock, pauses = Clock(), ("evaluate", "_save", "_sample")
-    train.time = clock  # pyright: ignore[reportAttributeAccessIssue]
-    for name, seconds in [("optimizer_step", STEP_S), *((pause, PAUSE_S) for pause in pauses)]:
-        setattr(train, name, clock.timed(getattr(train, name), seconds))
+    clock = Clock()
+    records.time = clock  # pyright: ignore[reportAttributeAccessIssue]
+    zero.update = clock.timed(zero.update, STEP_S)
+    for pause in ("evaluate", "save", "sample"):
+        setattr(records.Records, pause, clock.timed(getattr(records.Records, pause), PAUSE_S))
     worker(run_yaml, overrides)
 
 
@@ -109,15 +111,15 @@ def stopped_worker(run_yaml: str, overrides: list[str]) -> None:
     import pytest
 
     from dpo_dist.run.stop_flag import Stopped
-    from dpo_dist.stages import train
+    from dpo_dist.training.job import Job
 
-    def step_of_the_signal(job: Any, step: int, stop: Any) -> Any:
+    def step_of_the_signal(job: Any, step: int) -> Any:
         if step == STOPPED_AT:
             os.kill(os.getpid(), signal.SIGUSR2)
-        return real(job, step, stop)
+        return real(job, step)
 
-    real = train.optimizer_step
-    train.optimizer_step = step_of_the_signal
+    real = Job.micro_batches
+    Job.micro_batches = step_of_the_signal
     with pytest.raises(Stopped, match=f"stopped after step {STOPPED_AT} of"):
         worker(run_yaml, overrides)
 

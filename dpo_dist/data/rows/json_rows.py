@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.data.rows.row import Row, as_object, type_name
 from dpo_dist.errors import DataError
+from dpo_dist.reference.arrays import IntArray
 
-IntArray = npt.NDArray[np.int64]
 Span = tuple[int, int, int]  # first byte, byte after the last, line number from 1
 
 _UTF8_BOM = b"\xef\xbb\xbf"

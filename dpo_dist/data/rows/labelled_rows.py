@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.rows.formats import LABELLED_COLUMNS, detect_format, rename_columns
@@ -19,9 +18,9 @@ from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.row import Row, type_name
 from dpo_dist.data.rows.table_rows import TableRows
 from dpo_dist.errors import DataError
+from dpo_dist.reference.arrays import IntArray
 from dpo_dist.run.manifest import digest_of
 
-IntArray = npt.NDArray[np.int64]
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _PROMPT_COLUMNS = ("prompt", "question", "system", "tools")
 NONE = -1  # in place of the row of a partner

@@ -38,9 +38,9 @@ from dpo_dist.data.rows.table_rows import (
     open_parquet,
 )
 from dpo_dist.errors import DataError
+from dpo_dist.reference.arrays import IntArray
 from dpo_dist.run.manifest import digest_of_file
 
-IntArray = npt.NDArray[np.int64]
 Rows = JsonRows | TableRows | LabelledRows | StreamRows
 Kind = Literal["json", "parquet", "csv", "folder", "hub"]
 SUFFIXES: dict[str, Kind] = {

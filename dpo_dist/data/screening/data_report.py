@@ -13,7 +13,8 @@ from rich.table import Table
 
 from dpo_dist.data.drop_reasons import CODES, DROP_REASONS, KEPT, NOTE_BITS, NOTES
 from dpo_dist.data.screening.distributions import describe_bias, histograms, is_biased, length_bias
-from dpo_dist.data.screening.tokenized_rows import IntArray, PairColumns
+from dpo_dist.data.screening.tokenized_rows import PairColumns
+from dpo_dist.reference.arrays import IntArray
 
 PERCENTILES = (50, 90, 99, 100)
 NUM_REFUSALS = 3  # how many refusals of the template are shown

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.drop_reasons import KEPT
-from dpo_dist.data.screening.tokenized_rows import IntArray, PairColumns
+from dpo_dist.data.screening.tokenized_rows import PairColumns
+from dpo_dist.reference.arrays import IntArray
 from dpo_dist.wording import nice_step
 
 NUM_BINS = 60

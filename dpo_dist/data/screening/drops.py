@@ -25,8 +25,9 @@ from dpo_dist.data.drop_reasons import (
     Reason,
 )
 from dpo_dist.data.pairs import SPLITS, Split
-from dpo_dist.data.screening.tokenized_rows import KeyArray, PairColumns
+from dpo_dist.data.screening.tokenized_rows import PairColumns
 from dpo_dist.errors import DataError
+from dpo_dist.reference.arrays import KeyArray
 
 BoolArray = npt.NDArray[np.bool_]
 LENGTH_MULTIPLE = 8

@@ -19,10 +19,8 @@ import pyarrow as pa
 from dpo_dist.data.drop_reasons import NOTE_BITS, TRUNCATED
 from dpo_dist.data.pairs import Split, key_column, list_lengths
 from dpo_dist.data.rows.sources import Source, count_copies
+from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
-
-IntArray = npt.NDArray[np.int64]
-KeyArray = npt.NDArray[np.bytes_]
 
 _IDS = pa.list_(pa.int32())
 _KEY = pa.binary(KEY_BYTES)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from dpo_dist.data.drop_reasons import KEPT
 from dpo_dist.data.pairs import DATA_NAME, SCHEMA, digest_of_keys
-from dpo_dist.data.screening.tokenized_rows import IntArray, PairColumns, read_scratch
+from dpo_dist.data.screening.tokenized_rows import PairColumns, read_scratch
+from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE
 
 # What `datasets` reads beside the Arrow file; it takes the columns from the file itself.
@@ -29,7 +29,7 @@ def write_pairs(folder: Path, columns: PairColumns | None, scratch_path: Path) -
     Returns the digest of the pairs.
     """
     folder.mkdir(parents=True)
-    keys: list[npt.NDArray[np.bytes_]] = [np.empty(0, dtype=KEY_DTYPE)]
+    keys: list[KeyArray] = [np.empty(0, dtype=KEY_DTYPE)]
     path = str(folder / DATA_NAME)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         if columns is not None:

@@ -19,16 +19,14 @@ K probe pairs.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import torch as safetensors
 
-from dpo_dist.config.training_section import Metric
+from dpo_dist.config.training_section import HeldOutMetric
 from dpo_dist.engine.checkpoints.commit import (
     Files,
     commit,
@@ -37,6 +35,7 @@ from dpo_dist.engine.checkpoints.commit import (
     remove_leftovers,
 )
 from dpo_dist.engine.checkpoints.retention import newest_plausible, prune, quarantine, supersede
+from dpo_dist.engine.checkpoints.shard_loader import load_shards, own_step_counts
 from dpo_dist.engine.checkpoints.shard_writer import ShardWriter
 from dpo_dist.engine.checkpoints.train_state import (
     TrainState,
@@ -51,24 +50,24 @@ from dpo_dist.engine.checkpoints.universal import (
 )
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, disk_errors_as
 from dpo_dist.metrics.evaluations import ranked_steps
+from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.run.manifest import fsync_dir
 from dpo_dist.run.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir, rng_name
 
-LogpArray = npt.NDArray[np.float32]
-IndexArray = npt.NDArray[np.int64]
+Value = TypeVar("Value")
 
 
 def save(
     engine: Any,
     checkpoints_dir: Path,
     state: TrainState,
-    probe_indices: IndexArray,
+    probe_indices: IntArray,
     probe_logps: LogpArray,
     *,
     keep: int,
-    best_by: Metric | None = None,
+    best_by: HeldOutMetric | None = None,
 ) -> Path:
     """Commits a checkpoint of all ranks and prunes to the `keep` newest; returns its folder.
 
@@ -81,18 +80,9 @@ def save(
     run = _run_dir(checkpoints_dir)
     final = run.checkpoint_dir(state.step)
     partial = checkpoints_dir / f".{final.name}.partial"
-    with _alone("write", partial):
-        if collectives.is_first():
-            checkpoints_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(checkpoints_dir, "step-")
-            partial.mkdir()
+    _written_by_first(partial, lambda: _make_partial(checkpoints_dir, partial))
     files = _write_together(engine, partial, state, probe_indices, probe_logps)
-    with _alone("commit", partial):
-        if collectives.is_first():
-            commit(partial, files)
-            supersede(run, state.step)
-            os.replace(partial, final)
-            fsync_dir(checkpoints_dir)
+    _written_by_first(partial, lambda: _commit(run, partial, final, files, state.step))
     if collectives.is_first():
         prune(checkpoints_dir, keep, ranked_steps(state.evaluations, best_by))
     return final
@@ -106,8 +96,7 @@ def choose_resume(checkpoints_dir: Path, resume: Path | Literal["auto"]) -> Path
     """
     if resume == "auto":
         return newest_committed(checkpoints_dir)
-    with _alone("read", resume):
-        files = read_committed(resume) if collectives.is_first() else {}
+    files = _read_by_first(resume, lambda: read_committed(resume))
     changed = _find_changed_together(resume, files)
     if changed:
         raise CheckpointError(changed, "the committed content", "Resume from another checkpoint.")
@@ -123,11 +112,7 @@ def newest_committed(checkpoints_dir: Path) -> Path | None:
     """
     run, refused = _run_dir(checkpoints_dir), set[Path]()
     while True:
-        candidate = None
-        with _alone("read", checkpoints_dir):
-            if collectives.is_first():
-                candidate = newest_plausible(run, refused)
-        candidate = collectives.broadcast(candidate)
+        candidate = _read_by_first(checkpoints_dir, lambda: newest_plausible(run, refused))
         if candidate is None:
             return None
         step_dir, files = candidate
@@ -154,17 +139,17 @@ def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainSt
     universal = engine.load_universal_checkpoint()
     assert universal == convert, f"load_universal is {universal}, expected {convert}"
     if convert:
-        _load_shards(engine, prepare_universal(step_dir))
-        _own_step_counts(engine)
+        load_shards(engine, prepare_universal(step_dir))
+        own_step_counts(engine)
         discard_universal(step_dir)
     else:
-        _load_shards(engine, step_dir)
+        load_shards(engine, step_dir)
     if state.world_size == world_size:
         restore_rng(torch.load(step_dir / rng_name(rank), weights_only=True))
     return state
 
 
-def read_probe(step_dir: Path) -> tuple[IndexArray, LogpArray]:
+def read_probe(step_dir: Path) -> tuple[IntArray, LogpArray]:
     """(pair indices (K,), log-probs of chosen and rejected (K, 2)) of a verified checkpoint."""
     tensors = safetensors.load_file(step_dir / PROBE_NAME)
     return tensors["pair_index"].numpy(), tensors["logps"].numpy()
@@ -174,7 +159,7 @@ def _write_together(
     engine: Any,
     partial: Path,
     state: TrainState,
-    probe_indices: IndexArray,
+    probe_indices: IntArray,
     probe_logps: LogpArray,
 ) -> Files:
     """Every rank writes its part; the records of all files, or CheckpointError on every rank."""
@@ -222,45 +207,9 @@ def _saving_through(engine: Any, writer: ShardWriter) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def _load_shards(engine: Any, folder: Path) -> None:
-    loaded, _ = engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, custom_load_fn=_load_trainable
-    )
-    assert loaded is not None, f"no shards in {folder}"
-
-
-def _own_step_counts(engine: Any) -> None:
-    """Gives every sub-group of ZeRO-3 a step count of its own, where its optimizer wants it.
-
-    DeepSpeed hands one CPU tensor to all of them: torch's AdamW would count it up once a
-    sub-group, and its fused form takes counts on the device of the parameters only.
-    """
-    optimizer = engine.optimizer.optimizer
-    fused = bool(optimizer.defaults.get("fused"))
-    for parameter, state in optimizer.state.items():
-        if isinstance(state.get("step"), torch.Tensor):
-            device = parameter.device if fused else torch.device("cpu")
-            state["step"] = state["step"].detach().clone().to(device)
-
-
-def _load_trainable(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Loads a module's weights, of which only frozen ones may be missing."""
-    result = dst.load_state_dict(src, strict=False)
-    parameters = dst.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-    wrong = [*sorted(set(result.missing_keys) - frozen), *result.unexpected_keys]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint and the model disagree about {wrong[0]} ({len(wrong)} parameters)",
-            "the trainable parameters of this model",
-            "Resume with the model and adapter settings that wrote the checkpoint.",
-        )
-
-
 def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     """What is damaged, if anything; every rank reads its share of the files."""
     rank, world_size = collectives.place()
-    files = collectives.broadcast(files)
     changed: list[str] = []
     unreadable = None
     try:
@@ -276,25 +225,47 @@ def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     return next((found[0] for found, _ in reports if found), None)
 
 
-@contextlib.contextmanager
-def _alone(action: str, path: Path) -> Iterator[None]:
+def _make_partial(checkpoints_dir: Path, partial: Path) -> None:
+    checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(checkpoints_dir, "step-")
+    partial.mkdir()
+
+
+def _commit(run: RunDir, partial: Path, final: Path, files: Files, step: int) -> None:
+    commit(partial, files)
+    supersede(run, step)
+    os.replace(partial, final)
+    fsync_dir(final.parent)
+
+
+def _written_by_first(partial: Path, work: Callable[[], None]) -> None:
     """File work of rank 0; its OSError becomes a CheckpointError on every rank."""
-    with collectives.same_error_everywhere():
+
+    def guarded() -> None:
         try:
-            yield
+            work()
         except OSError as error:
-            if action == "read":
-                raise CheckpointError(
-                    f"cannot read {path} ({error.strerror})",
-                    "a readable checkpoint",
-                    "Check the path and its permissions.",
-                ) from error
-            raise _not_written(path, f"rank 0: {error.strerror}") from error
+            raise _not_written(partial, f"rank 0: {error.strerror}") from error
+
+    collectives.on_first(guarded)
 
 
-def _not_written(path: Path, reason: str) -> CheckpointError:
+def _read_by_first(path: Path, work: Callable[[], Value]) -> Value:
+    """What rank 0 reads, on every rank; its OSError becomes a CheckpointError on every rank."""
+
+    def guarded() -> Value:
+        with disk_errors_as(
+            CheckpointError, f"cannot read {path}", "a readable checkpoint",
+            "Check the path and its permissions.",
+        ):  # fmt: skip
+            return work()
+
+    return collectives.on_first(guarded)
+
+
+def _not_written(partial: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} could not be written ({reason})",
+        f"{partial} could not be written ({reason})",
         "a writable folder with free space",
         "Fix this and start again: training continues from the checkpoint before.",
     )

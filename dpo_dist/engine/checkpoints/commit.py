@@ -15,23 +15,15 @@ import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpo_dist.errors import CheckpointError
-from dpo_dist.run.manifest import digest_of_file, fsync_dir, write_atomic, write_json
+from dpo_dist.run.manifest import FileRecord, digest_of_file, fsync_dir, write_atomic, write_json
 from dpo_dist.run.run_dir import COMMIT_NAME, MANIFEST_NAME
 
 HASHING_THREADS = 8  # hashlib releases the interpreter lock; beyond this the disk is the limit
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a file must be: bytes, and the hex SHA-256 of its content."""
-
-    size: int
-    sha256: str
 
 
 Files = Mapping[str, FileRecord]
@@ -89,13 +81,20 @@ def verify(folder: Path) -> dict[str, FileRecord]:
     return files
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Makes the files that another program wrote durable and records them."""
+def record_files(folder: Path, known: Files | None = None) -> dict[str, FileRecord]:
+    """Makes the files that another program wrote durable and records them.
+
+    Those in `known`, whose hash was taken while they were written, are not read again.
+    """
     sizes = _sizes(folder)
 
     def record(name: str) -> FileRecord:
         with (folder / name).open("rb") as stream:
             os.fsync(stream.fileno())
+        if known and name in known:
+            size = known[name].size
+            assert size == sizes[name], f"{name} has {sizes[name]} bytes instead of {size}"
+            return known[name]
         return FileRecord(sizes[name], digest_of_file(folder / name))
 
     with ThreadPoolExecutor(HASHING_THREADS) as pool:

@@ -14,17 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.engine.checkpoints.commit import commit, record_files, remove, verify
 from dpo_dist.engine.checkpoints.train_state import read_train_state
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, disk_errors_as
 from dpo_dist.run.manifest import digest_of_file, fsync_dir, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, UNIVERSAL_ORIGIN_NAME
+from dpo_dist.run.status import POLL_S
 
-POLL_S = 0.5
 ERROR_LINE = re.compile(r"[\w.]*(Error|Exception): ")
 # Each extracting process holds the optimizer shard of one rank, each merging one a parameter.
 EXTRACTING_PROCESSES = 2
@@ -104,17 +103,26 @@ def _origin(step_dir: Path) -> dict[str, str]:
 
 def _convert(step_dir: Path, target: Path) -> None:
     """Rank 0 runs DeepSpeed's converter while the others hear from it all the time."""
-    with _reported(step_dir):
-        # A name of its own: the converter of a killed attempt may still be writing to another.
-        partial = _first_only_dir(step_dir)
-        process = _start_converter(step_dir, partial) if partial else None
+    partial: Path | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def start() -> None:
+        nonlocal partial, process
+        with _failure_named(step_dir):
+            partial = _fresh_folder(step_dir)
+            process = _start_converter(step_dir, partial)
+
+    def finish() -> None:
+        assert process is not None and partial is not None, "rank 0 has started it"
+        with _failure_named(step_dir):
+            _finish(process, partial, step_dir, target)
+
     try:
+        collectives.on_first(start)
         # A conversion may take longer than the process group waits for one exchange.
         while collectives.broadcast(process is not None and process.poll() is None):
             time.sleep(POLL_S if process else 0)
-        with _reported(step_dir):
-            if process is not None and partial is not None:
-                _finish(process, partial, step_dir, target)
+        collectives.on_first(finish)
     finally:
         if process is not None and process.poll() is None:
             process.kill()
@@ -122,9 +130,8 @@ def _convert(step_dir: Path, target: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _first_only_dir(step_dir: Path) -> Path | None:
-    if not collectives.is_first():
-        return None
+def _fresh_folder(step_dir: Path) -> Path:
+    """A name of its own: the converter of a killed attempt may still be writing to another."""
     prefix = f".{step_dir.name}.universal."
     for leftover in step_dir.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -160,15 +167,11 @@ def _finish(process: subprocess.Popen[bytes], partial: Path, step_dir: Path, tar
     fsync_dir(target.parent)
 
 
-@contextlib.contextmanager
-def _reported(step_dir: Path) -> Iterator[None]:
-    state = read_train_state(step_dir)
-    with collectives.same_error_everywhere():
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{step_dir} of {state.world_size} ranks could not be converted ({error})",
-                "a converter that ends well, and free space of twice the checkpoint's size",
-                f"Fix this, or continue on {state.world_size} ranks.",
-            ) from error
+def _failure_named(step_dir: Path) -> contextlib.AbstractContextManager[None]:
+    num_ranks = read_train_state(step_dir).world_size
+    return disk_errors_as(
+        CheckpointError,
+        f"{step_dir} of {num_ranks} ranks could not be converted",
+        "a converter that ends well, and free space of twice the checkpoint's size",
+        f"Fix this, or continue on {num_ranks} ranks.",
+    )

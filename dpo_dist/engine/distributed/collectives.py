@@ -7,9 +7,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -161,20 +161,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-@contextlib.contextmanager
-def same_error_everywhere() -> Iterator[None]:
-    """Work that rank 0 does alone: its failure is raised on every rank instead of a hang.
+def on_first(work: Callable[[], Value]) -> Value:
+    """What `work` returns on rank 0, on every rank; all ranks call together.
 
-    Every rank enters; the body must do its work on rank 0 only.
+    Whatever one rank decides or does alone goes through here: its failure is raised on every rank
+    instead of leaving the others in a collective.
     """
     error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    error = broadcast(error)
+    value: Any = None
+    if is_first():
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+    error, value = broadcast((error, value))
     if error is not None:
         raise error
+    return value
 
 
 def place() -> tuple[int, int]:

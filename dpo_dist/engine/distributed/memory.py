@@ -5,8 +5,7 @@ import resource
 import torch
 
 from dpo_dist.engine.distributed import collectives
-
-GIB = 1 << 30
+from dpo_dist.planning.sizes import GIB
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,5 +1,6 @@
-"""The random generators of one rank, saved and put back."""
+"""The random generators of one rank, saved and put back; kernels that repeat themselves."""
 
+import os
 import random
 from typing import Any, cast
 
@@ -16,6 +17,16 @@ def rng_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+
+
+def make_deterministic() -> None:
+    """Only kernels that give the same bits every time, from now on; call it before CUDA starts.
+
+    torch raises RuntimeError where an operation has none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def restore_rng(states: dict[str, Any]) -> None:

@@ -18,12 +18,13 @@ from torch import nn
 
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.export.weight_changes import POLICY, adapter_changes
-from dpo_dist.engine.export.weight_writer import plan_model, write_model
+from dpo_dist.engine.export.weight_streams import model_weights, plan_model
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.weights.adapter_file import AdapterWeights
 from dpo_dist.engine.weights.base_weights import StoredModel, build_skeleton, open_base
-from dpo_dist.engine.weights.safetensors_stream import ShardedModel, read_tensor
+from dpo_dist.engine.weights.safetensors_reader import read_tensor
+from dpo_dist.engine.weights.safetensors_writer import TensorStream, write_shards
 from dpo_dist.errors import ConfigError
 from dpo_dist.model_files.files import (
     CONFIG_NAME,
@@ -70,12 +71,14 @@ def lengthen(
         else place.spec
         for name, place in base.places.items()
     }
-    model = ShardedModel(folder, specs, MAX_SHARD_BYTES)
-    for name, place in base.places.items():
-        tensor = read_tensor(place)
-        model.write(name, _lengthened(tensor, size, fresh) if name in tables else tensor)
-        del tensor  # before the next one is read
-    model.finish()
+    tensors = (
+        (
+            name,
+            _lengthened(read_tensor(place), size, fresh) if name in tables else read_tensor(place),
+        )
+        for name, place in base.places.items()
+    )
+    write_shards(folder, TensorStream(specs, tensors), MAX_SHARD_BYTES)
     write_json(folder / CONFIG_NAME, with_vocab_size(read_model_config(source), size))
     _copy_beside(source, folder)
     open_base(folder, trust_remote_code)  # raises if config and tensors no longer fit
@@ -100,7 +103,7 @@ def merge_start(
     trained = AdapterWeights(adapter_dir, policy, POLICY)
     changes = adapter_changes(base, policy, trained)
     plan = plan_model(base, changes, getattr(torch, dtype))
-    write_model(plan, trained, folder, MAX_SHARD_BYTES, lambda written: None)
+    write_shards(folder, model_weights(plan, trained), MAX_SHARD_BYTES)
     config = read_model_config(source)
     write_json(folder / CONFIG_NAME, model_config(config, dtype, plan.breaks_ties))
     _copy_beside(source, folder)

@@ -178,6 +178,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: 
             causal=True,
             window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
             softcap=scoring.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     else:
         from torch.nn.attention.varlen import varlen_attn

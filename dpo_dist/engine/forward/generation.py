@@ -9,8 +9,31 @@ from typing import Any
 
 import torch
 
+from dpo_dist.config.output_section import GenerateSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How long an answer may be, and how its tokens are drawn; temperature 0 decodes greedily."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None  # None: as the model's generation config
+
+    @classmethod
+    def of(cls, section: GenerateSection) -> "Sampling":
+        """That of the run config."""
+        return cls(section.max_new_tokens, section.temperature, section.top_p)
+
+    def options(self) -> dict[str, Any]:
+        """As transformers' `generate` takes them."""
+        drawn: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            drawn["temperature"] = self.temperature
+            drawn |= {} if self.top_p is None else {"top_p": self.top_p}
+        return drawn | {"max_new_tokens": self.max_new_tokens}
 
 
 @dataclass(frozen=True)
@@ -27,27 +50,17 @@ def answer(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float | None = None,
     batch_size: int = 1,
-    streamer: Any = None,
-    stop_if: Callable[[], bool] = lambda: False,
     device: torch.device | None = None,
-    in_step: bool = False,
+    **options: Any,
 ) -> list[Answer]:
-    """One answer a prompt, `batch_size` at a time; temperature 0 decodes greedily.
+    """One answer a prompt, `batch_size` at a time, each batch padded on the left behind a mask.
 
-    A batch is padded on the left, hidden by the attention mask. A `streamer` of transformers gets
-    the tokens as they come, of one prompt at a time. `stop_if` is asked after every token.
-    With `in_step` every rank goes on as long as any does, as gathering parameters needs it.
+    `device` is where the prompts go, by default to the model's parameters. Further options are
+    those of transformers' `generate`, such as a `streamer` or `stopping_criteria`.
     """
-    from transformers import StoppingCriteriaList
-
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     device = device or next(model.parameters()).device
@@ -60,15 +73,13 @@ def answer(
         output = model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=stops or None,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Asks(stop_if)]),
-            synced_gpus=in_step,
-            **sampling,
+            **sampling.options(),
+            **options,
         )
-        answers += [_answer(tokenizer, ids[width:], stops, max_new_tokens) for ids in output]
+        longest = sampling.max_new_tokens
+        answers += [_answer(tokenizer, ids[width:], stops, longest) for ids in output]
     return answers
 
 
@@ -76,12 +87,10 @@ def answer_in_training(
     engine: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
     device: torch.device,
     seed: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float | None = None,
 ) -> list[str]:
     """The answers of the policy inside a DeepSpeed engine around a PairScorer, on every rank.
 
@@ -92,6 +101,8 @@ def answer_in_training(
     """
     scorer, states, training = engine.module, rng_states(), engine.training
     rank, world_size = collectives.place()
+    # gathering parameters needs every rank to go on as long as any does
+    together = world_size > 1 and engine.zero_optimization_stage() == 3
     answers: dict[int, str] = {}
     engine.eval()
     try:
@@ -100,16 +111,22 @@ def answer_in_training(
             # a rank without a prompt left keeps the others company with the last one
             position = min(start + rank, len(prompts) - 1)
             torch.manual_seed(seed + position)
+            prompt = prompts[position]
             (own,) = answer(
-                scorer.policy, tokenizer, [prompts[position]], device=device,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                in_step=world_size > 1 and engine.zero_optimization_stage() == 3,
-            )  # fmt: skip
+                scorer.policy, tokenizer, [prompt], sampling, device=device, synced_gpus=together
+            )
             answers |= dict(collectives.gather((position, own.text)))
     finally:
         engine.train(training)
         restore_rng(states)
     return [answers[position] for position in range(len(prompts))]
+
+
+def stop_when(asked: Callable[[], bool]) -> Any:
+    """Stopping criteria for `answer` that ask after every token whether to end."""
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList([_Asks(asked)])
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -140,9 +157,9 @@ def _answer(tokenizer: Any, ids: torch.Tensor, stops: list[int], max_new_tokens:
 
 @dataclass(frozen=True)
 class _Asks:
-    """A stopping criterion of transformers: ends all rows when `stop_if` says so."""
+    """A stopping criterion of transformers: ends all rows when the answer is yes."""
 
-    stop_if: Callable[[], bool]
+    asked: Callable[[], bool]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stop_if(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.asked(), device=input_ids.device)

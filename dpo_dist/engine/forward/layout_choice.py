@@ -1,6 +1,7 @@
-"""Which layout a model is scored in: the packed one where it is right, found out by trying.
+"""How a model is scored: in the packed layout where that is right, found out by trying.
 
-Some synthetic pairs are scored packed and plainly, one sequence at a time with the model's own
+`settle` is the self-check after loading. It picks the attention kernel, then the layout. Some
+synthetic pairs are scored packed and plainly, one sequence at a time with the model's own
 logits. Both must agree, and a rejected completion must not notice other tokens in the chosen one.
 This tells a model that mixes tokens outside of its attention (state-space, linear attention,
 convolution) from one that does not, whatever its name.
@@ -11,17 +12,19 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.forward.attention import PackedAttentionError
+from dpo_dist.engine.forward.attention import Backend, PackedAttentionError
+from dpo_dist.engine.forward.backend_choice import choose_backend
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
-from dpo_dist.errors import DPODistError
+from dpo_dist.errors import ConfigError, DPODistError
 
 # Nats per token. Right tiny models of 18 families differ between layouts by up to 1e-6, 3e-3 and
 # 2e-2; a rejected completion whose unseen tokens change moves by exactly 0 in all three dtypes.
@@ -30,6 +33,56 @@ _NO_LEAK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _LONGEST_WINDOW = 512  # tokens; longer ones are not worth a probe that exceeds them
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a scorer scores from now on, and why."""
+
+    layout: Layout
+    layout_reason: str
+    backend: Backend
+    backend_reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"layout: {self.layout} ({self.layout_reason}); "
+            f"attention: {self.backend} ({self.backend_reason})"
+        )
+
+
+def settle(
+    scorer: PairScorer,
+    *,
+    layout: Literal["auto", "packed", "padded"] = "auto",
+    attention: Literal["auto", "flash_attn", "torch", "sdpa"] = "auto",
+    engine: nn.Module | None = None,
+    device: torch.device | None = None,
+) -> Settled:
+    """The self-check after loading: sets the scorer's attention backend and its layout.
+
+    `engine` is what the scorer runs in, such as DeepSpeed's, and `device` where it computes; by
+    default the scorer itself and the place of its parameters. All ranks of a process group call it
+    together and get the same layout. A padded layout that is asked for is taken unchecked.
+
+    Raises ConfigError for a layout or backend that this model cannot have here, and DPODistError
+    when neither layout gives the log-probs of the model's own logits.
+    """
+    parameter = next(base_of(scorer.policy).parameters())
+    place = parameter.device if device is None else device
+    backend, backend_reason = choose_backend(scorer.policy, attention, place, parameter.dtype)
+    scorer.backend = backend
+    chosen: tuple[Layout, str] = ("padded", "requested")
+    if layout != "padded":
+        chosen = choose_layout(engine or scorer, place)
+    scorer.layout, reason = chosen
+    if layout not in ("auto", scorer.layout):
+        raise ConfigError(
+            f"model.layout is {layout}, but {reason}",
+            "a layout in which the model scores right",
+            "Set model.layout to auto.",
+        )
+    return Settled(scorer.layout, reason, backend, backend_reason)
 
 
 @torch.no_grad()
@@ -112,8 +165,7 @@ def packed_fault(
         other = model(_with_other_chosen(packed), "packed")
     except PackedAttentionError as error:
         return str(error)
-    change = (other - scored)[:, 1:]
-    leak = max((change.squeeze(1).abs().cpu() / torch.tensor(packed.rejected_lengths)).tolist())
+    leak = ((other - scored).abs() / packed.lengths)[:, 1].max().item()
     if not leak <= _NO_LEAK[dtype]:
         return f"packed, other tokens in chosen move rejected by {leak:.1e} nats per token"
     return None
@@ -121,8 +173,7 @@ def packed_fault(
 
 def _per_token(difference: Tensor, packed: PackedPairs) -> float:
     """Largest difference of a completion's sum of log-probs, by its tokens; (B, 2) to nats."""
-    lengths = torch.tensor(packed.completion_lengths).view(-1, 2)
-    per_token = difference.abs().cpu() / lengths
+    per_token = difference.abs() / packed.lengths
     return float("inf") if per_token.isnan().any() else per_token.max().item()
 
 

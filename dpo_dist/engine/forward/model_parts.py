@@ -8,6 +8,9 @@ from torch import nn
 
 from dpo_dist.errors import ConfigError
 
+# how families call the number of experts of a layer
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
 
 def base_of(policy: nn.Module) -> Any:
     """The transformers model itself."""
@@ -63,8 +66,7 @@ def num_experts(policy: nn.Module) -> int:
             "a mixture of experts whose routers are known to transformers",
             "Set objective.router_aux_loss_coef to 0.",
         )
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next(getattr(config, name) for name in names if getattr(config, name, None))
+    return next(getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None))
 
 
 def logit_terms(config: Any) -> tuple[float, float | None]:

@@ -45,6 +45,11 @@ class PackedPairs:
         return tuple(length for pair in both for length in pair)
 
     @property
+    def lengths(self) -> Tensor:  # (B, 2)
+        """The same by pair, int64: how many tokens of chosen and of rejected are scored."""
+        return torch.tensor(self.completion_lengths, device=self.input_ids.device).view(-1, 2)
+
+    @property
     def target_lengths(self) -> tuple[int, ...]:
         """How the targets divide: `completion_lengths`, then B of prompts if these are scored."""
         prompts = (length - 1 for length in self.prompt_lengths if self.terms.prompt)
@@ -54,6 +59,11 @@ class PackedPairs:
     def num_tokens(self) -> int:
         """T: tokens of the row."""
         return self.input_ids.shape[1]
+
+    @property
+    def num_scored(self) -> int:
+        """C, and prompt tokens where these are scored: rows that reach the output head."""
+        return len(self.targets)
 
     @property
     def num_tokens_unshared(self) -> int:
@@ -89,6 +99,8 @@ def pack_pairs(
     [2, 3, 2, 6, 6, 8]
     >>> packed.completion_lengths
     (2, 1, 1, 2)
+    >>> packed.lengths.tolist()  # chosen, rejected of each pair
+    [[2, 1], [1, 2]]
     >>> packed.num_tokens, packed.num_tokens_unshared
     (10, 14)
     """
@@ -153,7 +165,7 @@ class PaddedPairs:
     )
 
 
-def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:
+def pad_pairs(packed: PackedPairs) -> PaddedPairs:
     """Unpack into 2B right-padded sequences for a model that must not see two in one row.
 
     The padding comes after all that is scored, so in a causal model nothing flows back from it.
@@ -166,7 +178,7 @@ def pad_pairs(packed: PackedPairs, pad_id: int = 0) -> PaddedPairs:
     """
     device = packed.input_ids.device
     sequences = unpack_sequences(packed)
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     width = input_ids.shape[1]
     num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]

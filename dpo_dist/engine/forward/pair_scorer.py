@@ -42,9 +42,9 @@ def score_pairs(model: nn.Module, packed: PackedPairs, layout: Layout | None = N
 class PairScorer(nn.Module):
     """A causal LM, with or without a peft adapter, as a module that scores packed pairs.
 
-    `layout` and `backend` are settled after loading, by `choose_layout` and `choose_backend`. The
-    model keeps the attention of the last layout it ran with, because a recomputed layer needs it
-    again in backward; call `use_own_attention` before it generates.
+    `layout` and `backend` are set after loading, by `settle`. The model keeps the attention of the
+    last layout it ran with, because a recomputed layer needs it again in backward; call
+    `use_own_attention` before it generates. Raises ConfigError for a head that cannot be used.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class PairScorer(nn.Module):
         self.layout: Layout = layout
         self.backend: Backend = backend
         self._own_attention: str = base_of(policy).get_correct_attn_implementation(None)
+        self.train(policy.training)  # a policy in eval mode keeps its dropout off
 
     def forward(self, packed: PackedPairs, layout: Layout | None = None) -> Tensor:
         """(B, K) float32 columns of `packed.terms`, in `layout` or the settled one.

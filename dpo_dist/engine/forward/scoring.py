@@ -4,41 +4,30 @@ N pairs of a wave, K columns of what is scored (2 unless other terms are asked f
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from dpo_dist.data.batches import MicroBatch
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
-from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.packing import PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
-
-TokenIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
-
-
-class MicroBatch(Protocol):
-    """Pairs of one forward; one that is not counted only keeps its rank in step."""
-
-    @property
-    def pair_indices(self) -> tuple[int, ...]: ...
-    @property
-    def counted(self) -> bool: ...
+from dpo_dist.reference.arrays import IntArray, LogpArray
 
 
 @torch.no_grad()
 def score(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
-    token_ids: Callable[[int], TokenIds],
+    token_ids: Callable[[int], PairIds],
     device: torch.device,
     terms: Terms = COMPLETIONS,
     *,
     dropout: bool = False,
     layout: Layout | None = None,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+) -> tuple[IntArray, LogpArray]:
     """This rank's counted pairs: indices (N,) and columns (N, K), completion log-probs first.
 
     Without `dropout` it is off while scoring and the model's mode is put back after. The layout is
@@ -63,12 +52,12 @@ def score(
 def score_on_all_ranks(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
-    token_ids: Callable[[int], TokenIds],
+    token_ids: Callable[[int], PairIds],
     device: torch.device,
     terms: Terms = COMPLETIONS,
     *,
     layout: Layout | None = None,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+) -> tuple[IntArray, LogpArray]:
     """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
     own = score(model, micro_batches, token_ids, device, terms, layout=layout)
     parts = collectives.gather(own)
@@ -78,11 +67,11 @@ def score_on_all_ranks(
 def look_ahead(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
-    token_ids: Callable[[int], TokenIds],
+    token_ids: Callable[[int], PairIds],
     device: torch.device,
     terms: Terms,
     rank: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], slice]:
+) -> tuple[IntArray, LogpArray, slice]:
     """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
 
     This rank's rows are in the order of its micro-batches. Dropout is as in training, and the

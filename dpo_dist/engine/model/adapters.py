@@ -29,7 +29,7 @@ def add_adapter(
     else:
         _check_names(model, adapter)
         config = _lora_config(adapter)
-    config.base_model_name_or_path = base_model_path
+    config.base_model_name_or_path = None  # peft puts the model's own name there, which may be none
     # ZeRO-3 gathers a layer's parameters together, which needs one dtype.
     try:
         policy: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore
@@ -39,6 +39,7 @@ def add_adapter(
             "modules and options that it takes",
             "Name other adapter.target_modules, or leave out adapter.use_dora and adapter.dropout.",
         ) from error
+    policy.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model_path
     if start is None:
         _check_patterns(policy, adapter)
     _refuse_partitions_beside_adapted(policy)
@@ -57,7 +58,8 @@ def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
     for wrapper in wrappers:
         module = wrapper.get_base_layer()
         adapted = {w.parameter_name for w in wrappers if w.get_base_layer() is module}
-        beside = [name for name in module._parameters if name not in adapted]
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        beside = [name for name, _ in own if name not in adapted]
         if beside and hasattr(getattr(module, wrapper.parameter_name), "ds_id"):
             raise ConfigError(
                 f"the adapter takes {', '.join(sorted(adapted))} of experts that have "
@@ -135,6 +137,13 @@ def _check_patterns(policy: Any, adapter: AdapterSection) -> None:
             )
 
 
-def write_adapter_config(policy: nn.Module, folder: str) -> None:
-    """Writes peft's adapter_config.json of a policy with an adapter."""
-    policy.peft_config[ADAPTER_NAME].save_pretrained(folder)  # pyright: ignore
+def write_adapter_config(policy: Any, folder: Path, base_model: str, revision: str | None) -> None:
+    """Writes adapter_config.json, which names the model the adapter belongs on."""
+    settings = policy.peft_config[ADAPTER_NAME]
+    # peft took the name of the skeleton, which has none
+    settings.base_model_name_or_path, settings.revision = base_model, revision
+    settings.inference_mode = True
+    for name, value in vars(settings).items():
+        if isinstance(value, set):  # its order would differ from one process to the next
+            setattr(settings, name, sorted(value))
+    settings.save_pretrained(str(folder))

@@ -1,7 +1,6 @@
 """Loading a model for scoring or training: whole on a rank, or straight into ZeRO-3 partitions."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.model.quantized import quantization_arguments, settle_quantized, true_numel
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.files import weight_files
-
-_logger = logging.getLogger(__name__)
 
 
 def load_model(

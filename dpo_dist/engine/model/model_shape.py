@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from dpo_dist.config.training_section import AdapterSection
-from dpo_dist.engine.forward.model_parts import base_of, output_module
+from dpo_dist.engine.forward.model_parts import EXPERT_COUNTS, base_of, output_module
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.quantized import count_quantized
 from dpo_dist.engine.sharding.optimizers import split_for_muon
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.files import read_model_config
-from dpo_dist.planning.estimate import ModelShape
+from dpo_dist.planning.setup import ModelShape
 
 
 def count_model(
@@ -116,8 +116,7 @@ def _count_active(policy: nn.Module, text: Any, experts: int) -> int:
     An embedding is looked up, not multiplied, unless it is the head too; of the experts only a
     token's own count.
     """
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    available = next(filter(None, (getattr(text, name, None) for name in names)), 1)
+    available = next(filter(None, (getattr(text, name, None) for name in EXPERT_COUNTS)), 1)
     share = experts / available if experts else 1.0
     embedding, head = base_of(policy).get_input_embeddings().weight, output_module(policy).weight
     active = 0.0

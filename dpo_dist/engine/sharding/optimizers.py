@@ -54,12 +54,13 @@ def _from_bitsandbytes(
             "a CUDA GPU, whose unified memory does the paging",
             f"Choose {name.removeprefix('paged_')} here.",
         )
-    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+    from bitsandbytes import optim
 
+    module: Any = optim  # its documented names, which it does not list in an __all__
     kinds: dict[str, Any] = {
-        "adamw_8bit": AdamW8bit,
-        "paged_adamw": PagedAdamW32bit,
-        "paged_adamw_8bit": PagedAdamW8bit,
+        "adamw_8bit": module.AdamW8bit,
+        "paged_adamw": module.PagedAdamW32bit,
+        "paged_adamw_8bit": module.PagedAdamW8bit,
     }
     return kinds[name](parameters, **settings)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_dist.engine.weights.safetensors_stream import Place, read_places, read_tensor
+from dpo_dist.engine.weights.safetensors_reader import Place, read_places, read_tensor
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.engine.weights.safetensors_stream import Place, read_places, read_tensor
+from dpo_dist.engine.weights.safetensors_reader import Place, read_places, read_tensor
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.files import read_model_config, weight_files
 

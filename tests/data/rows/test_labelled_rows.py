@@ -12,9 +12,8 @@ import pytest
 from support.prepared import make_config, pairs_of, report_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
-from dpo_dist.config.run_config import parse_config
 from dpo_dist.data.rows.sources import open_sources
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
 
 REAL_DATA = os.environ.get("DPO_DIST_REAL_DATA")
@@ -144,17 +143,6 @@ def test_a_file_of_other_columns(tmp_path: Path) -> None:
         "because the format is labelled. Map the file's names, for example "
         "data.train.0.columns={completion: answer}."
     )
-
-
-def test_a_labelled_stream_is_refused() -> None:
-    source = {"path": "org/data", "format": "labelled", "streaming": True}
-    with pytest.raises(ConfigError) as caught:
-        parse_config({"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [source]}})
-    assert (
-        "data.train.0.streaming: true with format labelled; expected a source that can be read by "
-        "position, since a partner may stand anywhere. Remove streaming, or pair the rows "
-        "beforehand."
-    ) in str(caught.value)
 
 
 @pytest.mark.skipif(REAL_DATA is None, reason="DPO_DIST_REAL_DATA is not set")

@@ -1,6 +1,7 @@
 """Streams: the rows a file would give, read once; what an error says. See also test_hub.py."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_a_damaged_file_in_mid_stream_is_placed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare.run(make_config(tmp_path, train=[{"path": str(path), "streaming": True}]))
     found = str(caught.value)
-    assert f"{path}[train]:26: the stream broke off (" in found or ":27: the stream" in found
+    # at the first row of the damaged file or at its damaged one, as `datasets` happens to read it
+    assert re.match(rf"{re.escape(str(path))}\[train\]:2[67]: the stream broke off \(", found)
     assert found.endswith(
         "expected rows to the end, or to the limit. Run `dpo-dist prepare` again, or set a limit "
         "below this row."

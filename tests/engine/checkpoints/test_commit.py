@@ -17,7 +17,7 @@ from dpo_dist.engine.checkpoints.commit import (
     verify,
 )
 from dpo_dist.errors import CheckpointError
-from dpo_dist.run.manifest import digest_of_file
+from dpo_dist.run.manifest import FileRecord, digest_of_file
 from dpo_dist.run.run_dir import COMMIT_NAME, MANIFEST_NAME
 
 SHARDS = {f"zero_pp_rank_{rank}_optim_states.pt": bytes([rank]) * 100 for rank in (0, 1)}
@@ -29,6 +29,17 @@ def committed(folder: Path, contents: dict[str, bytes] = SHARDS) -> Path:
         (folder / name).write_bytes(content)
     commit(folder, record_files(folder))
     return folder
+
+
+def test_a_file_that_was_hashed_while_it_was_written_is_not_read_again(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"content")
+    told = FileRecord(7, "the hash that its writer took")
+    records = record_files(tmp_path, {"a": told})
+    assert records == {"a": told, "b": FileRecord(7, digest_of_file(tmp_path / "b"))}
+    (tmp_path / "a").write_bytes(b"longer content")
+    with pytest.raises(AssertionError, match="a has 14 bytes instead of 7"):
+        record_files(tmp_path, {"a": told})
 
 
 def flip_a_bit(folder: Path) -> None:

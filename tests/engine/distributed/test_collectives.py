@@ -16,6 +16,10 @@ from dpo_dist.run.topology import from_environment
 BUFFERS = Path("/dev/shm")
 
 
+def refuse() -> None:
+    raise DataError("found this", "that", "Do so.")
+
+
 def exchange() -> dict[str, Any]:
     import torch
 
@@ -23,9 +27,7 @@ def exchange() -> dict[str, Any]:
     with collectives.process_group(topology):
         error = None
         try:
-            with collectives.same_error_everywhere():
-                if collectives.is_first():
-                    raise DataError("found this", "that", "Do so.")
+            collectives.on_first(refuse)
         except DataError as caught:
             error = str(caught)
         return {
@@ -33,6 +35,7 @@ def exchange() -> dict[str, Any]:
             "gather": collectives.gather(topology.rank),
             "sum": collectives.sum_over_ranks(torch.tensor([topology.rank, 0.5])).tolist(),
             "first": collectives.is_first(),
+            "on first": collectives.on_first(lambda: topology.rank + 5),
             "error": error,
         }
 
@@ -58,6 +61,7 @@ def test_exchanges_between_three_ranks() -> None:
             "gather": [0, 1, 2],
             "sum": [3.0, 1.5],
             "first": rank == 0,
+            "on first": 5,
             "error": "found this; expected that. Do so.",
         }
 

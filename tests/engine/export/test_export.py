@@ -11,21 +11,18 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny_models import FAMILIES, tiny_model
-from support.trained_weights import InMemory, adapted, randomly_trained, save_base
+from support.weights.trained_weights import InMemory, adapted, randomly_trained, save_base
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.export.weight_changes import adapter_changes, check_adapter, full_changes
-from dpo_dist.engine.export.weight_writer import (
-    plan_model,
-    write_adapter,
-    write_adapter_settings,
-    write_model,
-)
-from dpo_dist.engine.model.adapters import add_adapter
+from dpo_dist.engine.export.weight_streams import adapter_weights, model_weights, plan_model
+from dpo_dist.engine.model.adapters import add_adapter, write_adapter_config
 from dpo_dist.engine.weights.base_weights import build_skeleton, open_base
+from dpo_dist.engine.weights.safetensors_writer import write_file, write_shards
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model_files.files import model_config
+from dpo_dist.run.manifest import FileRecord, digest_of_file
 
 MIB = 1 << 20
 IDS = torch.arange(3, 40)[None]
@@ -55,12 +52,14 @@ def export_model(
     out.mkdir()
     plan = plan_model(base, changes, dtype)
     written: list[int] = []
-    write_model(plan, trained, out, max_shard_bytes, written.append)
+    records = write_shards(out, model_weights(plan, trained), max_shard_bytes, written.append)
+    for file, record in records.items():
+        assert record == FileRecord((out / file).stat().st_size, digest_of_file(out / file))
     name = str(dtype).removeprefix("torch.")
     config = json.loads((base.folder / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(model_config(config, name, plan.breaks_ties)))
-    assert sum(written) == plan.num_bytes
-    return plan.num_bytes
+    assert sum(written) == sum(spec.num_bytes for spec in plan.specs.values())
+    return sum(written)
 
 
 def load_strictly(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -256,11 +255,14 @@ def test_the_adapter_loads_in_peft(case: str, tmp_path: Path) -> None:
     skeleton = add_adapter(build_skeleton(base_dir), adapter, str(base_dir))
     out = tmp_path / "adapter"
     out.mkdir()
-    write_adapter(skeleton, trained, out, torch.float32, lambda written: None)
-    write_adapter_settings(skeleton, out, "org/base", "v1")
+    path = out / "adapter_model.safetensors"
+    record = write_file(path, adapter_weights(skeleton, trained, torch.float32))
+    assert record == FileRecord(path.stat().st_size, digest_of_file(path))
+    write_adapter_config(skeleton, out, "org/base", "v1")
     written = json.loads((out / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", "v1")
     assert written["inference_mode"] is True
+    assert written["target_modules"] == sorted(written["target_modules"]), "the same in any process"
     loaded = PeftModel.from_pretrained(load_strictly(base_dir), out).eval()
     torch.testing.assert_close(logits(loaded), logits(policy), rtol=0, atol=1e-5)
 
@@ -314,14 +316,18 @@ def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> 
     )
     policy = add_adapter(build_skeleton(base_dir), adapter, str(base_dir))
     with pytest.raises(CheckpointError, match=f"{name} is not finite"):
-        write_adapter(policy, trained, tmp_path, torch.float32, lambda written: None)
+        write_file(tmp_path / "adapter", adapter_weights(policy, trained, torch.float32))
 
 
 def test_an_adapter_on_a_convolution_can_not_be_merged(tmp_path: Path) -> None:
     base_dir = save_base(tmp_path / "base", "lfm2")
     adapter = AdapterSection(rank=32, target_modules=["conv.conv"])
-    _, trained = adapted(tiny_model("lfm2"), adapter, base_dir)
-    with pytest.raises(ConfigError) as error:
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        _, trained = adapted(tiny_model("lfm2"), adapter, base_dir)
+    with (
+        pytest.warns(UserWarning, match="Merging is not supported"),
+        pytest.raises(ConfigError) as error,
+    ):
         export_merged(base_dir, adapter, trained, tmp_path / "merged")
     assert str(error.value) == (
         "the adapter on base_model.model.model.layers.0.conv.conv is of kind Conv1d; expected "

@@ -12,14 +12,15 @@ import torch
 from support.ranks import ROOT
 from support.tiny_export import make_trained_run
 from support.tiny_tokenizer import make_tokenizer
-from support.trained_weights import InMemory
+from support.weights.trained_weights import InMemory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.export.weight_changes import adapter_changes
-from dpo_dist.engine.export.weight_writer import plan_model, write_model
+from dpo_dist.engine.export.weight_streams import model_weights, plan_model
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.weights.base_weights import build_skeleton, open_base
+from dpo_dist.engine.weights.safetensors_writer import write_shards
 
 MIB = 1 << 20
 LIMIT_MB = 300
@@ -56,7 +57,7 @@ def test_the_peak_is_a_few_tensors_and_not_the_model(tmp_path: Path) -> None:
     forget_peak()
     before = memory_mb("VmRSS")
     (tmp_path / "out").mkdir()
-    write_model(plan, trained, tmp_path / "out", 8 * MIB, lambda written: None)
+    write_shards(tmp_path / "out", model_weights(plan, trained), 8 * MIB)
     assert memory_mb("VmHWM") - before < 3 * largest_mb
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
 

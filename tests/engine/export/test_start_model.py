@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.start_adapters import edited, logits, save_adapter
 from support.tiny_models import tiny_model
 from support.tiny_run import make_run
-from support.trained_weights import save_base
+from support.weights.start_adapters import edited, logits, save_adapter
+from support.weights.trained_weights import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.run_config import RunConfig, load_config
@@ -18,9 +18,9 @@ from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.export.own_base import lengthen, merge_start
 from dpo_dist.engine.model.model_shape import count_model
 from dpo_dist.errors import ArtifactError, ConfigError, DataError
-from dpo_dist.inputs.sizes import count_shape
+from dpo_dist.inputs.setup import count_shape
 from dpo_dist.model_files.files import digest_of_weights
-from dpo_dist.model_files.of_run import base_model_dir, start_digest
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.stages import prepare
 
 FRESH = AdapterSection(path="sft", start="merge")
@@ -118,11 +118,11 @@ def test_a_run_with_added_tokens(run_yaml: Path, tmp_path: Path) -> None:
     """model.add_tokens= and model.pad_vocab_to_multiple= make a base that every stage reads."""
     config = config_of(run_yaml, tmp_path, TOKENS, "model.pad_vocab_to_multiple=64")
     with pytest.raises(ArtifactError, match="base/MANIFEST.json does not exist"):
-        base_model_dir(config)
+        RunModels(config).base.exists()
     planned = count_shape(config, None)
     prepare.run(config)
-    base = base_model_dir(config)
-    assert base == tmp_path / "base" and start_digest(config) == digest_of_weights(base)
+    base = RunModels(config).base
+    assert base == tmp_path / "base" and RunModels(config).start_digest == digest_of_weights(base)
     tokenizer, model = AutoTokenizer.from_pretrained(base), load(base)
     old = AutoTokenizer.from_pretrained(config.model.path)
     assert len(tokenizer) == len(old) + 2
@@ -134,13 +134,13 @@ def test_a_run_with_added_tokens(run_yaml: Path, tmp_path: Path) -> None:
     assert planned == counted == count_shape(config, None)
     prepare.run(config)  # current
     with pytest.raises(ArtifactError, match=r"base was made by `base` from other settings \(pad_"):
-        base_model_dir(config_of(run_yaml, tmp_path, TOKENS))
+        RunModels(config_of(run_yaml, tmp_path, TOKENS)).base.exists()
 
 
 def test_padding_alone(run_yaml: Path, tmp_path: Path) -> None:
     config = config_of(run_yaml, tmp_path, "model.pad_vocab_to_multiple=1000")
     prepare.run(config)
-    assert load(base_model_dir(config)).config.vocab_size == 1000
+    assert load(RunModels(config).base).config.vocab_size == 1000
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
@@ -192,7 +192,7 @@ def test_an_adapter_with_added_tokens_is_merged(run_yaml: Path, tmp_path: Path) 
     model = run_yaml.parent / "model"
     size = len(AutoTokenizer.from_pretrained(model))
     section = AdapterSection(rank=3, modules_to_save=["embed_tokens", "lm_head"])
-    from support.trained_weights import adapted
+    from support.weights.trained_weights import adapted
 
     policy, _ = adapted(tiny_model("llama", vocab_size=size + 2), section, model)
     policy.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
@@ -202,7 +202,7 @@ def test_an_adapter_with_added_tokens_is_merged(run_yaml: Path, tmp_path: Path) 
         "adapter.start=merge", "adapter.modules_to_save=[embed_tokens,lm_head]",
     )  # fmt: skip
     prepare.run(config)
-    base = load(base_model_dir(config))
+    base = load(RunModels(config).base)
     saved = policy.get_base_model().lm_head.modules_to_save["default"].weight
     assert torch.equal(base.lm_head.weight, saved)
-    assert not (base_model_dir(config) / "longer").exists()
+    assert not (RunModels(config).base / "longer").exists()

@@ -129,6 +129,7 @@ def test_two_ranks_equal_one_plain_process(
     before = [plain_scores(plain, own) for own in rows]
     sum((loss_of(scores) for scores in before), torch.tensor(0.0)).backward()
     torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE).step()
+    plain.eval()
     with torch.no_grad():
         after = [plain_scores(plain, own) for own in rows]
 

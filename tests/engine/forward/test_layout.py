@@ -7,7 +7,12 @@ import torch
 from support.oracles.plain_forward import PACKED, PADDED
 from support.tiny_models import WINDOW, tiny_model
 
-from dpo_dist.engine.forward.layout_choice import choose_layout, packed_fault, synthetic_pairs
+from dpo_dist.engine.forward.layout_choice import (
+    choose_layout,
+    packed_fault,
+    settle,
+    synthetic_pairs,
+)
 from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.errors import DPODistError
@@ -68,6 +73,26 @@ def test_dropout_is_off_while_checking_and_the_mode_is_put_back(mode: bool) -> N
     scorer = PairScorer(model).train(mode)
     assert choose_layout(scorer, CPU)[0] == "packed"
     assert scorer.training is mode and model.transformer.drop.training is mode
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_scorer_takes_over_the_mode_of_its_policy(mode: bool) -> None:
+    model = tiny_model("gpt2").train(mode)
+    scorer = PairScorer(model)
+    settle(scorer)
+    assert scorer.training is mode and model.transformer.drop.training is mode
+
+
+def test_one_call_settles_layout_and_attention_and_says_why() -> None:
+    scorer = PairScorer(tiny_model("mamba"), layout="packed", backend="flash_attn")
+    settled = settle(scorer)
+    assert (scorer.layout, scorer.backend) == (settled.layout, settled.backend)
+    assert str(settled) == (
+        "layout: padded (it has layers of type linear_attention); attention: sdpa "
+        "(variable-length kernels need a CUDA device, and this is cpu)"
+    )
+    asked = settle(PairScorer(tiny_model("llama")), layout="padded", attention="sdpa")
+    assert str(asked) == "layout: padded (requested); attention: sdpa (requested)"
 
 
 def test_unknown_head_is_an_error() -> None:

@@ -66,11 +66,11 @@ def test_no_pairs_is_a_mistake_of_the_caller() -> None:
 def test_padding_gives_the_plain_sequences_back() -> None:
     pairs = random_pairs(4, seed=1)
     packed = pack_pairs(pairs)
-    padded = pad_pairs(packed, pad_id=1)
+    padded = pad_pairs(packed)
     sequences = [[*prompt, *ids] for prompt, *both in pairs for ids in both]
     for row, mask, sequence in zip(padded.input_ids, padded.attention_mask, sequences, strict=True):
         assert row[: len(sequence)].tolist() == sequence
-        assert row[len(sequence) :].eq(1).all()
+        assert row[len(sequence) :].eq(0).all()
         assert mask.tolist() == [1] * len(sequence) + [0] * (len(row) - len(sequence))
     flat = padded.input_ids.flatten()
     assert flat[padded.score_positions + 1].equal(packed.targets)

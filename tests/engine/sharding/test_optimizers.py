@@ -1,5 +1,6 @@
 """The optimizers of `train.optimizer` under real ZeRO: ranks, resumes, memory, refusals."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from dpo_dist.config.training_section import TrainSection
 from dpo_dist.engine.checkpoints import checkpoint
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.model import quantized
 from dpo_dist.engine.model.model_shape import shape_of
 from dpo_dist.engine.sharding import ds_config, optimizers
 from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.planning.estimate import STATE_BYTES, Setup, sharding_of, state_lines
+from dpo_dist.planning.memory_resident import OPTIMIZER_BYTES, resident_sizes
+from dpo_dist.planning.setup import Setup, sharding_of
 from dpo_dist.run.run_dir import TRAIN_STATE_NAME
 from dpo_dist.run.topology import from_environment
 
@@ -110,10 +111,10 @@ def test_the_states_take_what_the_planner_says(found: dict[int, dict[str, Any]])
     vectors = DEPTH * WIDTH + WIDTH
     # one vector of all; in ZeRO-3 the tiny sub-groups of this engine stay in float32
     held = found[1]["adamw_8bit-2-float32"]["bytes"]
-    assert held == STATE_BYTES["adamw_8bit"] * (square + table + vectors)
+    assert held == OPTIMIZER_BYTES["adamw_8bit"] * (square + table + vectors)
     assert found[2]["adamw_8bit-2-float32"]["bytes"] == held / 2
     held = found[1]["muon-3-float32"]["bytes"]
-    assert held == STATE_BYTES["muon"] * square + 8 * (table + vectors)
+    assert held == OPTIMIZER_BYTES["muon"] * square + 8 * (table + vectors)
     held = found[1]["adafactor-0-float32"]["bytes"]
     assert held == 4 * (DEPTH * 2 * WIDTH + 13 + WIDTH + vectors)
 
@@ -189,7 +190,7 @@ def test_paging_needs_a_gpu() -> None:
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     train = TrainSection.model_validate({"optimizer": "adamw_8bit"})
     config = ds_config.training_config(train, "float32", 1)
     with pytest.raises(ConfigError) as caught:
@@ -203,7 +204,9 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_muon_is_not_clipped() -> None:
     raw = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
     parse_config(raw | {"train": {"optimizer": "muon", "max_grad_norm": 0}})
-    with pytest.raises(ConfigError, match="1.0 with train.optimizer muon; expected 0. ZeRO would"):
+    with pytest.raises(
+        ConfigError, match="1.0 with train.optimizer muon; expected 0, because ZeRO would"
+    ):
         parse_config(raw | {"train": {"optimizer": "muon"}})
 
 
@@ -220,9 +223,9 @@ def test_the_planner_tells_muon_and_adafactor_apart() -> None:
     zero3, zero0 = (sharding_of(ds_config.read_sharding(name)) for name in ("zero3", "zero0"))
     held = {
         name: sum(
-            line.num_bytes
-            for line in state_lines(Setup(**common, sharding=sharding, optimizer=name))
-            if line.name in ("optimizer", "second_moment")
+            size.num_bytes
+            for size in resident_sizes(Setup(**common, sharding=sharding, optimizer=name))
+            if size.name in ("optimizer", "second_moment")
         )
         for name, sharding in (("muon", zero3), ("adamw", zero3), ("adafactor", zero0))
     }

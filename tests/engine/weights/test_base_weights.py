@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import FAMILIES
-from support.trained_weights import save_base
+from support.weights.trained_weights import save_base
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.engine.weights.base_weights import open_base

@@ -1,10 +1,14 @@
 """What tests against TRL share: rows, a tiny model, one comparison of loss and gradient."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo_dist.objective.objective import Objective
 
@@ -44,6 +48,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def trl_batch(tmp_path: Path, batch_size: int, **config: Any) -> tuple[DPOTrainer, dict[str, Any]]:
+    """A real trainer with a policy unlike its reference, and its first training batch."""
+    trainer = DPOTrainer(
+        model=tiny_llama(seed=1),
+        ref_model=tiny_llama(seed=2),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            activation_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            **config,
+        ),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+    )
+    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
 def assert_same_loss_and_gradient(

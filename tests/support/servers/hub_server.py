@@ -1,4 +1,4 @@
-"""A stand-in for the hub on this machine: what its client asks for when it reads a data set.
+"""A stand-in for the hub on this machine: what its client asks for to read a data set or a model.
 
 Repositories are folders of files by revision; `HF_ENDPOINT` of a child process points here.
 """
@@ -10,15 +10,18 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 Files = dict[str, bytes]
 
 
 @dataclass
 class Hub:
-    """Revisions of data sets, and every request that came."""
+    """Revisions of data sets and models, and every request that came."""
 
     revisions: dict[str, dict[str, Files]]  # "org/name" -> branch -> path -> bytes
     requests: list[str] = field(default_factory=list)
@@ -58,6 +61,22 @@ def hub(revisions: dict[str, dict[str, Files]]) -> Iterator[Hub]:
         thread.join(10)
 
 
+def read_from(served: Hub, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT and HF_HOME would do, had they been set before the libraries' import."""
+    constants, config = "huggingface_hub.constants", "datasets.config"
+    patch.setattr(f"{constants}.ENDPOINT", served.endpoint)
+    patch.setattr(
+        f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    patch.setattr(f"{constants}.HF_HUB_CACHE", str(home / "hub"))
+    patch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    patch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+    patch.setattr(f"{config}.HF_ENDPOINT", served.endpoint)
+    patch.setattr(f"{config}.HF_HUB_OFFLINE", False)
+    patch.setattr(f"{config}.HF_DATASETS_CACHE", home / "datasets")
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -80,10 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         self.hub.requests.append(f"{self.command} {url.path}")
-        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+        if parts[0] == "api" and parts[1] in ("datasets", "models") and len(parts) >= 4:
             self._api("/".join(parts[2:4]), parts[4:], body, with_body)
-        elif parts[0] == "datasets" and parts[3:4] == ["resolve"]:
-            self._file("/".join(parts[1:3]), parts[4], "/".join(parts[5:]), with_body)
+            return
+        parts = parts[1:] if parts[0] == "datasets" else parts
+        if parts[2:3] == ["resolve"]:
+            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), with_body)
         else:
             self._send(404, b"{}", {}, with_body)
 

@@ -1,0 +1,93 @@
+"""dpo-dist doctor, status, report, plan and config: looks at machines, runs and settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpo_dist.cli.arguments import ConfigPath, Json, OptionalConfigPath, Overrides, RunFolder
+from dpo_dist.cli.output import print_json, read_result
+from dpo_dist.cli.rank import run_or_launch
+from dpo_dist.config.keys import explain_keys, to_yaml
+from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.errors import ArtifactError
+from dpo_dist.run import pipeline
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.status import describe_status, read_status
+from dpo_dist.run.topology import SINGLE_PROCESS
+
+
+def doctor(
+    config_path: OptionalConfigPath = None, overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Versions, GPUs, disk and network of this machine, before the expensive stages."""
+    if config_path is None:
+        from dpo_dist.stages.doctor import look, print_machine
+
+        facts = look(Path.cwd(), SINGLE_PROCESS)
+        if as_json:
+            print_json(facts)
+        else:
+            print_machine(facts)
+        return
+    config = run_or_launch(pipeline.DOCTOR, config_path, overrides or [])
+    result = read_result(RunDir(config.run.dir).doctor_path)
+    if as_json:
+        print_json(result)
+    else:
+        from dpo_dist.stages.doctor import print_result
+
+        print_result(result)
+
+
+def status(run_dir: RunFolder, as_json: Json = False) -> None:
+    """Stage, step, loss, pairs/s, time left, last checkpoint and restarts of a run."""
+    path = RunDir(run_dir).status_path
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} does not exist", "the folder of a run", "Name the run.dir of a run.yaml."
+        )
+    values = read_status(path)
+    if as_json:
+        print_json(values)
+    else:
+        for name, value in describe_status(values):
+            print(f"{name:<16} {value}")
+
+
+def report(run_dir: RunFolder) -> None:
+    """One HTML page with plots: curves, samples, data, settings; at any point of a run."""
+    from dpo_dist.commands.report import run
+
+    print(run(run_dir))
+
+
+def plan(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the training stage.")
+    ] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one GPU, GiB.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, steps, tokens and disk; neither weights nor GPU needed."""
+    from dpo_dist.commands.plan import print_plan
+
+    config = load_config(config_path, overrides or [])
+    print_plan(config, world_size, gpu_memory_gib, as_json)
+
+
+def config(
+    config_path: OptionalConfigPath = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="JSON schema for editors.")] = False,
+) -> None:
+    """Explain every key; with a file print it resolved."""
+    if schema:
+        print_json(RunConfig.model_json_schema())
+    elif config_path is not None:
+        print(to_yaml(load_config(config_path, overrides or [])), end="")
+    else:
+        for key, kind, default, description in explain_keys():
+            print(f"{key}  ({kind}{', default ' + default if default else ''})\n    {description}")

@@ -1,0 +1,68 @@
+"""`section.key=value` overrides, applied to the mapping that a YAML file holds."""
+
+from typing import Any, cast
+
+import yaml
+
+from dpo_dist.errors import ConfigError
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets one key of `raw` in place; raises ConfigError when the key or the value is unusable."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigError(
+            f"override {override!r}",
+            "section.key=value",
+            "For example, train.learning_rate=1e-6.",
+        )
+    *parents, leaf = name.split(".")
+    target: Any = raw
+    for depth, part in enumerate(parents):
+        target = _child(target, part, ".".join(parents[: depth + 1]), override)
+    try:
+        value = yaml.safe_load(text) if text else None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        where = " ".join(str(error).split())
+        raise ConfigError(
+            f"override {override!r} is not YAML ({where})",
+            "section.key=value with a YAML value",
+            "Quote text that is not YAML: \"run.dir='[x'\".",
+        ) from None
+    if isinstance(target, list):
+        entries = cast(list[Any], target)
+        entries[_index(entries, leaf, override)] = value
+    else:
+        target[leaf] = value
+
+
+def _child(target: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(target, list):
+        entries = cast(list[Any], target)
+        return entries[_index(entries, part, override)]
+    child: Any = target.setdefault(part, {})
+    if child is None:  # `adapter: null` becomes a section once one of its keys is set
+        child = target[part] = {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(
+            f"override {override!r} goes inside {path}, which is {child!r}",
+            "a section",
+            f"Override {path} itself.",
+        )
+    return cast(Any, child)
+
+
+def _index(target: list[Any], part: str, override: str) -> int:
+    if not target:
+        raise ConfigError(
+            f"override {override!r} names an entry of an empty list",
+            "a list with entries",
+            "Override the whole list.",
+        )
+    if not part.isdigit() or int(part) >= len(target):
+        raise ConfigError(
+            f"override {override!r}: {part!r} is not an index into a list of {len(target)}",
+            f"an index from 0 to {len(target) - 1}",
+            "For example, data.train.0.limit=100.",
+        )
+    return int(part)

@@ -1,0 +1,76 @@
+"""The work of a run: its prepared pairs and the optimizer steps that they make.
+
+Opened by the planner, the doctor, and the stages that load a model, which look before they do.
+"""
+
+from dataclasses import dataclass
+
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.batches import check_token_budget, num_steps
+from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
+from dpo_dist.errors import DataError
+from dpo_dist.extras import require_bitsandbytes
+from dpo_dist.metrics import wandb_log
+from dpo_dist.run.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Work:
+    """The prepared pairs of both splits and the optimizer steps that they make."""
+
+    train: Pairs
+    held_out: Pairs
+    num_steps: int
+
+
+def prepared_work(config: RunConfig) -> Work | None:
+    """The prepared pairs, None when there are none yet.
+
+    Raises DataError when they are too few for a step or too long for a micro-batch.
+    """
+    return _open_work(config) if RunDir(config.run.dir).pairs_dir.is_dir() else None
+
+
+def checked_work(config: RunConfig) -> Work:
+    """The prepared pairs, once nothing is left that training would refuse without a model.
+
+    The reference pass asks too: what comes after hours of it is found before them. Raises
+    ArtifactError without pairs, DataError when they do not suffice, ConfigError when the
+    sharding or the optimizer is wrong or an optional package is missing.
+    """
+    settings, model = config.train, config.model
+    check_optimizer(settings, model.dtype, read_sharding(settings.deepspeed))
+    if model.quantization is not None:
+        require_bitsandbytes(f"model.quantization: {model.quantization}")
+    if "8bit" in settings.optimizer or "paged" in settings.optimizer:
+        require_bitsandbytes(f"train.optimizer: {settings.optimizer}")
+    if config.logging.wandb:
+        wandb_log.check_installed()
+    work = _open_work(config)
+    _check_held_out(config, work.held_out)
+    return work
+
+
+def _open_work(config: RunConfig) -> Work:
+    pairs_dir, settings = RunDir(config.run.dir).pairs_dir, config.train
+    train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
+    check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
+    steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
+    return Work(train, held_out, min(steps, settings.max_steps or steps))
+
+
+def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
+    """Raises DataError when a setting needs held-out pairs and there are none."""
+    needy = {
+        "checkpoint.best_by": config.checkpoint.best_by,
+        "eval.samples_every_steps": config.eval.samples_every_steps,
+    }
+    for key, value in needy.items():
+        if value is not None and not len(held_out):
+            raise DataError(
+                f"{key} is {value}, and there are no held-out pairs",
+                "at least one",
+                "Set data.eval or data.eval_fraction and prepare the pairs in another run.dir, "
+                f"or set {key} to null.",
+            )

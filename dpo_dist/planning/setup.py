@@ -1,0 +1,105 @@
+"""What the arithmetic of the planner starts from: a model, its sharding, a run and its pairs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model, with its adapter, that memory and work depend on."""
+
+    num_parameters: int
+    num_trained: int
+    num_active: int  # elements of the matrices that a token is multiplied with
+    num_layers: int
+    hidden_size: int
+    query_width: int  # heads x head size
+    key_value_width: int
+    mlp_width: int  # of all experts of a token together
+    mlp_matrices: int  # 3 with a gate, else 2
+    experts_per_token: int  # 0 without experts
+    norms_per_layer: int
+    vocab_size: int
+    head_trained: bool
+    adapter_ranks: int  # ranks of a layer's adapters, summed
+    adapter_inputs: int  # widths of their inputs, summed
+    num_quantized: int = 0  # of num_parameters, those held in NF4
+    largest_quantized: int = 0  # of one linear layer
+    num_factors: int = 0  # rows and columns of the trained matrices, which Adafactor keeps
+    num_without_muon: int = 0  # of num_trained, what Muon leaves to AdamW
+
+    @property
+    def num_head(self) -> int:
+        """Elements of the output head."""
+        return self.vocab_size * self.hidden_size
+
+    def num_held(self, dtype_bytes: int) -> int:
+        """Elements of dtype in memory: two NF4 weights are packed into each byte of them."""
+        packed = self.num_quantized // (2 * dtype_bytes)
+        return self.num_parameters - self.num_quantized + packed
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a DeepSpeed JSON says about memory; buckets and limits are counted in elements."""
+
+    stage: int
+    secondary_ranks: int  # hpZ: ranks that hold a second copy of the parameters between them
+    offload_optimizer: bool
+    reduce_bucket: int
+    num_buckets: int
+    prefetch_bucket: int
+    max_live: int
+    sub_group: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the memory of a rank depends on."""
+
+    shape: ModelShape
+    sharding: Sharding
+    world_size: int
+    dtype_bytes: int
+    micro_batch_tokens: int
+    scoring_tokens: int  # of a forward without gradients, as evaluation has; 0 for none
+    logits_per_chunk: int
+    checkpointing: bool
+    dropout: bool = False  # of an adapter's input
+    padded: bool = False
+    optimizer: str = "adamw"
+
+    def shards(self, *, from_stage: int) -> int:
+        """The ranks that share what ZeRO shards from `from_stage` on; 1 below that stage."""
+        return self.world_size if self.sharding.stage >= from_stage else 1
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """The prepared pairs in numbers. A pair's tokens are prompt + chosen + rejected."""
+
+    num_pairs: int
+    num_held_out: int
+    num_steps: int
+    mean_tokens: float  # of a training pair
+    longest_tokens: int
+    reference_tokens: int  # of all pairs, held-out ones included
+    micro_batches: tuple[int, ...]  # of a rank, in each of the first steps
+
+
+def sharding_of(ds_config: dict[str, Any]) -> Sharding:
+    """Reads a DeepSpeed config; keys that it leaves out have DeepSpeed's defaults."""
+    zero = ds_config["zero_optimization"]
+    stage = zero["stage"]
+    overlapping = zero.get("overlap_comm", False)
+    return Sharding(
+        stage=stage,
+        secondary_ranks=zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1,
+        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)) if stage else 0,
+        # ZeRO-1 and 2 fill one bucket while the other is reduced
+        num_buckets=2 if stage in (1, 2) and overlapping else 1,
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        sub_group=int(zero.get("sub_group_size", 1e9)),
+    )

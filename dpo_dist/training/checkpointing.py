@@ -1,0 +1,45 @@
+"""A checkpoint of this training: the policy's shards, where training stands, and the probe."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_dist.data.batches import plan_micro_batches
+from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints.train_state import TrainState
+from dpo_dist.engine.forward.scoring import score
+from dpo_dist.metrics.evaluations import Evaluation
+from dpo_dist.training.job import Job
+
+
+def save_checkpoint(
+    job: Job, step: int, digests: Mapping[str, str], evaluations: Sequence[Evaluation]
+) -> Path:
+    """Commits the checkpoint of a step; its folder.
+
+    The probe holds this policy's log-probs of a few fixed pairs, which an export must reproduce.
+    """
+    config, pairs = job.config, job.train.pairs
+    (batches,) = plan_micro_batches(
+        pairs.packed_lengths,
+        range(min(config.checkpoint.probe_pairs, len(pairs))),
+        world_size=1,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
+    indices, scores = score(job.engine, batches, pairs.token_ids, job.device)
+    order = np.argsort(indices)
+    consumed_pairs = step * config.train.global_batch_size
+    state = TrainState(
+        step=step,
+        consumed_pairs=consumed_pairs,
+        epoch=consumed_pairs / len(pairs),
+        digests=digests,
+        world_size=job.topology.world_size,
+        zero_stage=job.engine.zero_optimization_stage(),
+        evaluations=evaluations,
+    )
+    return checkpoint.save(
+        job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
+        keep=config.checkpoint.keep, best_by=config.checkpoint.best_by,
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Keys of `train` that make the optimizer, the schedule, the sharding and the number of steps.
+
+The other ones are flipped in a real training: test_run_keys.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.keys.flips import Flip, assert_effect
+from support.tiny_run import make_run
+
+from dpo_dist.config.run_config import RunConfig
+from dpo_dist.engine.sharding import ds_config, optimizers, zero
+from dpo_dist.inputs.work import checked_work
+from dpo_dist.stages import prepare
+
+NUM_STEPS = 20
+
+
+def sharding_of(config: RunConfig) -> dict[str, Any]:
+    """What DeepSpeed is told on two ranks."""
+    return ds_config.training_config(config.train, config.model.dtype, 2)
+
+
+def optimizer_of(config: RunConfig) -> dict[str, Any]:
+    """The kind of the optimizer and the settings of its parameter group."""
+    optimizer = optimizers.make_optimizer(torch.nn.Linear(2, 2), sharding_of(config), config.train)
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    return group | {"kind": type(optimizer).__name__}
+
+
+def learning_rates(config: RunConfig) -> list[float]:
+    """The schedule over NUM_STEPS steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    schedule, rates = zero.make_schedule(optimizer, config.train, NUM_STEPS), []
+    for _ in range(NUM_STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def steps_of(config: RunConfig) -> int:
+    """The optimizer steps that the prepared pairs make."""
+    prepare.run(config)
+    return checked_work(config).num_steps
+
+
+FLIPS = [
+    Flip("train.num_epochs", 3.0, steps_of),
+    Flip("train.optimizer", "adamw_8bit", optimizer_of),
+    Flip("train.learning_rate", 1e-2, optimizer_of),
+    Flip("train.lr_schedule", "linear", learning_rates),
+    Flip("train.warmup_ratio", 0.5, learning_rates),
+    Flip("train.weight_decay", 0.1, optimizer_of),
+    Flip("train.adam_beta1", 0.8, optimizer_of),
+    Flip("train.adam_beta2", 0.95, optimizer_of),
+    Flip("train.adam_eps", 1e-6, optimizer_of),
+    Flip("train.max_grad_norm", 0.1, sharding_of),
+]
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("training"))
+
+
+@pytest.mark.parametrize("flip", FLIPS, ids=str)
+def test_flipping_a_key_of_training(flip: Flip, run_yaml: Path) -> None:
+    if flip.value == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    assert_effect(flip, run_yaml)
