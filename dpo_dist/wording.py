@@ -3,6 +3,12 @@
 import math
 
 
+def counted(number: int, things: str) -> str:
+    """A number and what it counts: "3 ranks", "1 rank"; a process is one of some processes."""
+    one = things[:-2] if things.endswith("sses") else things[:-1]
+    return f"{number:,} {one if number == 1 else things}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's name when it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -25,6 +25,7 @@ from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_log_path
 from dpo_dist.run.status import update_stage
 from dpo_dist.run.stop_flag import Stopped
 from dpo_dist.run.topology import from_environment, launched
+from dpo_dist.wording import counted
 
 
 def run_or_launch(stage: pipeline.Stage, config_path: Path, overrides: list[str]) -> RunConfig:
@@ -43,7 +44,7 @@ def launch(
     """Runs a stage on this machine; its exit code."""
     paths = RunDir(config.run.dir)
     num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
-    ranks = f" on {num_ranks} ranks ({reason})" if stage.distributed else ""
+    ranks = f" on {counted(num_ranks, 'ranks')} ({reason})" if stage.distributed else ""
     console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
     log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
     assert log_dir is not None

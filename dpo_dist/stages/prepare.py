@@ -57,6 +57,7 @@ from dpo_dist.run.manifest import (
     write_manifest,
 )
 from dpo_dist.run.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
+from dpo_dist.wording import counted
 
 _logger = logging.getLogger(__name__)
 STAGE = "prepare"
@@ -245,11 +246,11 @@ def _tokenize(
         )
     seconds, total = time.monotonic() - started, sum(map(len, tokenized.values()))
     _logger.info(
-        "prepare: %s rows tokenized in %.1f s, %s rows/s, %d processes",
+        "prepare: %s rows tokenized in %.1f s, %s rows/s, %s",
         f"{total:,}",
         seconds,
         f"{total / seconds:,.0f}",
-        num_workers,
+        counted(num_workers, "processes"),
     )
     return tokenized
 

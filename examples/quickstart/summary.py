@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dpo_dist.report import charts
 from dpo_dist.run.run_dir import RunDir
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,26 +59,19 @@ def main(run_dir: str) -> None:
 
 def draw_margins(paths: RunDir, target: Path) -> Path:
     """Draws the reward margin of the training steps and of the held-out pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = [json.loads(line) for line in paths.metrics_path.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6.5, 3.2), dpi=120)
-    for key, label, style in (
-        ("rewards/margins", "training batch", {"alpha": 0.5}),
-        ("eval_rewards/margins", "held-out pairs", {"marker": "o", "linewidth": 2}),
-    ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("reward margin")
-    axes.axhline(0, color="black", linewidth=0.5)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(target)
+    with charts.drawing() as figure:
+        axes = figure.subplots()
+        for key, label, marker in (
+            ("rewards/margins", "training batch", ""),
+            ("eval_rewards/margins", "held-out pairs", "o"),
+        ):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+        axes.set(xlabel="optimizer step", ylabel="reward margin")
+        axes.locator_params(axis="x", integer=True)
+        axes.legend()
+        target.write_bytes(charts.png(figure))
     return target
 
 

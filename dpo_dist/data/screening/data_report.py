@@ -1,6 +1,6 @@
 """The data report: what was read, kept, dropped and noted, by source; as JSON and as a table.
 
-`report_html` shows the same as a page.
+`report/data_section.py` shows the same as a page.
 """
 
 from collections.abc import Sequence
