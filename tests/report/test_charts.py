@@ -125,7 +125,7 @@ def test_pictures_are_those_that_have_numbers(tmp_path: Path) -> None:
     assert names == {"Loss": "loss.png", "Log-probs": "logps.png"}
     for name in names.values():
         height, width, _ = matplotlib.image.imread(folder / name).shape
-        assert (width, height) == (1008, 522)
+        assert abs(width - 1008) <= 1 and height == 522  # matplotlib 3.10.0 rounds down
     assert charts.write_pictures([], PLOTS, tmp_path / "none") == {}
     assert [path.name for path in tmp_path.iterdir()] == ["plots"]
 
