@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -341,6 +340,18 @@ def in_engines(folder: str) -> dict[str, Any]:
         }
 
 
+def loads_of(optimizer: Any, stage: int) -> list[Any]:
+    """How ZeRO's optimizer asks for a parameter of a checkpoint of other ranks."""
+    if stage == 3:
+        return [*inspect.signature(optimizer.load_hp_checkpoint_state).parameters]
+    mapped = [p for p in optimizer.bit16_groups[0] if p._hp_mapping is not None]
+    names = [optimizer.param_names[p] for p in optimizer.bit16_groups[0]]
+    return [
+        [*inspect.signature(mapped[0].load_hp_checkpoint_state).parameters],
+        dir(mapped[0]._hp_mapping), names,
+    ]  # fmt: skip
+
+
 def in_engine(stage: int, folder: Path) -> dict[str, Any]:
     import torch
     from support.tiny_engine import start_engine, train_step
@@ -384,6 +395,7 @@ def in_engine(stage: int, folder: Path) -> dict[str, Any]:
             name: [hasattr(p, "ds_id"), getattr(p, "ds_numel", 0), [*getattr(p, "ds_shape", ())]]
             for name, p in engine.module.named_parameters()
         },
+        "loads": loads_of(engine.optimizer, stage) if stage else [],
         "files": {},
     }  # fmt: skip
     torch.distributed.barrier()
@@ -445,7 +457,7 @@ def test_shards_have_these_files_keys_and_classes(engines: dict[str, Any]) -> No
 
 @row(
     "deepspeed", "ds_id", "ds_numel", "ds_shape",
-    files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py "
+    files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {CHECKPOINTS}resharding.py "
     "dpo_dist/engine/sharding/optimizers.py",
     why="a partitioned parameter looks empty: its marks tell that it is one, and what it holds",
     gone="ZeRO-3 fails at the head's first forward; counts of parameters become 0",
@@ -474,7 +486,7 @@ def test_gradients_are_plain_sums_and_float32_at_stage_0_keeps_no_norm(
 @row(
     "deepspeed", "optimizer.optimizer", "load_universal_checkpoint",
     files=f"{CHECKPOINTS}checkpoint.py {CHECKPOINTS}shard_loader.py",
-    why="after a conversion all sub-groups of ZeRO-3 share one step count; each gets its own",
+    why="on another number of ranks all sub-groups of ZeRO-3 share a step count; each gets its own",
     gone="a resume on another number of ranks fails, or its losses drift from the unbroken run's",
 )  # fmt: skip
 def test_the_optimizer_inside_counts_its_steps(engines: dict[str, Any]) -> None:
@@ -483,6 +495,23 @@ def test_the_optimizer_inside_counts_its_steps(engines: dict[str, Any]) -> None:
         assert facts["inner"] == "AdamW" and set(facts["steps"]) == {2.0}
         assert facts["universal"] is False
     assert len(engines["stage3"]["steps"]) > 1
+
+
+@row(
+    "deepspeed", "load_hp_checkpoint_state", "param_names", "bit16_groups", "_hp_mapping",
+    "lp_fragment_address", "get_hp_fragment", "optim_fragment", "base_optimizer_state",
+    files=f"{CHECKPOINTS}resharding.py {CHECKPOINTS}shard_reader.py",
+    why="on another number of ranks a rank reads its share of each parameter out of the shards",
+    gone="such a resume fails, or reads files that are not there; the same number still works",
+)  # fmt: skip
+def test_parameters_are_loaded_one_by_one(engines: dict[str, Any]) -> None:
+    assert engines["stage3"]["loads"] == ["folder", "key", "param"]
+    (per_parameter, mapped, names) = engines["stage2"]["loads"]
+    assert per_parameter == ["folder", "tp_rank", "tp_world_size", "ep_rank", "ep_size"]
+    assert {"lp_fragment_address", "get_hp_fragment", "optim_fragment"} <= set(mapped)
+    assert "policy.scale" in names
+    keys = engines["stage2"]["files"]["zero_pp_rank_0_mp_rank_00_optim_states.pt"][1]
+    assert "base_optimizer_state" in keys
 
 
 @row(
@@ -516,24 +545,6 @@ def test_muon_takes_its_parameters_by_a_mark() -> None:
     assert [group["use_muon"] for group in optimizer.param_groups] == [True, False]
     with pytest.raises(AssertionError):
         MuonWithAuxAdam([{"params": [torch.nn.Parameter(torch.ones(2))]} | shared])
-
-
-@row(
-    "deepspeed", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-    "--num_extract_workers", "--num_merge_workers", files=f"{CHECKPOINTS}universal.py",
-    why="a resume on another number of ranks; run as a program, its last error line is quoted",
-    gone="such a resume fails with the converter's words; the same number of ranks still works",
-)  # fmt: skip
-def test_the_converter_takes_these_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
-    numbers = ["--num_extract_workers", "2", "--num_merge_workers", "3"]
-    folders = ["--input_folder", "a", "--output_folder", "b"]
-    monkeypatch.setattr(sys, "argv", ["x", *folders, *numbers, "--inject_missing_state"])
-    given = ds_to_universal.parse_arguments()
-    assert (given.input_folder, given.output_folder) == ("a", "b")
-    assert (given.num_extract_workers, given.num_merge_workers) == (2, 3)
-    assert given.inject_missing_state is True
 
 
 @row(

@@ -1,11 +1,13 @@
 """Sections of a run config about the run folder and what comes out of it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dpo_dist.config.section import PositiveInt, Section
+
+StepName = Annotated[str, Field(pattern=r"^step-\d{6,}$")]
 
 
 class RunSection(Section):
@@ -31,8 +33,10 @@ class ExportSection(Section):
         description="Dtype of exported weights; auto keeps that of each tensor in the base.",
     )
     max_shard_size_mib: PositiveInt = Field(4096, description="Maximum MiB per safetensors file.")
-    checkpoint: Literal["auto", "newest", "best"] = Field(
-        "auto", description="Which to export; auto takes the best if checkpoint.best_by is set."
+    checkpoint: Literal["auto", "newest", "best"] | StepName = Field(
+        "auto",
+        description="Which to export once training ended: the best (auto, with checkpoint.best_by) "
+        "or the newest; or one by name at any time, such as step-000400.",
     )
     merge: bool = Field(True, description="After LoRA, write the merged model as well.")
     base_model: str | None = Field(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from dpo_dist.config.section import Fraction, PositiveInt, Section
 
@@ -138,6 +138,10 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=2, description="How many of the newest checkpoints to keep.")
     resume: Path | Literal["auto"] = Field(
         "auto", description="Checkpoint folder to resume from; auto takes the newest that verifies."
+    )
+    trusted_owners: list[NonNegativeInt] = Field(
+        [],
+        description="User ids whose checkpoints may be opened beside one's own; they can run code.",
     )
     probe_pairs: PositiveInt = Field(8, description="Pairs to score for each checkpoint's probe.")
     best_by: HeldOutMetric | None = Field(

@@ -1,6 +1,5 @@
 """What an export is made from: a checkpoint that verifies, and the base model it belongs to."""
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,19 +10,15 @@ import torch
 from dpo_dist.config.resume_identity import training_identity
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.tokens.templates import resolve_template
-from dpo_dist.engine.checkpoints.checkpoint import newest_committed
-from dpo_dist.engine.checkpoints.retention import best_committed
 from dpo_dist.engine.checkpoints.train_state import TrainState, read_train_state
 from dpo_dist.engine.weights.base_weights import StoredModel, open_base
 from dpo_dist.errors import CheckpointError, ModelFilesError
-from dpo_dist.metrics.evaluations import ranked_steps
+from dpo_dist.exporting.choice import choose_checkpoint
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.exports import ExportKind
 from dpo_dist.run.manifest import differences, digest_of, digest_of_file
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 from dpo_dist.run.stop_flag import StopFlag
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def open_job(models: RunModels) -> ExportJob:
     Raises CheckpointError without a usable checkpoint, ModelFilesError when the base model is not
     the one that was trained.
     """
-    checkpoint_dir = _choose_checkpoint(models.config)
+    checkpoint_dir = choose_checkpoint(models.config)
     state = read_train_state(checkpoint_dir)
     _check_trained_here(models, checkpoint_dir, state)
     template = resolve_template(models.config.data.chat_template)
@@ -95,30 +90,6 @@ def open_job(models: RunModels) -> ExportJob:
         **({"chat_template": digest_of(template)} if template is not None else {}),
     }
     return ExportJob(models, checkpoint_dir, state, template, inputs, StopFlag().install())
-
-
-def _choose_checkpoint(config: RunConfig) -> Path:
-    """The newest checkpoint that verifies, or the best one by the newest one's evaluations."""
-    checkpoints_dir, best_by = RunDir(config.run.dir).checkpoints_dir, config.checkpoint.best_by
-    newest = newest_committed(checkpoints_dir)
-    if newest is None:
-        raise CheckpointError(
-            f"{checkpoints_dir} holds no committed checkpoint",
-            "one to export",
-            "Run `dpo-dist train` first.",
-        )
-    if best_by is None or config.export.checkpoint == "newest":
-        return newest
-    ranked = ranked_steps(read_train_state(newest).evaluations, best_by)
-    best = best_committed(checkpoints_dir, ranked)
-    if best is None:
-        raise CheckpointError(
-            f"{checkpoints_dir} holds no checkpoint with an evaluation by {best_by}",
-            "one to compare",
-            "Set export.checkpoint to newest.",
-        )
-    _logger.info("export: %s, best of %d evaluations by %s", best, len(ranked), best_by)
-    return best
 
 
 def _check_trained_here(models: RunModels, checkpoint_dir: Path, state: TrainState) -> None:

@@ -4,10 +4,12 @@ Opened by the planner, the doctor, and the stages that load a model, which look 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
+from dpo_dist.engine.checkpoints.commit import check_new_files
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
 from dpo_dist.errors import DataError
 from dpo_dist.extras import require_bitsandbytes
@@ -37,7 +39,8 @@ def checked_work(config: RunConfig) -> Work:
 
     The reference pass asks too: what comes after hours of it is found before them. Raises
     ArtifactError without pairs, DataError when they do not suffice, ConfigError when the
-    sharding or the optimizer is wrong or an optional package is missing.
+    sharding or the optimizer is wrong or an optional package is missing, CheckpointError when a
+    checkpoint could not be written, or not as this user's.
     """
     settings, model = config.train, config.model
     check_optimizer(settings, model.dtype, read_sharding(settings.deepspeed))
@@ -47,6 +50,9 @@ def checked_work(config: RunConfig) -> Work:
         require_bitsandbytes(f"train.optimizer: {settings.optimizer}")
     if config.logging.wandb:
         wandb_log.check_installed()
+    run, trusted = RunDir(config.run.dir), config.checkpoint.trusted_owners
+    for folder in filter(Path.is_dir, (run.root, run.checkpoints_dir)):
+        check_new_files(folder, trusted)
     work = _open_work(config)
     _check_held_out(config, work.held_out)
     return work

@@ -40,8 +40,7 @@ def held(paths: RunDir, stage: str, wait_s: float = 10.0) -> Iterator[None]:
     Raises ArtifactError when another process still holds it after `wait_s` seconds, which a job
     that was started again gives its dying predecessor.
     """
-    paths.root.mkdir(parents=True, exist_ok=True)
-    with paths.lock_path.open("a+", encoding="utf-8") as lock:
+    with _opened(paths) as lock:
         _take(lock, paths, wait_s)
         lock.truncate(0)
         lock.write(_who(stage))
@@ -52,8 +51,21 @@ def held(paths: RunDir, stage: str, wait_s: float = 10.0) -> Iterator[None]:
 def refuse_if_held(paths: RunDir, wait_s: float) -> None:
     """Raises ArtifactError when a stage of another job works in the run folder."""
     if paths.lock_path.exists():
-        with paths.lock_path.open("a+", encoding="utf-8") as lock:
+        with _opened(paths) as lock:
             _take(lock, paths, wait_s)
+
+
+def _opened(paths: RunDir) -> IO[str]:
+    """The first file that a stage writes: a folder of another user is found here."""
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        return paths.lock_path.open("a+", encoding="utf-8")
+    except PermissionError as error:
+        raise ArtifactError(
+            f"{error.filename} cannot be written ({error.strerror}) by user {os.geteuid()}",
+            "a run folder that this user may write",
+            "Go on as the user who began the run, or copy its folder and set run.dir to the copy.",
+        ) from None
 
 
 def _who(stage: str) -> str:

@@ -219,7 +219,6 @@ TRAIN_STATE_NAME = "train_state.json"
 PAIRS_REPORT_NAME = "report.json"
 REPORT_PAGE_NAME = "index.html"
 PAIRS_PAGE_NAME = "report.html"
-UNIVERSAL_ORIGIN_NAME = "origin.json"
 
 
 def rng_name(rank: int) -> str:

@@ -37,7 +37,7 @@ from dpo_dist.training.gate import check_start
 from dpo_dist.training.job import Job
 from dpo_dist.training.profiling import profiled
 from dpo_dist.training.records import Records, open_records
-from dpo_dist.training.resume import ended_at, input_digests
+from dpo_dist.training.resume import has_ended, input_digests
 from dpo_dist.training.speed import peak_of
 from dpo_dist.training.sums import StepSums
 
@@ -50,9 +50,13 @@ def run(config: RunConfig) -> Path:
         make_deterministic()
     with collectives.process_group(topology) as device:
         digests = input_digests(models, work.train)
-        if ended := ended_at(models, digests, work.num_steps):
-            return ended
-        resume = checkpoint.choose_resume(paths.checkpoints_dir, config.checkpoint.resume)
+        settings = config.checkpoint
+        resume = checkpoint.choose_resume(paths.checkpoints_dir, settings.resume)
+        if resume is not None:
+            # verified first: one that is damaged is no end, and an export would refuse it
+            if settings.resume == "auto" and has_ended(models, digests, work.num_steps, resume):
+                return resume
+            checkpoint.check_ours(resume, settings.trusted_owners)
         job = _build_job(models, work, topology, device, resume)
         digests |= {"reference": digest_of(job.train.reference.numpy().tobytes().hex())}
         if resume is None:
@@ -75,7 +79,7 @@ def _build_job(
     config, settings = models.config, models.config.train
     sharding = ds_config.training_config(
         settings, config.model.dtype, topology.world_size,
-        universal=checkpoint.needs_conversion(resume, topology.world_size),
+        universal=checkpoint.needs_resharding(resume, topology.world_size),
     )  # fmt: skip
     parts = PolicyParts(models.base, config.model, config.adapter, models.start_adapter)
     engine, scorer = build_policy(

@@ -3,8 +3,10 @@
 The other ones are flipped in a real training: test_run_keys.py.
 """
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from support.tiny_run import make_run
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.sharding import ds_config, optimizers, zero
+from dpo_dist.errors import CheckpointError
 from dpo_dist.inputs.work import checked_work
 from dpo_dist.stages import prepare
 
@@ -48,6 +51,16 @@ def steps_of(config: RunConfig) -> int:
     return checked_work(config).num_steps
 
 
+def may_save_as_another(config: RunConfig) -> bool:
+    """Whether training starts where files do not come out as those of its user."""
+    prepare.run(config)
+    with mock.patch.object(os, "geteuid", lambda: os.getuid() + 1):
+        try:
+            return bool(checked_work(config).num_steps)
+        except CheckpointError:
+            return False
+
+
 FLIPS = [
     Flip("train.num_epochs", 3.0, steps_of),
     Flip("train.optimizer", "adamw_8bit", optimizer_of),
@@ -59,6 +72,7 @@ FLIPS = [
     Flip("train.adam_beta2", 0.95, optimizer_of),
     Flip("train.adam_eps", 1e-6, optimizer_of),
     Flip("train.max_grad_norm", 0.1, sharding_of),
+    Flip("checkpoint.trusted_owners", [os.getuid()], may_save_as_another),
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.other_user import files_of_another_user, needs_root
 from support.ranks import wait_until
 from support.tiny_run import dpo_dist, make_run
 
@@ -83,3 +84,17 @@ def test_a_file_system_without_locks_is_used_without(
     monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
     with run_lock.held(RunDir(tmp_path), "train", wait_s=0):
         pass
+
+
+@needs_root
+def test_truth_06_a_run_folder_of_another_user_is_an_error_with_the_remedy() -> None:
+    with files_of_another_user() as folder:
+        paths = RunDir(folder)
+        paths.lock_path.touch(mode=0o444)
+        with pytest.raises(ArtifactError) as caught:
+            attempts.begin(paths, "train", CAPS, resubmitted=True)
+    assert str(caught.value) == (
+        f"{paths.lock_path} cannot be written (Permission denied) by user 0; expected a run folder "
+        "that this user may write. Go on as the user who began the run, or copy its folder and set "
+        "run.dir to the copy."
+    )

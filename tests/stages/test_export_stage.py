@@ -201,7 +201,7 @@ def test_the_manifest_names_its_inputs(lora_run: TrainedRun) -> None:
 
 def test_without_a_checkpoint(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
-    (tmp_path / "out" / "checkpoints" / "step-000006" / "COMMITTED").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000006")
     with pytest.raises(CheckpointError) as error:
         export.run(config)
     assert str(error.value) == (
@@ -210,6 +210,73 @@ def test_without_a_checkpoint(lora_run: TrainedRun, tmp_path: Path) -> None:
         "Run `dpo-dist train` first."
     )
     assert not (tmp_path / "out" / "export").exists()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def exported_step(config: RunConfig) -> int:
+    return read_manifest(export.run(config) / "adapter").details["step"]
+
+
+def test_truth_05_a_note_beside_the_last_checkpoint_changes_no_export(
+    lora_run: TrainedRun, tmp_path: Path
+) -> None:
+    config = copy_of(lora_run, tmp_path, "export.merge=false")
+    last = write_checkpoint(config, lora_run.policy, lora_run.trained, step=8)
+    (last / "note.txt").write_text("the one for the paper")
+    (last / ".nfs0001").write_text("")
+    assert exported_step(config) == 8
+    assert sorted(os.listdir(last.parent)) == ["step-000006", "step-000008"]
+
+
+def test_truth_05_an_older_checkpoint_is_exported_only_by_name(
+    lora_run: TrainedRun, tmp_path: Path
+) -> None:
+    config = copy_of(lora_run, tmp_path, "export.merge=false")
+    last = write_checkpoint(config, lora_run.policy, lora_run.trained, step=8)
+    shard = last / "mp_rank_00_model_states.pt"
+    flip_a_bit(shard)
+    with pytest.raises(CheckpointError) as error:
+        export.run(config)
+    assert str(error.value) == (
+        f"{shard} has another content than was committed; expected the checkpoint of the end of "
+        "training, whole. Run `dpo-dist train`, which goes on from the last one that is whole. Or "
+        "ask for one by name: export.checkpoint=step-000006."
+    )
+    assert sorted(os.listdir(last.parent)) == ["step-000006", "step-000008"], "nothing is moved"
+    (last / "COMMITTED").unlink()
+    with pytest.raises(CheckpointError, match="step-000008 has no COMMITTED marker; expected the"):
+        export.run(config)
+    named = load_config(
+        lora_run.paths.root.parent / "run.yaml",
+        [*LORA, f"run.dir={tmp_path / 'out'}", "export.checkpoint=step-000006"],
+    )
+    assert exported_step(named) == 6
+    other = named.model_copy(
+        update={"export": named.export.model_copy(update={"checkpoint": "step-000007"})}
+    )
+    with pytest.raises(CheckpointError, match="step-000007 does not exist"):
+        export.run(other)
+
+
+def test_truth_05_a_training_that_has_not_ended_is_exported_only_by_name(
+    lora_run: TrainedRun, tmp_path: Path
+) -> None:
+    config = copy_of(lora_run, tmp_path, "export.merge=false")
+    last = write_checkpoint(config, lora_run.policy, lora_run.trained, step=8, last_step=10)
+    with pytest.raises(CheckpointError) as error:
+        export.run(config)
+    assert str(error.value) == (
+        f"{last} is the newest, of step 8 of 10; expected the checkpoint of the end of training, "
+        "whole. Run `dpo-dist train`, which goes on from the last one that is whole. Or ask for "
+        "one by name: export.checkpoint=step-000008."
+    )
+    section = config.export.model_copy(update={"checkpoint": last.name})
+    assert exported_step(config.model_copy(update={"export": section})) == 8
 
 
 def test_another_base_model_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.other_user import give_away, needs_root
 from support.ranks import ROOT, wait_until
 from support.tiny_run import (
     NUM_EVAL,
@@ -160,6 +161,44 @@ def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> Non
 def log_of(run_dir: Path, attempt: int = 1) -> str:
     path = run_dir / "logs" / f"train-{attempt:02d}" / "rank0000.log"
     return path.read_text() if path.exists() else ""
+
+
+def copied(run_yaml: Path, name: str) -> Path:
+    """The trained run elsewhere, and its last checkpoint."""
+    other = fresh_copy(run_yaml, name)
+    shutil.copytree(out_of(run_yaml) / "checkpoints", other / "checkpoints")
+    shutil.copyfile(out_of(run_yaml) / "metrics.jsonl", other / "metrics.jsonl")
+    return other
+
+
+def test_truth_05_a_damaged_last_checkpoint_is_trained_again(run_yaml: Path) -> None:
+    other = copied(run_yaml, "damaged")
+    last = other / "checkpoints" / f"step-{LAST_STEP:06d}"
+    (last / "train_state.json~").write_text("a backup")  # no damage by itself
+    assert "train: finished" in succeed_on(2, "train", run_yaml, f"run.dir={other}")
+    shard = last / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    assert "finished" not in succeed_on(2, "train", run_yaml, f"run.dir={other}")
+    assert (other / "checkpoints" / "quarantine" / last.name / "train_state.json~").exists()
+    same_training(out_of(run_yaml), other, LAST_STEP)
+
+
+@needs_root
+def test_truth_06_a_colleagues_resubmission_stops_before_it_moves_anything(run_yaml: Path) -> None:
+    other = copied(run_yaml, "colleague")
+    checkpoints = other / "checkpoints"
+    shutil.rmtree(checkpoints / f"step-{LAST_STEP:06d}")
+    give_away(checkpoints)
+    before = sorted(checkpoints.rglob("*"))
+    message = fail_on(1, "train", run_yaml, f"run.dir={other}")
+    assert "step-000008 belongs to user 12345, this is user 0; expected checkpoint files" in message
+    assert "set checkpoint.trusted_owners=[12345], or copy the run folder as this user" in message
+    assert sorted(checkpoints.rglob("*")) == before
+    trusted = "checkpoint.trusted_owners=[12345]"
+    assert f"step {LAST_STEP}/" in succeed_on(2, "train", run_yaml, f"run.dir={other}", trusted)
+    same_training(out_of(run_yaml), other, LAST_STEP)
 
 
 def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:

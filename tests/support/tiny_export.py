@@ -67,14 +67,17 @@ def trained_run(config: RunConfig) -> TrainedRun:
     return TrainedRun(config, policy, trained, step_dir)
 
 
-def write_checkpoint(config: RunConfig, policy: Any, trained: InMemory, step: int) -> Path:
-    """Commits a checkpoint of the policy with its probe."""
+def write_checkpoint(
+    config: RunConfig, policy: Any, trained: InMemory, step: int, last_step: int | None = None
+) -> Path:
+    """Commits a checkpoint of the policy with its probe; training ends with its step by default."""
     paths = RunDir(config.run.dir)
     step_dir = paths.checkpoint_dir(step)
     step_dir.mkdir(parents=True)
     shard = {"module": dict(trained.tensors), "buffer_names": []}
     torch.save(shard, step_dir / "mp_rank_00_model_states.pt")
-    digests = training_identity(config) | {"model": digest_of_weights(Path(config.model.path))}
+    digests = training_identity(config) | {"train.max_steps": str(last_step or step)}
+    digests |= {"model": digest_of_weights(Path(config.model.path))}
     state = TrainState(
         step=step, consumed_pairs=8 * step, epoch=1.2, digests=digests, world_size=1, zero_stage=0
     )

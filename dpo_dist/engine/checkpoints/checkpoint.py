@@ -4,7 +4,7 @@
         *_optim_states.pt, *_model_states.pt    DeepSpeed's shards, trainable parameters only
         rng_rank_00000.pt ...                   random generators of every rank
         train_state.json, probe.safetensors     where training stood; log-probs of a few pairs
-        MANIFEST.json, COMMITTED                see engine/commit.py
+        MANIFEST.json, COMMITTED                see commit.py
 
 1. Every rank writes its files into .step-000200.partial and takes their hashes on the way.
 2. All ranks agree that their part is on disk, else all raise and nothing else has changed.
@@ -19,7 +19,7 @@ K probe pairs.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,24 +29,21 @@ from safetensors import torch as safetensors
 from dpo_dist.config.training_section import HeldOutMetric
 from dpo_dist.engine.checkpoints.commit import (
     Files,
+    check_pickles,
     commit,
     find_changed,
     read_committed,
     remove_leftovers,
 )
+from dpo_dist.engine.checkpoints.resharding import load_resharded, needs_resharding
 from dpo_dist.engine.checkpoints.retention import newest_plausible, prune, quarantine, supersede
-from dpo_dist.engine.checkpoints.shard_loader import load_shards, own_step_counts
+from dpo_dist.engine.checkpoints.shard_loader import load_shards
 from dpo_dist.engine.checkpoints.shard_writer import ShardWriter
 from dpo_dist.engine.checkpoints.train_state import (
     TrainState,
     check_resume,
     check_stage,
     read_train_state,
-)
-from dpo_dist.engine.checkpoints.universal import (
-    discard_universal,
-    needs_conversion,
-    prepare_universal,
 )
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
@@ -57,6 +54,8 @@ from dpo_dist.run.manifest import fsync_dir
 from dpo_dist.run.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir, rng_name
 
 Value = TypeVar("Value")
+# A check may take this long: what a disk that works never needs, for one that hangs.
+READING_S, SLOWEST_BYTES_S = 600.0, 20e6
 
 
 def save(
@@ -108,9 +107,10 @@ def newest_committed(checkpoints_dir: Path) -> Path | None:
 
     Sizes are compared for every candidate, contents for the one that is chosen, each rank reading
     its share of the files. Damaged ones are moved to quarantine with the reason. Raises
-    CheckpointError on every rank when a file cannot be read.
+    CheckpointError on every rank when all are damaged, which moves none, and when a file cannot
+    be read.
     """
-    run, refused = _run_dir(checkpoints_dir), set[Path]()
+    run, refused = _run_dir(checkpoints_dir), dict[Path, str]()
     while True:
         candidate = _read_by_first(checkpoints_dir, lambda: newest_plausible(run, refused))
         if candidate is None:
@@ -118,30 +118,36 @@ def newest_committed(checkpoints_dir: Path) -> Path | None:
         step_dir, files = candidate
         changed = _find_changed_together(step_dir, files)
         if not changed:
-            return step_dir
-        if collectives.is_first():
-            quarantine(run, step_dir, changed, refused)
+            break
+        refused[step_dir] = changed
+    if collectives.is_first():
+        for damaged, reason in refused.items():
+            quarantine(run, damaged, reason)
+    return step_dir
+
+
+def check_ours(step_dir: Path, trusted: Container[int]) -> None:
+    """Raises CheckpointError on every rank unless the pickles of a checkpoint may be opened."""
+    _read_by_first(step_dir, lambda: check_pickles(step_dir, trusted))
 
 
 def load(engine: Any, step_dir: Path, digests_now: Mapping[str, str]) -> TrainState:
     """Puts a verified checkpoint into a fresh engine; returns where training stood.
 
     Restores weights, optimizer, schedule and, on the same number of ranks, the random generators.
-    On another number the shards are converted first, for which the engine must have been built
-    with checkpoint.load_universal (`needs_conversion` tells). Raises CheckpointError on every rank
-    when the run differs from the one that wrote it.
+    On another number each rank reads its share of the shards, for which the engine must have been
+    built with checkpoint.load_universal (`needs_resharding` tells). Raises CheckpointError on every
+    rank when the run differs from the one that wrote it.
     """
     state = read_train_state(step_dir)
     check_resume(step_dir, state, digests_now)
     check_stage(step_dir, state, engine.zero_optimization_stage())
     rank, world_size = collectives.place()
-    convert = needs_conversion(step_dir, world_size)
+    reshard = needs_resharding(step_dir, world_size)
     universal = engine.load_universal_checkpoint()
-    assert universal == convert, f"load_universal is {universal}, expected {convert}"
-    if convert:
-        load_shards(engine, prepare_universal(step_dir))
-        own_step_counts(engine)
-        discard_universal(step_dir)
+    assert universal == reshard, f"load_universal is {universal}, expected {reshard}"
+    if reshard:
+        load_resharded(engine, step_dir)
     else:
         load_shards(engine, step_dir)
     if state.world_size == world_size:
@@ -210,13 +216,16 @@ def _saving_through(engine: Any, writer: ShardWriter) -> Iterator[None]:
 def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     """What is damaged, if anything; every rank reads its share of the files."""
     rank, world_size = collectives.place()
-    changed: list[str] = []
-    unreadable = None
-    try:
-        changed = find_changed(step_dir, files, sorted(files)[rank::world_size])
-    except OSError as error:
-        unreadable = f"rank {rank} cannot read {error.filename} ({error.strerror})"
-    reports = collectives.gather((changed, unreadable))
+    share = sorted(files)[rank::world_size]
+
+    def look() -> tuple[list[str], str | None]:
+        try:
+            return find_changed(step_dir, files, share), None
+        except OSError as error:
+            return [], f"rank {rank} cannot read {error.filename} ({error.strerror})"
+
+    total = sum(record.size for record in files.values())
+    reports = collectives.polled(look, READING_S + total / SLOWEST_BYTES_S, f"read {step_dir}")
     for _, problem in reports:
         if problem:
             raise CheckpointError(

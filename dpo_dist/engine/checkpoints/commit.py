@@ -5,15 +5,20 @@
         MANIFEST.json    {"files": {"name": {"size": bytes, "sha256": hex}}}
         COMMITTED        {"manifest": hex SHA-256 of MANIFEST.json}
 
-Checkpoints hold pickles, which run code when they are opened. So a folder is opened only when its
-files are exactly those that were committed, are regular files, and belong to this user.
+Only what the manifest names is looked at: a note, an editor's backup or a file that NFS keeps while
+it is open is no damage.
+
+Checkpoints hold pickles, which run code when they are opened. So a resume, the only one to unpickle
+them without restrictions, asks `check_pickles` first who wrote them. Another owner is no damage: a
+colleague's checkpoint stays where it is.
 """
 
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -39,25 +44,76 @@ def commit(folder: Path, files: Files) -> None:
 def read_committed(folder: Path) -> dict[str, FileRecord]:
     """The files of a committed folder, after every check but the content of the files.
 
-    Raises CheckpointError when the folder is not committed, when its files are not the committed
-    ones by name and size, or when one is a link or belongs to another user; OSError when it
-    cannot be read.
+    Raises CheckpointError when the folder is not committed, or when a committed file is missing,
+    has another size or is a link; OSError when it cannot be read.
     """
-    found = _sizes(folder)
-    if COMMIT_NAME not in found:
+    _check_plain(folder, stat.S_ISDIR, "folder")
+    marker_path, manifest_path = folder / COMMIT_NAME, folder / MANIFEST_NAME
+    if not os.path.lexists(marker_path):
         raise _damage(f"{folder} has no {COMMIT_NAME} marker")
-    expected = _read_json(folder / COMMIT_NAME).get("manifest")
-    if MANIFEST_NAME not in found or digest_of_file(folder / MANIFEST_NAME) != expected:
-        raise _damage(f"{folder / MANIFEST_NAME} is not the one that {COMMIT_NAME} names")
-    files = _parse_manifest(folder / MANIFEST_NAME)
-    if missing := sorted(set(files) - set(found)):
+    _check_plain(marker_path)
+    expected = _read_json(marker_path).get("manifest")
+    if not manifest_path.is_file() or digest_of_file(manifest_path) != expected:
+        raise _damage(f"{manifest_path} is not the one that {COMMIT_NAME} names")
+    files = _parse_manifest(manifest_path)
+    if missing := [name for name in sorted(files) if not os.path.lexists(folder / name)]:
         raise _damage(f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} files)")
-    if unlisted := sorted(set(found) - set(files) - {MANIFEST_NAME, COMMIT_NAME}):
-        raise _damage(f"{folder / unlisted[0]} is not in the manifest")
+    for path in _folders_within(files):
+        _check_plain(folder / path, stat.S_ISDIR, "folder")
     for name, record in files.items():
-        if found[name] != record.size:
-            raise _damage(f"{folder / name} has {found[name]} bytes instead of {record.size}")
+        size = _check_plain(folder / name).st_size
+        if size != record.size:
+            raise _damage(f"{folder / name} has {size} bytes instead of {record.size}")
     return files
+
+
+def check_pickles(folder: Path, trusted: Container[int] = ()) -> None:
+    """Raises CheckpointError unless all that a resume opens in a committed folder may be opened.
+
+    Its files belong to this user, or to one of the `trusted` user ids, and no pickle lies among
+    them that was not committed: DeepSpeed looks for shards by pattern.
+    """
+    files = read_committed(folder)
+    for name in ("", *_folders_within(files), COMMIT_NAME, MANIFEST_NAME, *files):
+        owner = (folder / name).lstat().st_uid
+        if owner != os.geteuid() and owner not in trusted:
+            raise CheckpointError(
+                f"{folder / name} belongs to user {owner}, this is user {os.geteuid()}",
+                "checkpoint files of this user, because opening a pickle can run any code",
+                f"If you trust who wrote it, set checkpoint.trusted_owners=[{owner}], or copy the "
+                "run folder as this user and set run.dir to the copy.",
+            )
+    for path in sorted(folder.rglob("[!.]*.pt")):
+        if path.relative_to(folder).as_posix() not in files:
+            raise CheckpointError(
+                f"{path} is not in the manifest",
+                "only the pickles that were committed, because opening one can run any code",
+                "Move it out of this folder.",
+            )
+
+
+def check_new_files(folder: Path, trusted: Container[int] = ()) -> None:
+    """Raises CheckpointError unless this process may write files into a folder that are its own.
+
+    A file system that maps owners would have every checkpoint refused at the next resume.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            owner = os.fstat(stream.fileno()).st_uid
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror})",
+            "a run folder that this user may write",
+            "Change its permissions, or set another run.dir.",
+        ) from None
+    if owner != os.geteuid() and owner not in trusted:
+        raise CheckpointError(
+            f"what user {os.geteuid()} writes into {folder} belongs to user {owner}",
+            "files of this user, because a resume opens pickles, which can run any code",
+            "The file system maps owners, as with root_squash: run as a user that it leaves alone, "
+            "put run.dir elsewhere, or, if you trust all who write as that user, set "
+            f"checkpoint.trusted_owners=[{owner}].",
+        )
 
 
 def find_changed(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
@@ -86,7 +142,11 @@ def record_files(folder: Path, known: Files | None = None) -> dict[str, FileReco
 
     Those in `known`, whose hash was taken while they were written, are not read again.
     """
-    sizes = _sizes(folder)
+    sizes = {
+        path.relative_to(folder).as_posix(): _check_plain(path).st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
 
     def record(name: str) -> FileRecord:
         with (folder / name).open("rb") as stream:
@@ -135,32 +195,21 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Size of every file below the folder by its relative name, refusing what is not ours."""
-    _check_own(folder, stat.S_ISDIR, "folder")
-    sizes = {}
-    for path in sorted(folder.rglob("*")):  # does not follow links
-        if path.is_dir() and not path.is_symlink():
-            _check_own(path, stat.S_ISDIR, "folder")
-        else:
-            status = _check_own(path, stat.S_ISREG, "file")
-            sizes[path.relative_to(folder).as_posix()] = status.st_size
-    return sizes
+def _folders_within(files: Files) -> set[str]:
+    """The folders between a committed folder and its files."""
+    parents = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    return parents - {"."}
 
 
-def _check_own(path: Path, right_kind: Any, kind: str) -> os.stat_result:
+def _check_plain(
+    path: Path, right_kind: Callable[[int], bool] = stat.S_ISREG, kind: str = "file"
+) -> os.stat_result:
     try:
         status = path.lstat()
     except FileNotFoundError:
         raise _damage(f"{path} does not exist") from None
     if not right_kind(status.st_mode):
         raise _damage(f"{path} is a link or a special file, not a plain {kind}")
-    if status.st_uid != os.geteuid():
-        raise CheckpointError(
-            f"{path} belongs to user {status.st_uid}, this is user {os.geteuid()}",
-            "checkpoint files of this user, because opening a pickle can run any code",
-            "Copy the checkpoint as this user if you trust who wrote it.",
-        )
     return status
 
 

@@ -3,6 +3,7 @@
     with open_checkpoint(step_dir) as shards:
         for name in shards.names_and_shapes:
             weight = shards.read(name)  # float32
+            rest = shards.read_part(name, start, numel, "exp_avg")  # opened with moments=True
 
 How a parameter of n elements lies in the files of W ranks:
 
@@ -20,7 +21,7 @@ import contextlib
 import math
 import mmap
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,7 @@ from dpo_dist.errors import CheckpointError
 from dpo_dist.run.run_dir import TRAIN_STATE_NAME
 from dpo_dist.wording import first_line
 
+MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")  # what AdamW keeps, named as by DeepSpeed
 ShapeGroups = Sequence[Mapping[str, torch.Size]]  # of parameters, by name, a group each
 FlatGroups = Sequence[Sequence["FlatTensor"]]  # [rank][group]
 
@@ -84,19 +86,20 @@ class ShardedCheckpoint:
 
     names_and_shapes: Mapping[str, torch.Size]
     aliases: Mapping[str, str]  # second name of a tied parameter -> the name that is read
-    extents: Mapping[str, Sequence[FlatTensor]]
+    extents: Mapping[str, Mapping[str, Sequence[FlatTensor]]]  # by state, then by parameter
 
     def read(self, name: str) -> torch.Tensor:
         """The fp32 master weight of a parameter (stage 0: the weight itself) as float32."""
-        name = self.aliases.get(name, name)
-        shape = self.names_and_shapes[name]
-        weight = _empty(shape.numel())
-        start = 0
-        for extent in self.extents[name]:
-            extent.read_into(weight[start : start + extent.numel])
-            start += extent.numel
-        assert start == weight.numel(), f"{name}: {start} elements of {weight.numel()}"
-        return weight.view(shape)
+        shape = self.names_and_shapes[self.aliases.get(name, name)]
+        return self.read_part(name, 0, shape.numel()).view(shape)
+
+    def read_part(self, name: str, start: int, numel: int, state: str = MASTER) -> torch.Tensor:
+        """The elements [start, start + numel) of a parameter's state, (numel,) in float32."""
+        part, done = _empty(numel), 0
+        for extent in _across(self.extents[state][self.aliases.get(name, name)], start, numel):
+            extent.read_into(part[done : done + extent.numel])
+            done += extent.numel
+        return part
 
 
 def _empty(numel: int) -> torch.Tensor:
@@ -112,12 +115,15 @@ def _empty(numel: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def open_checkpoint(step_dir: Path, *, verified: bool = False) -> Iterator[ShardedCheckpoint]:
+def open_checkpoint(
+    step_dir: Path, *, verified: bool = False, moments: bool = False
+) -> Iterator[ShardedCheckpoint]:
     """Opens a checkpoint of any ZeRO stage and number of ranks for reading.
 
-    With `verified` the contents were compared with the manifest already, so that only names,
-    sizes and owners are. All files are open from here on, so pruning does not disturb the reader.
-    Raises CheckpointError when the checkpoint is damaged or not of a known layout.
+    With `verified` the contents were compared with the manifest already, so that only names and
+    sizes are. With `moments`, from stage 1 on, those of AdamW can be read as well. All files are
+    open from here on, so pruning does not disturb the reader. Raises CheckpointError when the
+    checkpoint is damaged or not of a known layout.
     """
     files = read_committed(step_dir)
     state = read_train_state(step_dir)
@@ -130,28 +136,50 @@ def open_checkpoint(step_dir: Path, *, verified: bool = False) -> Iterator[Shard
         changed = [] if verified else find_changed(step_dir, files, streams)
         if changed:
             raise CheckpointError(changed[0], "the committed content", "Export another checkpoint.")
-        yield _describe(streams, state.zero_stage, state.world_size)
+        wanted = (MASTER, *MOMENTS) if moments else (MASTER,)
+        yield _describe(streams, state.zero_stage, state.world_size, wanted)
 
 
-def _describe(streams: Mapping[str, BinaryIO], stage: int, world_size: int) -> ShardedCheckpoint:
-    prefix = "zero_pp_rank_0_" if stage == 3 else ""
-    model_stream, model = _unpickle(streams, f"{prefix}mp_rank_00_model_states.pt")
+def model_states_name(stage: int) -> str:
+    """The file with all that is not of the optimizer; of stage 3, rank 0's."""
+    return f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
+
+
+def optim_states_name(names: Container[str], rank: int) -> str:
+    """The file with a rank's part of the optimizer."""
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return name if name in names else f"bf16_{name}"
+
+
+def base_state(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of torch's optimizer within that of ZeRO's."""
+    return optimizer.get("optimizer_state_dict") or optimizer["base_optimizer_state"]
+
+
+def _describe(
+    streams: Mapping[str, BinaryIO], stage: int, world_size: int, wanted: Sequence[str]
+) -> ShardedCheckpoint:
+    model_stream, model = _unpickle(streams, model_states_name(stage))
     if stage == 0:
         return _whole_tensors(model_stream, model)
-    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    flat_groups: list[list[FlatTensor]] = []
+    masters = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    flat_groups: dict[str, list[list[FlatTensor]]] = {state: [] for state in wanted}
     paddings: Sequence[Sequence[int]] = []
     for rank in range(world_size):
-        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        stream, shard = _unpickle(streams, name if name in streams else f"bf16_{name}")
+        stream, shard = _unpickle(streams, optim_states_name(streams, rank))
         optimizer = shard["optimizer_state_dict"]
-        flat_groups.append([_locate(stream, group) for group in optimizer[key]])
+        for state, groups in flat_groups.items():
+            moments = sorted(base_state(optimizer)["state"].items())
+            flats = optimizer[masters] if state == MASTER else [m[state] for _, m in moments]
+            groups.append([_locate(stream, flat) for flat in flats])
         paddings = optimizer.get("param_alignment_paddings", [])
     shapes: ShapeGroups = model["param_shapes"]
-    if stage == 3:
-        extents = _stage3_extents(shapes, flat_groups)
-    else:
-        extents = _stage12_extents(shapes, flat_groups, paddings)
+    extents = {
+        state: _stage3_extents(shapes, groups)
+        if stage == 3
+        else _stage12_extents(shapes, groups, paddings)
+        for state, groups in flat_groups.items()
+    }
     names_and_shapes = {name: torch.Size(s) for group in shapes for name, s in group.items()}
     shared: Mapping[str, str] = model["shared_params"]
     aliases = {alias: name for alias, name in shared.items() if name in names_and_shapes}
@@ -207,7 +235,7 @@ def _whole_tensors(stream: BinaryIO, model: Mapping[str, Any]) -> ShardedCheckpo
             aliases[name] = first
         else:
             shapes[name], extents[name] = tensor.shape, [flat]
-    return ShardedCheckpoint(shapes, aliases, extents)
+    return ShardedCheckpoint(shapes, aliases, {MASTER: extents})
 
 
 def _stage12_extents(

@@ -6,6 +6,7 @@ import io
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dpo_dist.errors import ClusterError
+from dpo_dist.run.status import POLL_S
 from dpo_dist.run.topology import Topology
 
 Value = TypeVar("Value")
@@ -178,6 +181,40 @@ def on_first(work: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     return value
+
+
+def polled(work: Callable[[], Value], limit_s: float, what: str) -> list[Value]:
+    """What `work` returns on each rank, in rank order, on every rank; all ranks call together.
+
+    For work on files, which may take longer than the group waits for one exchange: the ranks ask
+    each other all the time who is done. Raises ClusterError on every rank, naming those that are
+    not after `limit_s` seconds, and what `work` raises on one rank.
+    """
+    results: list[tuple[Exception | None, Any]] = []
+
+    def run() -> None:
+        try:
+            results.append((None, work()))
+        except Exception as error:
+            results.append((error, None))
+
+    # a daemon: a file system that hangs must not keep the process from ending
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    deadline = time.monotonic() + limit_s
+    while not all(finished := gather(not worker.is_alive())):
+        if broadcast(time.monotonic() > deadline):
+            late = [rank for rank, is_done in enumerate(finished) if not is_done]
+            raise ClusterError(
+                f"rank {late[0]} did not {what} within {limit_s:,.0f} s ({len(late)} ranks)",
+                "a file system that answers",
+                "Look at that node and its file system, then start the same command again.",
+            )
+        worker.join(POLL_S)
+    reports = gather(results[0])
+    if error := next((error for error, _ in reports if error is not None), None):
+        raise error
+    return [value for _, value in reports]
 
 
 def place() -> tuple[int, int]:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.other_user import files_of_another_user, needs_root
 
 from dpo_dist.engine.checkpoints.commit import (
+    check_new_files,
+    check_pickles,
     commit,
     find_changed,
     put_aside,
@@ -110,16 +113,15 @@ def escaping_link(folder: Path) -> None:
 
 
 def linked_folder(folder: Path) -> None:
-    (folder.parent / "outside").mkdir()
-    (folder / "sub").symlink_to(folder.parent / "outside")
+    """The files of a folder below are as committed, in a folder elsewhere."""
+    committed(folder, {"zero/fp32.pt": b"content"})
+    (folder / "zero").rename(folder.parent / "outside")
+    (folder / "zero").symlink_to(folder.parent / "outside")
 
 
-def pipe(folder: Path) -> None:
-    os.mkfifo(folder / "pipe")
-
-
-def unlisted_pickle(folder: Path) -> None:
-    (folder / "zero_pp_rank_2_optim_states.pt").write_bytes(b"foreign")
+def shard_as_a_pipe(folder: Path) -> None:
+    (folder / "zero_pp_rank_1_optim_states.pt").unlink()
+    os.mkfifo(folder / "zero_pp_rank_1_optim_states.pt")
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
@@ -155,9 +157,8 @@ CHEAP = [
     (marker_of_another_kind, "COMMITTED is not readable"),
     (marker_pointing_outside, "COMMITTED is a link or a special file, not a plain file"),
     (escaping_link, "zero_pp_rank_1_optim_states.pt is a link or a special file"),
-    (linked_folder, "sub is a link or a special file"),
-    (pipe, "pipe is a link or a special file"),
-    (unlisted_pickle, "zero_pp_rank_2_optim_states.pt is not in the manifest"),
+    (linked_folder, "zero is a link or a special file, not a plain folder"),
+    (shard_as_a_pipe, "zero_pp_rank_1_optim_states.pt is a link or a special file"),
     (manifest_naming_outside, "names '../outside', which is not a file of the folder"),
     (manifest_of_another_kind, "MANIFEST.json does not list files"),
 ]
@@ -204,22 +205,92 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         read_committed(tmp_path / "step-000009")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_files_of_another_user_are_refused(tmp_path: Path) -> None:
+# What a person, an editor, a desktop or a network file system leaves behind.
+FOREIGN = [
+    "note.txt", ".nfs000000000001", "train_state.json~", ".train_state.json.swp", ".DS_Store",
+    "._zero_pp_rank_0_optim_states.pt", "zero_pp_rank_0_optim_states.pt.bak", "copy/of/a_file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_truth_05_a_foreign_file_is_no_damage(tmp_path: Path, name: str) -> None:
+    folder = committed(tmp_path / "step-000001")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("not of the run")
+    assert sorted(verify(folder)) == sorted(SHARDS)
+    check_pickles(folder)
+
+
+def test_truth_05_nor_is_a_foreign_link_or_pipe(tmp_path: Path) -> None:
+    folder = committed(tmp_path / "step-000001")
+    os.mkfifo(folder / "pipe")
+    (folder / "latest").symlink_to(tmp_path)
+    assert sorted(verify(folder)) == sorted(SHARDS)
+
+
+def test_a_pickle_that_was_not_committed_is_not_opened(tmp_path: Path) -> None:
+    """DeepSpeed looks for shards by pattern; what it might find must be of the checkpoint."""
+    folder = committed(tmp_path / "step-000001")
+    shard = folder / "zero_pp_rank_2_optim_states.pt"
+    shard.write_bytes(b"foreign")
+    assert sorted(verify(folder)) == sorted(SHARDS), "which is no damage"
+    with pytest.raises(CheckpointError) as caught:
+        check_pickles(folder)
+    assert str(caught.value) == (
+        f"{shard} is not in the manifest; expected only the pickles that were committed, because "
+        "opening one can run any code. Move it out of this folder."
+    )
+
+
+@needs_root
+def test_truth_06_files_of_another_user_are_whole_and_not_opened(tmp_path: Path) -> None:
     folder = committed(tmp_path / "step-000001")
     shard = folder / "zero_pp_rank_1_optim_states.pt"
     os.chown(shard, 12345, -1)
+    assert sorted(verify(folder)) == sorted(SHARDS)
     with pytest.raises(CheckpointError) as caught:
-        read_committed(folder)
+        check_pickles(folder)
     assert str(caught.value) == (
         f"{shard} belongs to user 12345, this is user 0; expected checkpoint files of this user, "
-        "because opening a pickle can run any code. Copy the checkpoint as this user if you "
-        "trust who wrote it."
+        "because opening a pickle can run any code. If you trust who wrote it, set "
+        "checkpoint.trusted_owners=[12345], or copy the run folder as this user and set run.dir to "
+        "the copy."
     )
+    check_pickles(folder, trusted=[12345])
     os.chown(shard, 0, -1)
-    os.chown(folder, 12345, -1)
-    with pytest.raises(CheckpointError, match="step-000001 belongs to user 12345"):
-        read_committed(folder)
+    for path in (folder, folder / COMMIT_NAME):
+        os.chown(path, 12345, -1)
+        with pytest.raises(CheckpointError, match=f"{path.name} belongs to user 12345"):
+            check_pickles(folder)
+        os.chown(path, 0, -1)
+
+
+@needs_root
+def test_truth_06_a_file_system_that_maps_owners_is_found_by_the_first_file() -> None:
+    with files_of_another_user() as mapped:
+        with pytest.raises(CheckpointError) as caught:
+            check_new_files(mapped)
+        check_new_files(mapped, trusted=[12345])
+        assert os.listdir(mapped) == []
+    assert str(caught.value) == (
+        f"what user 0 writes into {mapped} belongs to user 12345; expected files of this user, "
+        "because a resume opens pickles, which can run any code. The file system maps owners, as "
+        "with root_squash: run as a user that it leaves alone, put run.dir elsewhere, or, if you "
+        "trust all who write as that user, set checkpoint.trusted_owners=[12345]."
+    )
+
+
+@needs_root
+def test_truth_06_a_folder_that_cannot_be_written_is_found_by_the_first_file() -> None:
+    with files_of_another_user() as folder:
+        ours = folder / "checkpoints"
+        ours.mkdir(mode=0o555)
+        with pytest.raises(CheckpointError) as caught:
+            check_new_files(ours)
+    assert str(caught.value) == (
+        f"{ours} cannot be written (Permission denied); expected a run folder that this user may "
+        "write. Change its permissions, or set another run.dir."
+    )
 
 
 def test_put_aside_keeps_every_version_with_its_reason(tmp_path: Path) -> None:

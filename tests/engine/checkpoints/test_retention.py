@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.other_user import give_away, needs_root
 
 from dpo_dist.engine.checkpoints import checkpoint
 from dpo_dist.engine.checkpoints.commit import commit, record_files
-from dpo_dist.engine.checkpoints.retention import best_committed, best_standing, prune
+from dpo_dist.engine.checkpoints.retention import best_standing, prune
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.errors import CheckpointError
 from dpo_dist.run.run_dir import COMMIT_NAME, TRAIN_STATE_NAME
@@ -78,11 +79,35 @@ def test_a_folder_under_another_step_is_put_aside(run: Path) -> None:
     assert reason == f"{run}/step-000400 holds step 300\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_foreign_pickle_is_never_chosen(run: Path) -> None:
-    os.chown(run / "step-000300" / "mp_rank_00_model_states.pt", 12345, -1)
-    assert checkpoint.newest_committed(run) == run / "step-000200"
-    assert "belongs to user 12345" in (run / "quarantine" / "step-000300.reason.txt").read_text()
+@needs_root
+def test_truth_06_what_belongs_to_another_user_is_neither_moved_nor_passed_over(run: Path) -> None:
+    give_away(run)
+    assert checkpoint.choose_resume(run, "auto") == run / "step-000300"
+    with pytest.raises(CheckpointError, match="step-000300 belongs to user 12345"):
+        checkpoint.check_ours(run / "step-000300", [])
+    checkpoint.check_ours(run / "step-000300", [12345])
+    prune(run, keep=2)
+    (run / "step-000300" / COMMIT_NAME).unlink()
+    assert checkpoint.choose_resume(run, "auto") == run / "step-000200"
+    assert sorted(os.listdir(run)) == ["step-000200", "step-000300"], "and the damaged one stays"
+
+
+def test_truth_06_when_all_are_refused_auto_stops_and_moves_nothing(run: Path) -> None:
+    (run / "step-000300" / "mp_rank_00_model_states.pt").write_bytes(b"weighty")
+    os.truncate(run / "step-000200" / "mp_rank_00_model_states.pt", 2)
+    (run / "step-000100" / COMMIT_NAME).unlink()
+    for _ in range(2):  # what is started again ends the same way
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.choose_resume(run, "auto")
+        assert str(caught.value) == (
+            f"none of the 3 checkpoints in {run} can be used:\n"
+            f"{run}/step-000300/mp_rank_00_model_states.pt has another content than was committed\n"
+            f"{run}/step-000200/mp_rank_00_model_states.pt has 2 bytes instead of 7\n"
+            f"{run}/step-000100 has no COMMITTED marker\n"
+            "expected one to go on from. Nothing was moved: put one back from a copy, or move "
+            f"{run} away to train anew from the first step."
+        )
+        assert sorted(os.listdir(run)) == ["step-000100", "step-000200", "step-000300"]
 
 
 def test_pruning_spares_the_best_that_stands(run: Path) -> None:
@@ -93,12 +118,10 @@ def test_pruning_spares_the_best_that_stands(run: Path) -> None:
     assert sorted(os.listdir(run)) == ["step-000300", "step-000400"]
 
 
-def test_a_damaged_best_gives_way_to_the_next(run: Path) -> None:
-    (run / "step-000100" / "mp_rank_00_model_states.pt").write_bytes(b"weighty")
-    assert best_standing(run, [50, 100, 300, 200]) == run / "step-000100"
-    assert best_committed(run, [50, 100, 300, 200]) == run / "step-000300"
-    assert (run / "quarantine" / "step-000100").is_dir()
-    assert best_committed(run, []) is None
+def test_the_best_is_the_first_of_the_ranked_that_stands(run: Path) -> None:
+    (run / "step-000300" / COMMIT_NAME).unlink()
+    assert best_standing(run, [50, 300, 100, 200]) == run / "step-000100"
+    assert best_standing(run, []) is None
 
 
 def test_pruning_keeps_the_newest_whole_ones(run: Path) -> None:

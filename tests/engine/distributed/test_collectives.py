@@ -1,5 +1,6 @@
 """The exchanges between ranks, on real ranks."""
 
+import datetime
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ import pytest
 from support.ranks import run_ranks, started_ranks, wait_until
 
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.errors import DataError
+from dpo_dist.errors import DataError, DPODistError
 from dpo_dist.run.topology import from_environment
 
 BUFFERS = Path("/dev/shm")
@@ -92,3 +93,30 @@ def test_a_killed_build_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.Monk
     os.utime(killed, (long_ago, long_ago))
     collectives.remove_stale_build_locks()
     assert not killed.exists() and running.exists()
+
+
+def slow_files(seconds: float, limit_s: float, fail: bool) -> str:
+    """Rank 1 works on files for longer than the group waits for one exchange."""
+    collectives.TIMEOUT = datetime.timedelta(seconds=2)
+
+    def work() -> int:
+        rank, _ = collectives.place()
+        time.sleep(seconds * rank)
+        if fail and rank:
+            raise DataError("a file", "none", "Do.")
+        return rank
+
+    with collectives.process_group(from_environment()):
+        try:
+            return str(collectives.polled(work, limit_s, "read its files"))
+        except DPODistError as error:
+            return str(error)
+
+
+def test_truth_12_slow_files_are_waited_for_in_short_exchanges() -> None:
+    assert run_ranks(2, slow_files, 4.0, 60.0, False) == ["[0, 1]"] * 2
+    assert run_ranks(2, slow_files, 0.0, 60.0, True) == ["a file; expected none. Do."] * 2
+    assert run_ranks(2, slow_files, 60.0, 1.0, False) == [
+        "rank 1 did not read its files within 1 s (1 ranks); expected a file system that answers. "
+        "Look at that node and its file system, then start the same command again."
+    ] * 2  # fmt: skip

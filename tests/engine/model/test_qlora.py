@@ -130,7 +130,7 @@ def converted(folder: str, model_dir: str) -> list[float]:
     case = CASES[2]
     path = checkpoints_of(folder, f"{name_of(case)}-2") / "step-000002"
     with collectives.process_group(from_environment()):
-        assert checkpoint.needs_conversion(path, from_environment().world_size)
+        assert checkpoint.needs_resharding(path, from_environment().world_size)
         engine = start(model_dir, case, universal=True)
         checkpoint.load(engine, path, {})
         return [train_step(engine, step) for step in (3, 4)]

@@ -135,15 +135,15 @@ def test_another_number_of_ranks_needs_adamw(tmp_path: Path) -> None:
     for optimizer, stage in (("muon", 3), ("adamw_8bit", 0), ("adamw", 3)):
         state = TrainState(2, 12, 0.5, {"train.optimizer": optimizer}, 2, stage)
         (step_dir / TRAIN_STATE_NAME).write_text(state.to_json())
-        assert checkpoint.needs_conversion(step_dir, 2) is False
+        assert checkpoint.needs_resharding(step_dir, 2) is False
         if optimizer != "muon":
-            assert checkpoint.needs_conversion(step_dir, 3) == (optimizer == "adamw")
+            assert checkpoint.needs_resharding(step_dir, 3) == (optimizer == "adamw")
             continue
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.needs_conversion(step_dir, 3)
+            checkpoint.needs_resharding(step_dir, 3)
         assert str(caught.value) == (
-            f"{step_dir} holds the state of muon on 2 ranks, and DeepSpeed converts that of adamw "
-            "only; expected 2 ranks, not 3. Continue on 2 ranks."
+            f"{step_dir} holds the state of muon on 2 ranks, and only that of adamw can be cut for "
+            "another number; expected 2 ranks, not 3. Continue on 2 ranks."
         )
 
 
