@@ -40,6 +40,7 @@ from dpo_dist.judging.endpoint import (
     Endpoint,
     Limits,
     RequestRefusedError,
+    check_key_stays_secret,
     completions_url,
     key_from_environment,
 )
@@ -149,6 +150,7 @@ def run(
     endpoint fails or no comparison got a verdict.
     """
     url, key = completions_url(settings.endpoint), key_from_environment(settings.api_key_env)
+    check_key_stays_secret(url, key)
     names = _names(files)
     questions = None
     if questions_path is not None:

@@ -6,6 +6,7 @@ no chat completion; gives up on everything else. The key is never part of an err
 
 import asyncio
 import email.utils
+import ipaddress
 import os
 import random
 import time
@@ -212,6 +213,29 @@ def key_from_environment(name: str) -> str | None:
             f"Set {name} again.",
         )
     return key or None
+
+
+def check_key_stays_secret(url: str, key: str | None) -> None:
+    """Raises EndpointError when a key would leave this machine in clear text.
+
+    No network is trusted for being local: a cluster's is shared with everybody on the cluster.
+    """
+    where = httpx2.URL(url)
+    if key is None or where.scheme == "https" or _is_loopback(where.host):
+        return
+    raise EndpointError(
+        f"--endpoint {url} would send the API key in clear text to {where.host}",
+        "https, or this machine",
+        "Use https, reach the server as localhost through a tunnel (ssh -L), or send no key: "
+        '--api-key-env "".',
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def retry_after_s(value: str | None) -> float | None:

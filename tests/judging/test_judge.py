@@ -21,7 +21,13 @@ from support.servers.local_judge import Answer, LocalJudge, Request, serve
 
 from dpo_dist.commands import judge as stage
 from dpo_dist.errors import ArtifactError, DataError, DPODistError, EndpointError, as_disk_error
-from dpo_dist.judging.endpoint import Limits, completions_url, retry_after_s
+from dpo_dist.judging.endpoint import (
+    Limits,
+    check_key_stays_secret,
+    completions_url,
+    key_from_environment,
+    retry_after_s,
+)
 
 KEY = "sk-local-0123456789abcdef"
 NUM_QUESTIONS = 6
@@ -332,6 +338,29 @@ def test_endpoints_that_are_none(endpoint: str, found: str) -> None:
     with pytest.raises(EndpointError) as caught:
         completions_url(endpoint)
     assert caught.value.found == found and "secret" not in str(caught.value)
+
+
+def test_truth_17_a_key_leaves_the_machine_encrypted_only(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(EndpointError) as caught:
+        judge(files, "http://gpu-node:8000/v1", tmp_path / "out")
+    assert str(caught.value) == (
+        "--endpoint http://gpu-node:8000/v1/chat/completions would send the API key in clear text "
+        "to gpu-node; expected https, or this machine. Use https, reach the server as localhost "
+        'through a tunnel (ssh -L), or send no key: --api-key-env "".'
+    )
+    assert key_from_environment("") is None
+    for url, key in (
+        ("http://gpu-node:8000/v1", None), ("https://gpu-node/v1", "sk-secret"),
+        ("http://localhost:8000/v1", "sk-secret"), ("http://127.0.0.2/v1", "sk-secret"),
+        ("http://[::1]:8000/v1", "sk-secret"),
+    ):  # fmt: skip
+        check_key_stays_secret(url, key)
+    for host in ("10.0.0.7", "localhost.example.org", "[fe80::1]", "0.0.0.0"):
+        with pytest.raises(EndpointError, match="in clear text"):
+            check_key_stays_secret(f"http://{host}/v1", "sk-secret")
 
 
 def test_endpoints_with_and_without_the_last_part() -> None:

@@ -17,7 +17,20 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     manifest.write_atomic(target, b"two")
     assert target.read_text() == "two"
     assert os.listdir(target.parent) == ["file.txt"]
-    assert target.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_truth_17_the_umask_decides_who_reads_a_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        manifest.write_atomic(tmp_path / "a" / "file.txt", "one")
+        with manifest.atomic_dir(tmp_path / "artifact") as partial:
+            manifest.write_json(partial / "x.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folders, files = 0o777 & ~umask, 0o666 & ~umask
+    assert modes == {"a": folders, "file.txt": files, "artifact": folders, "x.json": files}
 
 
 def test_write_atomic_failure_keeps_the_old_file(tmp_path: Path) -> None:

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from support.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist.commands import report
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.data.tokens.templates import BUILTIN_TEMPLATES
 from dpo_dist.engine.weights.safetensors_writer import TensorFile
 from dpo_dist.errors import ArtifactError, CheckpointError, DataError, ModelFilesError
 from dpo_dist.run.manifest import read_manifest
+from dpo_dist.run.status import update_stage
 from dpo_dist.run.stop_flag import SIGNALS, Stopped
-from dpo_dist.stages import export, verify
+from dpo_dist.stages import export, prepare, verify
 
 LORA = ("adapter.rank=3", "adapter.alpha=4", "export.dtype=float32")
 FULL_FILES = {
@@ -107,6 +109,22 @@ def test_auto_keeps_the_types_of_the_base(tmp_path: Path, dtype: torch.dtype) ->
     assert json.loads((folder / "config.json").read_text())["dtype"] == name
     assert f"Weights are {name}" in (folder / "README.md").read_text()
     verify.run(run.config)
+
+
+def test_truth_17_all_files_of_a_run_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run = make_trained_run(tmp_path, "llama", *LORA)
+        own_base = [f"run.dir={run.paths.root / 'own'}", "model.pad_vocab_to_multiple=512"]
+        prepare.run(load_config(tmp_path / "run.yaml", own_base))
+        export.run(run.config)
+        verify.run(run.config)
+        update_stage(run.paths.status_path, "verify", "finished")
+        report.run(run.config.run.dir)
+    finally:
+        os.umask(before)
+    written = {run.paths.root, *run.paths.root.rglob("*")} - {*run.step_dir.iterdir()}
+    assert {oct(path.stat().st_mode) for path in written} == {oct(0o40750), oct(0o100640)}
 
 
 def test_tokenizer_and_card(lora_run: TrainedRun) -> None:

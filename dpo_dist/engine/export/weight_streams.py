@@ -165,7 +165,7 @@ def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
             raise CheckpointError(
                 f"{name} is not finite as {str(tensor.dtype).removeprefix('torch.')}",
                 "finite weights",
-                "Training diverged: move this checkpoint away to export the one before it, and "
-                "train again with a lower train.learning_rate.",
+                "Training diverged: name an earlier checkpoint in export.checkpoint, and train "
+                "again with a lower train.learning_rate.",
             )
     return tensor
