@@ -392,7 +392,10 @@ def in_engine(stage: int, folder: Path) -> dict[str, Any]:
         "inner": type(inner).__name__,
         "steps": [] if inner is None else [float(s["step"]) for s in inner.state.values()],
         "marks": {
-            name: [hasattr(p, "ds_id"), getattr(p, "ds_numel", 0), [*getattr(p, "ds_shape", ())]]
+            name: [
+                hasattr(p, "ds_id"), getattr(p, "ds_numel", 0), [*getattr(p, "ds_shape", ())],
+                p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0,
+            ]
             for name, p in engine.module.named_parameters()
         },
         "loads": loads_of(engine.optimizer, stage) if stage else [],
@@ -456,20 +459,20 @@ def test_shards_have_these_files_keys_and_classes(engines: dict[str, Any]) -> No
 
 
 @row(
-    "deepspeed", "ds_id", "ds_numel", "ds_shape",
+    "deepspeed", "ds_id", "ds_numel", "ds_shape", "ds_tensor",
     files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {CHECKPOINTS}resharding.py "
-    "dpo_dist/engine/sharding/optimizers.py",
+    "dpo_dist/engine/sharding/optimizers.py dpo_dist/engine/sharding/zero.py",
     why="a partitioned parameter looks empty: its marks tell that it is one, and what it holds",
     gone="ZeRO-3 fails at the head's first forward; counts of parameters become 0",
 )  # fmt: skip
 def test_partitioned_parameters_are_marked(engines: dict[str, Any]) -> None:
-    assert engines["stage3"]["marks"]["policy.embed.weight"] == [True, 13 * 7, [13, 7]]
-    assert engines["stage2"]["marks"]["policy.embed.weight"] == [False, 0, []]
+    assert engines["stage3"]["marks"]["policy.embed.weight"] == [True, 13 * 7, [13, 7], 46]
+    assert engines["stage2"]["marks"]["policy.embed.weight"] == [False, 0, [], 0]
 
 
 @row(
     "deepspeed", "set_gradient_accumulation_boundary", "scale_wrt_gas", "get_global_grad_norm",
-    files="dpo_dist/engine/sharding/zero.py",
+    "was_step_applied", files="dpo_dist/engine/sharding/zero.py",
     why="a step's micro-batches hold as many pairs as their tokens allow: sums, not means",
     gone="training fails at its first backward; a norm that stage 0 keeps could be taken from it",
 )  # fmt: skip

@@ -11,7 +11,7 @@ def training_identity(config: RunConfig) -> dict[str, str]:
     """
     free = {
         "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "deterministic",
-        "profile_steps",
+        "profile_steps", "non_finite",
     }  # fmt: skip
     sections = {
         "objective": config.objective.model_dump(mode="json"),

@@ -118,6 +118,10 @@ class TrainSection(Section):
         True,
         description="Recompute activations in the backward pass: less memory, a third more FLOPs.",
     )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="At a loss or gradient that is not finite: stop, or leave the step out.",
+    )
     deterministic: bool = Field(
         False, description="Kernels that give the same bits every time, or an error; slower."
     )

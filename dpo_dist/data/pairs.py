@@ -92,6 +92,11 @@ class Pairs:
         """Where a pair came from, `file:line`."""
         return self.table["origin"][index].as_py()
 
+    def identity(self, index: int) -> dict[str, str]:
+        """The key of a pair, which data.leave_out takes, and where it came from."""
+        key = self.table["pair_key"][index].as_py()
+        return {"key": key.hex(), "origin": self.origin(index)}
+
     def token_ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids; raises ArtifactError when they do not have their key."""
         prompt, chosen, rejected = (

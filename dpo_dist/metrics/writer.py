@@ -14,6 +14,7 @@ A line of the JSONL file is strict JSON: {"step": 200, "time": <Unix seconds>, n
 | peak_memory_gib | of the fullest rank: most GPU memory of tensors since the last line; without \
 GPUs the most memory its process ever held |
 | tokens_saved_by_sharing | prompt tokens not computed twice, share of the unshared tokens |
+| skipped_steps | steps so far whose gradient was not finite; under train.non_finite skip only |
 | consumed_pairs | pairs trained on since the start of the run |
 
 Evaluation metrics are `eval_<name>` in the JSONL file and `eval/<name>` in TensorBoard, training

@@ -97,6 +97,10 @@ class RunDir:
     def samples_path(self) -> Path:
         return self.root / "samples.jsonl"
 
+    def non_finite_path(self, step: int) -> Path:
+        """The pairs of a step whose loss or gradient was not finite."""
+        return self.root / "non_finite" / f"step-{step:06d}.json"
+
     @property
     def report_dir(self) -> Path:
         return self.root / "report"

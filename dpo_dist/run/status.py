@@ -68,6 +68,8 @@ def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status.get("best_checkpoint"):
         held_out = f"{status['best_by']} {status['best_metric']:.4f}"
         lines.append(("best checkpoint", f"{status['best_checkpoint']} ({held_out})"))
+    if status.get("skipped_steps"):
+        lines.append(("skipped steps", ", ".join(map(str, status["skipped_steps"]))))
     if status.get("early_stop"):
         lines.append(("ended", status["early_stop"]))
     restarts = status.get("restarts", {})

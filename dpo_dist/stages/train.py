@@ -22,7 +22,6 @@ from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import score_pairs
 from dpo_dist.engine.model.policy import PolicyParts, build_policy, settle_layout
 from dpo_dist.engine.sharding import ds_config, zero
-from dpo_dist.errors import DPODistError
 from dpo_dist.inputs.scored_pairs import objective_of, with_reference
 from dpo_dist.inputs.setup import count_shape
 from dpo_dist.inputs.work import Work, checked_work
@@ -61,11 +60,9 @@ def run(config: RunConfig) -> Path:
         digests |= {"reference": digest_of(job.train.reference.numpy().tobytes().hex())}
         if resume is None:
             check_start(job)
-            last_step, evaluations = 0, ()
-        else:
-            state = checkpoint.load(job.engine, resume, digests)
-            last_step, evaluations = state.step, state.evaluations
-        with open_records(job, last_step, evaluations, digests) as records:
+        state = checkpoint.load(job.engine, resume, digests) if resume else None
+        last_step = state.step if state else 0
+        with open_records(job, state, digests) as records:
             if not records.begin(last_step):
                 last_step = _train(job, last_step + 1, records, stop)
         zero.take_down(job.engine)
@@ -102,10 +99,11 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
     The loss is the sum over the global batch divided by its size: the same number for any packing,
     number of ranks and token budget.
     """
-    step = first_step - 1
+    step, watch = first_step - 1, zero.GradientWatch(job.engine)
     for step in profiled(job, range(first_step, job.num_steps + 1)):
         sums = StepSums.zeros(job.objective, job.device)
         batches, step_pairs = job.micro_batches(step), job.step_pairs(step)
+        watch.reset()
         coupled = job.config.objective.second_forward
         gradients = step_gradients(job, batches, sums) if coupled else iter(())
         for batch, is_last in with_last(batches):
@@ -120,27 +118,19 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
                 losses = pair_losses(logps, job.objective)
                 loss = losses.sum() / len(step_pairs)
                 sums.add_pairs(logps, losses)
+            if is_last:  # a loss that is not finite makes the gradient so, which all ranks refuse
+                loss = loss * sums.one_if_finite()
             zero.backward(job.engine, loss, last=is_last, world_size=job.topology.world_size)
             if batch.counted:
                 sums.add_tokens(packed)
-        sums = sums.over_ranks(stopping=bool(stop))
-        _check_finite(job, step, sums)
-        grad_norm, learning_rate = zero.update(job.engine)
+        own, sums = sums, sums.over_ranks(stopping=bool(stop))
+        update = zero.update(job.engine)
+        if not update.applied:
+            records.skip(step, sums, update, own.is_finite and watch.is_finite)
         stopping = sums.ranks_stopping > 0
-        records.report(step, sums, grad_norm, learning_rate, stopping)
+        records.report(step, sums, update, stopping)
         if records.finish_step(step, stopping):
             break
         if stopping:
             raise Stopped(f"training stopped after step {step} of {job.num_steps}")
     return step
-
-
-def _check_finite(job: Job, step: int, sums: StepSums) -> None:
-    """Raises DPODistError on every rank, before the update, when a sum is not finite."""
-    if not sums.is_finite:
-        pairs = sorted(i for batch in job.micro_batches(step) for i in batch.pair_indices)
-        raise DPODistError(
-            f"step {step}: the loss or a reward is not finite (this rank's pairs: {pairs})",
-            "finite numbers",
-            "Look at these pairs; lower train.learning_rate or set model.dtype=float32.",
-        )

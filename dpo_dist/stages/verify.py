@@ -96,7 +96,9 @@ def _failure(config: RunConfig, checks: Sequence[Check]) -> VerificationError:
 
 def _remedy(config: RunConfig, failed: Sequence[Check]) -> str:
     """A merge in bfloat16 rounds small updates away: what then to do instead."""
-    if config.export.dtype != "float32" and all("probe" in check.name for check in failed):
+    if config.export.dtype != "float32" and all(
+        "probe" in check.name or "moved" in check.name for check in failed
+    ):
         adapter = ", or use the adapter unmerged" if config.adapter else ""
         rounding = {"auto": "the base's own type"}.get(config.export.dtype, config.export.dtype)
         return f"{rounding} may round the update away: export with export.dtype=float32{adapter}."

@@ -8,17 +8,26 @@ import numpy as np
 from dpo_dist.data.batches import plan_micro_batches
 from dpo_dist.engine.checkpoints import checkpoint
 from dpo_dist.engine.checkpoints.train_state import TrainState
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.scoring import score
+from dpo_dist.engine.sharding import zero
+from dpo_dist.errors import CheckpointError
 from dpo_dist.metrics.evaluations import Evaluation
 from dpo_dist.training.job import Job
 
 
 def save_checkpoint(
-    job: Job, step: int, digests: Mapping[str, str], evaluations: Sequence[Evaluation]
+    job: Job,
+    step: int,
+    digests: Mapping[str, str],
+    evaluations: Sequence[Evaluation],
+    skipped_steps: Sequence[int],
 ) -> Path:
     """Commits the checkpoint of a step; its folder.
 
     The probe holds this policy's log-probs of a few fixed pairs, which an export must reproduce.
+    Raises CheckpointError on every rank, and commits nothing, when one of them or a weight that
+    trains is not finite.
     """
     config, pairs = job.config, job.train.pairs
     (batches,) = plan_micro_batches(
@@ -28,6 +37,7 @@ def save_checkpoint(
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
     indices, scores = score(job.engine, batches, pairs.token_ids, job.device)
+    _check_finite(step, bool(np.isfinite(scores).all()), zero.weights_are_finite(job.engine))
     order = np.argsort(indices)
     consumed_pairs = step * config.train.global_batch_size
     state = TrainState(
@@ -38,8 +48,25 @@ def save_checkpoint(
         world_size=job.topology.world_size,
         zero_stage=job.engine.zero_optimization_stage(),
         evaluations=evaluations,
+        skipped_steps=skipped_steps,
     )
     return checkpoint.save(
         job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
         keep=config.checkpoint.keep, best_by=config.checkpoint.best_by,
     )  # fmt: skip
+
+
+def _check_finite(step: int, probe_is_finite: bool, weights_are_finite: bool) -> None:
+    """Raises CheckpointError on every rank, naming the ranks: no run could go on from it."""
+    told = collectives.gather((probe_is_finite, weights_are_finite))
+    probe, weights = (
+        [rank for rank, ok in enumerate(column) if not ok] for column in zip(*told, strict=True)
+    )
+    if probe or weights:
+        what = "weights" if weights else "log-probs of the probe"
+        raise CheckpointError(
+            f"step {step}: {what} of rank {', '.join(map(str, weights or probe))} are not finite",
+            "finite numbers in a checkpoint",
+            "Nothing was committed: lower train.learning_rate and start again, training continues "
+            "from the checkpoint before.",
+        )

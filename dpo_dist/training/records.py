@@ -12,11 +12,15 @@ from rich.progress import Progress, TaskID
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.checkpoints.retention import best_standing
+from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.sharding.zero import Update
+from dpo_dist.errors import DPODistError
 from dpo_dist.metrics.evaluations import Evaluation, early_stop, ranked_steps, record
 from dpo_dist.metrics.wandb_log import start_run
 from dpo_dist.metrics.writer import Kind, MetricsWriter
 from dpo_dist.run.logs import progress_bar
+from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import step_of
 from dpo_dist.run.status import update_status
 from dpo_dist.training.checkpointing import save_checkpoint
@@ -27,16 +31,20 @@ from dpo_dist.training.speed import speed_metrics
 from dpo_dist.training.sums import StepSums
 
 _logger = logging.getLogger(__name__)
+# A step that is left out now and then is an accident; more of them are a run that is broken.
+SKIPPED_SHARE, MIN_SKIPPED = 0.01, 3
 
 
 class Records:
-    """The records of one attempt; `evaluations` are those of the run so far, by step."""
+    """The records of one attempt; `state` is where the run stood before it, None at its start."""
 
     def __init__(
-        self, job: Job, evaluations: Sequence[Evaluation], digests: Mapping[str, str],
+        self, job: Job, state: TrainState | None, digests: Mapping[str, str],
         writer: MetricsWriter | None, bar: Progress, task: TaskID,
     ) -> None:  # fmt: skip
-        self.job, self.digests, self.evaluations = job, digests, list(evaluations)
+        self.job, self.digests = job, digests
+        self.evaluations = list[Evaluation](state.evaluations if state else ())
+        self.skipped_steps = list[int](state.skipped_steps if state else ())
         self._writer, self._bar, self._task = writer, bar, task
         self._window = StepSums.zeros(job.objective)
         self._since = time.monotonic()  # what the window's steps took, moved on by every pause
@@ -58,18 +66,72 @@ class Records:
         self._since = time.monotonic()
         return self.ended_early is not None
 
-    def report(
-        self, step: int, sums: StepSums, grad_norm: float, learning_rate: float, stopping: bool
-    ) -> None:
-        """Adds a step to the window and, when due, writes the window's means."""
+    def skip(self, step: int, sums: StepSums, update: Update, own_is_finite: bool) -> None:
+        """Writes down the pairs of a step that made no update, and leaves it out if it may be.
+
+        `own_is_finite` is about this rank. Raises DPODistError on every rank under
+        train.non_finite stop, and when too many steps were skipped.
+        """
+        job, path = self.job, self.job.paths.non_finite_path(step)
+        counted = [batch for batch in job.micro_batches(step) if batch.counted]
+        own = [index for batch in counted for index in batch.pair_indices]
+        told = collectives.gather((own_is_finite, own))
+        ranks = [rank for rank, (finite, _) in enumerate(told) if not finite]
+        pairs = [
+            {"rank": rank, "index": index, **job.train.pairs.identity(index)}
+            for rank, (_, indices) in enumerate(told)
+            for index in indices
+        ]
+        content = {
+            "step": step,
+            "loss_is_finite": sums.is_finite,
+            "grad_norm": str(update.grad_norm),
+            "ranks": ranks,  # whose own numbers were not finite, as far as it shows
+            "pairs": pairs,
+        }
+        collectives.on_first(lambda: write_json(path, content))
+        self.skipped_steps.append(step)
+        what = "a gradient" if sums.is_finite else "the loss or a reward"
+        where = f"on rank {', '.join(map(str, ranks))}" if ranks else "on a rank that is not known"
+        found = f"step {step}: {what} is not finite ({where}; the step's pairs are in {path})"
+        self._check_skipped(found)
+        if job.is_first:
+            _logger.warning("%s: skipped", found)
+            update_status(job.paths.status_path, skipped_steps=self.skipped_steps)
+
+    def _check_skipped(self, found: str) -> None:
+        """Raises DPODistError unless the last of the skipped steps may be skipped."""
+        remedy = (
+            "Look at these pairs, and leave bad ones out by data.leave_out; lower "
+            "train.learning_rate, or set model.dtype=float32"
+        )
+        if self.job.config.train.non_finite == "stop":
+            raise DPODistError(found, "finite numbers", f"{remedy} or train.non_finite=skip.")
+        most = max(MIN_SKIPPED, int(SKIPPED_SHARE * self.job.num_steps))
+        if len(self.skipped_steps) > most:
+            raise DPODistError(
+                f"{found}, as were those of {len(self.skipped_steps) - 1} steps before it",
+                f"at most {most} of {self.job.num_steps} steps to skip: more are no accident",
+                f"{remedy}.",
+            )
+
+    def report(self, step: int, sums: StepSums, update: Update, stopping: bool) -> None:
+        """Adds a step to the window and, when due, writes the window's means.
+
+        Sums that are not finite, which a skipped step may have, are left out of them.
+        """
         config, ending = self.job.config, step == self.job.num_steps
-        self._window += sums
+        if sums.is_finite:
+            self._window += sums
         now = time.monotonic()
-        if report_due(step, config.logging.every_steps, ending=ending, stopping=stopping):
+        due = report_due(step, config.logging.every_steps, ending=ending, stopping=stopping)
+        if due and self._window.num_pairs:
             metrics = self._window.means() | speed_metrics(
                 self.job, step, self._window, now - self._since
             )
-            metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics |= {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+            if config.train.non_finite == "skip":
+                metrics["skipped_steps"] = len(self.skipped_steps)
             self._write(step, metrics, "train")
             self._window, self._since = StepSums.zeros(self.job.objective), now
         self._paused = now
@@ -105,7 +167,7 @@ class Records:
 
     def save(self, step: int) -> None:
         """Commits a checkpoint."""
-        path = save_checkpoint(self.job, step, self.digests, self.evaluations)
+        path = save_checkpoint(self.job, step, self.digests, self.evaluations, self.skipped_steps)
         if self.job.is_first:
             _logger.info("checkpoint: %s", path)
             status_path = self.job.paths.status_path
@@ -161,15 +223,15 @@ class Records:
 
 @contextlib.contextmanager
 def open_records(
-    job: Job, last_step: int, evaluations: Sequence[Evaluation], digests: Mapping[str, str]
+    job: Job, state: TrainState | None, digests: Mapping[str, str]
 ) -> Iterator[Records]:
-    """The records of an attempt that goes on after `last_step`, 0 for a fresh run."""
-    pairs = job.config.train.global_batch_size
+    """The records of an attempt that goes on from `state`, None for a fresh run."""
+    pairs, last_step = job.config.train.global_batch_size, state.step if state else 0
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_metrics_writer(job, last_step)) if job.is_first else None
         bar = stack.enter_context(progress_bar("pairs", enabled=job.is_first))
         task = bar.add_task("train", total=job.num_steps * pairs, completed=last_step * pairs)
-        yield Records(job, evaluations, digests, writer, bar, task)
+        yield Records(job, state, digests, writer, bar, task)
 
 
 def why_ended_early(config: RunConfig, evaluations: Sequence[Evaluation]) -> str | None:

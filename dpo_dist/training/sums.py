@@ -38,6 +38,10 @@ class StepSums:
     def is_finite(self) -> bool:
         return bool(self.metrics.isfinite().all())
 
+    def one_if_finite(self) -> torch.Tensor:
+        """1, or NaN where a sum is not finite: a factor, so that nobody waits for the device."""
+        return torch.where(self.metrics.isfinite().all(), 1.0, torch.nan)
+
     def add_pairs(self, logps: PairLogps, losses: torch.Tensor) -> None:
         """Adds the (B,) losses and every metric of B pairs."""
         self.metrics += metric_sums(logps, losses, self.objective)

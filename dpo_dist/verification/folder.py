@@ -1,7 +1,7 @@
 """All checks of one exported folder, in order: a load that fails ends them.
 
 1. The files are those that the export wrote.
-2. Names, shapes and types are the base model's.
+2. Names, shapes and types are the base model's; the weights are not.
 3. Every weight finds its place when the model is loaded.
 4. The tokenizer is the run's, and the model answers.
 5. The probe scores as it did in training.
@@ -26,6 +26,7 @@ from dpo_dist.run.exports import export_folders
 from dpo_dist.run.manifest import FileRecord
 from dpo_dist.verification.check import Check, check, refuse
 from dpo_dist.verification.exported import Exported
+from dpo_dist.verification.moved import check_moved
 from dpo_dist.verification.probe import LogpArray, Probe, check_probe, plain_logps
 
 NUM_ANSWER_TOKENS = 16
@@ -37,6 +38,7 @@ def check_folder(exported: Exported, probe: Probe) -> Iterator[Check]:
     yield check(f"{kind}: files", lambda: _files(exported))
     if kind != "adapter":
         yield check(f"{kind}: names, shapes and types", lambda: _tensors(exported))
+    yield check(f"{kind}: moved by training", lambda: check_moved(exported))
     try:
         # before the folder's own model, so that only one of them is in memory
         expected = _expected_logps(exported, probe)

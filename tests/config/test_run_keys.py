@@ -113,6 +113,9 @@ TRAINED: dict[str, Seen] = {
     "train.profile_steps": Seen(
         [2, 3], lambda run: run.paths.trace_path(0).exists(), False, True
     ),
+    "train.non_finite": Seen(
+        "skip", lambda run: run.steps_with("skipped_steps"), [], [2, 4, 6]
+    ),
     "train.deterministic": Seen(
         True, lambda run: run.forwards["deterministic"], False, True
     ),

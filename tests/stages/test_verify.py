@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_export import TrainedRun, make_trained_run, write_checkpoint
+from support.tiny_run import make_run
+from support.weights.trained_weights import InMemory
 
 from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.engine.export.weight_changes import POLICY
+from dpo_dist.engine.model.adapters import add_adapter
+from dpo_dist.engine.model.load import load_model
 from dpo_dist.errors import ArtifactError, VerificationError
-from dpo_dist.stages import export, verify
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.stages import export, prepare, verify
 from dpo_dist.verification import probe
 
 LORA = ("adapter.rank=3", "adapter.alpha=4", "export.dtype=float32")
@@ -237,3 +243,38 @@ def test_another_checkpoint_under_the_same_name(exported: TrainedRun, tmp_path: 
     write_checkpoint(config, policy, exported.trained, step=6)
     with pytest.raises(ArtifactError, match="is not the checkpoint that the export was made from"):
         verify.run(config)
+
+
+def unmoved_run(folder: Path, *overrides: str) -> RunConfig:
+    """A run whose checkpoint holds the weights that training began with, exported."""
+    config = load_config(make_run(folder), ["export.dtype=float32", *overrides])
+    prepare.run(config)
+    policy: Any = load_model(Path(config.model.path), config.model, device=torch.device("cpu"))
+    if config.adapter is not None:
+        policy = add_adapter(policy, config.adapter, config.model.path)
+    trained = {POLICY + n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}
+    write_checkpoint(config, policy.eval(), InMemory(trained), step=2)
+    lines = [{"step": n, "grad_norm": 1.5, "learning_rate": (n - 1) * 1e-6} for n in (1, 2)]
+    text = "".join(
+        json.dumps(line | {"loss": 0.7, "rewards/margins": 0.0}) + "\n" for line in lines
+    )
+    RunDir(config.run.dir).metrics_path.write_text(text)
+    export.run(config)
+    return config
+
+
+@pytest.mark.parametrize("overrides", [(), ("adapter.rank=3",)])
+def test_truth_01_an_export_that_equals_the_base_is_refused(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = unmoved_run(tmp_path, *overrides)
+    kinds = ["adapter", "merged"] if overrides else ["full"]
+    failed = failures(config)
+    assert sorted(failed) == [f"{kind}: moved by training" for kind in kinds]
+    assert failed[f"{kinds[-1]}: moved by training"]["detail"] == (
+        "every weight is that of the start of training, to the bit, although 1 of 2 lines of "
+        "metrics.jsonl have a gradient and a learning rate"
+    )
+    metrics = RunDir(config.run.dir).metrics_path
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")  # a first step of warm-up
+    verify.run(config)

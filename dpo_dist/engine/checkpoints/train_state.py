@@ -31,6 +31,7 @@ class TrainState:
     world_size: int
     zero_stage: int
     evaluations: Sequence[Evaluation] = ()  # of the run so far, by step
+    skipped_steps: Sequence[int] = ()  # among those done: their gradient was not finite
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def to_json(self) -> str:

@@ -66,6 +66,12 @@ def read_sharding(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has no zero_optimization.stage", "a ZeRO stage from 0 to 3", "Add it."
         )
+    if not raw["zero_optimization"].get("compute_grad_norm", True):
+        raise ConfigError(
+            f"{path} sets zero_optimization.compute_grad_norm to false",
+            "a gradient norm, by which ranks find a gradient that is not finite",
+            "Remove it there.",
+        )
     for key in ("offload_optimizer", "offload_param"):
         if raw["zero_optimization"].get(key, {}).get("device") == "nvme":
             raise ConfigError(
@@ -108,6 +114,13 @@ def check_optimizer(train: TrainSection, dtype: str, sharding: dict[str, Any]) -
     if train.optimizer == "adamw":
         return
     where = f"train.optimizer: {train.optimizer} with train.deepspeed {train.deepspeed}"
+    if train.optimizer == "muon" and zero_stage(sharding) == 3 and train.non_finite == "skip":
+        raise ConfigError(
+            f"{where} and train.non_finite skip, where DeepSpeed looks only after the momentum has "
+            "taken the gradient",
+            "a gradient that leaves no trace when it is skipped",
+            "Choose train.non_finite=stop, or train.deepspeed=zero2.",
+        )
     if "offload_optimizer" in sharding["zero_optimization"]:
         raise ConfigError(
             f"{where}, which keeps the optimizer in host memory",

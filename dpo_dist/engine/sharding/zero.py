@@ -2,12 +2,14 @@
 
 import gc
 import math
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dpo_dist.config.training_section import TrainSection
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.sharding.optimizers import make_optimizer
 
 
@@ -55,14 +57,35 @@ def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) ->
     engine.backward(loss * world_size, scale_wrt_gas=False)
 
 
-def update(engine: Any) -> tuple[float, float]:
-    """One optimizer step; (gradient norm before clipping, learning rate it used)."""
-    learning_rate = engine.optimizer.param_groups[0]["lr"]
+class Update(NamedTuple):
+    """What became of an optimizer step."""
+
+    grad_norm: float  # before clipping, over all ranks
+    learning_rate: float  # of this step
+    applied: bool  # False on every rank alike: a gradient was not finite
+
+
+def update(engine: Any) -> Update:
+    """One optimizer step, unless a gradient is not finite on some rank.
+
+    Then weights and optimizer state stay as they were, on every rank, and the schedule goes on as
+    if the step had been done.
+    """
+    learning_rate = float(engine.optimizer.param_groups[0]["lr"])
     norm = _plain_norm(engine)
-    engine.step()
+    if norm is not None and not math.isfinite(norm):
+        engine.zero_grad()  # this optimizer is torch's own, which would take any gradient
+        engine.global_steps += 1
+        applied = False
+    else:
+        engine.step()
+        applied = engine.was_step_applied()
+    if not applied:  # DeepSpeed holds the schedule back, and torch warns of one without updates
+        with warnings.catch_warnings(action="ignore"):
+            engine.lr_scheduler.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
-    return (math.nan if norm is None else float(norm)), float(learning_rate)
+    return Update(math.nan if norm is None else float(norm), learning_rate, applied)
 
 
 def _plain_norm(engine: Any) -> float | None:
@@ -71,6 +94,48 @@ def _plain_norm(engine: Any) -> float | None:
         return None
     gradients = (parameter.grad for parameter in engine.module.parameters())
     return float(torch.nn.utils.get_total_norm(g for g in gradients if g is not None))
+
+
+class GradientWatch:
+    """Whether this rank's own gradients are finite, before they are added up over ranks.
+
+    Looks at the first parameter that trains, which backward reaches last: what is not finite
+    spreads on the way to it. Nobody waits for the device before `is_finite` is asked.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        first = next(p for p in engine.module.parameters() if p.requires_grad)
+        self._finite = torch.ones((), dtype=torch.bool, device=engine.device)
+        first.register_hook(self._look)
+
+    def reset(self) -> None:
+        """Before the micro-batches of a step."""
+        self._finite.fill_(True)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self._finite)
+
+    def _look(self, gradient: torch.Tensor) -> None:
+        # extremes, since NaN is one too and a mask would be as large as the embedding
+        for extreme in gradient.detach().aminmax():
+            self._finite &= extreme.isfinite()
+
+
+def weights_are_finite(engine: Any) -> bool:
+    """Whether what trains is finite, as far as this rank holds it."""
+    held = [_held(p) for p in engine.module.parameters() if p.requires_grad]
+    extremes = [extreme.float() for part in held if part.numel() for extreme in part.aminmax()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """This rank's part; behind its end a ZeRO-3 partition has memory that nobody has set."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    part = parameter.ds_tensor.detach().flatten()
+    start = collectives.place()[0] * part.numel()
+    return part[: max(0, parameter.ds_numel - start)]
 
 
 def take_down(engine: Any) -> None:

@@ -69,6 +69,28 @@ def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_sharding_without_a_gradient_norm_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 1, "compute_grad_norm": False}})
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} sets zero_optimization.compute_grad_norm to false; expected a gradient norm, by "
+        "which ranks find a gradient that is not finite. Remove it there."
+    )
+
+
+def test_muon_under_zero3_cannot_skip() -> None:
+    train = TrainSection(optimizer="muon", deepspeed="zero3", non_finite="skip")
+    with pytest.raises(ConfigError) as caught:
+        ds_config.training_config(train, "bfloat16", 2)
+    assert str(caught.value) == (
+        "train.optimizer: muon with train.deepspeed zero3 and train.non_finite skip, where "
+        "DeepSpeed looks only after the momentum has taken the gradient; expected a gradient that "
+        "leaves no trace when it is skipped. Choose train.non_finite=stop, or "
+        "train.deepspeed=zero2."
+    )
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_config.read_sharding("zero9")
