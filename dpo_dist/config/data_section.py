@@ -1,12 +1,13 @@
 """Sections of a run config about the pairs: sources, the gate, tokenizing."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dpo_dist.config.section import Fraction, PositiveInt, Rule, Section
 
+PairKey = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Policy = Literal["drop", "raise", "keep"]
 PreferenceFormat = Literal[
     "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
@@ -68,6 +69,9 @@ class DataSection(Section):
         "drop", description="Pairs that contradict each other: A > B and B > A."
     )
     on_overlap: Policy = Field("drop", description="Held-out pairs whose prompt is trained on.")
+    leave_out: list[PairKey] = Field(
+        [], description="Keys of pairs to leave out, as errors and non_finite/ name them."
+    )
     max_dropped: Fraction = Field(0.5, description="Fail if more than this share is dropped.")
     num_workers: PositiveInt | Literal["auto"] = Field(
         "auto", description="Tokenizing processes; auto uses one per core, at most 16."

@@ -19,6 +19,7 @@ NO_SHARED_PROMPT: Final = "no_shared_prompt"
 LOW_MARGIN: Final = "low_margin"
 TEMPLATE: Final = "template"
 EMPTY: Final = "empty"
+LEFT_OUT: Final = "left_out"
 PROMPT_FILLS: Final = "prompt_fills"
 IDENTICAL: Final = "identical"
 IDENTICAL_TRUNCATED: Final = "identical_truncated"
@@ -57,6 +58,12 @@ DROP_REASONS = (
         "on_empty",
         "the prompt or an answer is empty",
         "Check the source's columns and format.",
+    ),
+    Reason(
+        LEFT_OUT,
+        None,
+        "data.leave_out has its key",
+        "Remove the key from data.leave_out.",
     ),
     Reason(
         PROMPT_FILLS,

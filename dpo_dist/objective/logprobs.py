@@ -36,7 +36,7 @@ def completion_terms(
     inputs. `chunk_size` is R; by default as many rows as LOGITS_BUDGET allows.
 
     Gradients reach hidden, weight and bias; one that is not required costs nothing, so a frozen
-    weight has no (V, D) buffer. The weight's gradient is summed over chunks in its own dtype.
+    weight has no (V, D) buffer. The weight's gradient is summed over chunks in float32 at least.
 
     With `sum_sq` the second result is (C,) `log sum_v p(v)^2` of the same distributions, without
     gradient; else None.
@@ -91,7 +91,8 @@ class _CompletionLogps(torch.autograd.Function):
         weight, bias = ctx.weight, ctx.bias
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        # in bfloat16 a sum over hundreds of chunks would lose percents of a coherent gradient
+        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
         grad_bias = grad_logps.new_zeros(bias.shape) if needs_bias else None
         buffer = _chunk_buffer(hidden, weight, ctx.rows)
         for chunk in _chunks(hidden.shape[0], ctx.rows):
@@ -104,10 +105,14 @@ class _CompletionLogps(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk]).mul_(ctx.logit_scale)
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.t(), hidden[chunk], alpha=ctx.logit_scale)
+            elif grad_weight is not None:
+                grad_weight.add_(torch.mm(grad.t(), hidden[chunk]), alpha=ctx.logit_scale)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 

@@ -28,7 +28,8 @@ def resident_sizes(setup: Setup) -> Iterator[Size]:
         yield _second_parameters(setup)
     if not sharding.offload_optimizer:
         shards = setup.shards(from_stage=2)
-        yield size_of_parameters("gradients", d, shape.num_trained, "trained", ranks=shards)
+        each = setup.gradient_bytes
+        yield size_of_parameters("gradients", each, shape.num_trained, "trained", ranks=shards)
         yield from _optimizer_sizes(setup)
     if sharding.stage:
         count = sharding.num_buckets
@@ -91,11 +92,11 @@ def _optimizer_sizes(setup: Setup) -> Iterator[Size]:
 def host_sizes(setup: Setup) -> Iterator[Size]:
     """What the host of a node holds for an offloaded optimizer, all ranks of the node together.
 
-    The float32 copy, two moments and the gradient in float32, and once more the gradient in dtype.
+    The float32 copy, two moments and the gradient in float32, and once more the gradient's sum.
     """
     if setup.sharding.offload_optimizer:
         ranks = min(setup.world_size, GPUS_PER_NODE)
-        each, trained = 16 + setup.dtype_bytes, setup.shape.num_trained
+        each, trained = 16 + setup.gradient_bytes, setup.shape.num_trained
         yield Size(
             "optimizer",
             ranks * each * trained // setup.world_size,

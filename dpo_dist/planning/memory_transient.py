@@ -16,12 +16,16 @@ def micro_batch_sizes(setup: Setup) -> Iterator[Size]:
     yield _training_activations(setup)
     yield from _gathered_parameters(setup)
     shape, d = setup.shape, setup.dtype_bytes
+    if d == 2 and setup.sharding.stage < 2:
+        text = f"4 bytes x {shortened(shape.num_trained)} trained parameters, over micro-batches"
+        yield Size("gradient_sums", 4 * shape.num_trained, text)
     logits = _logits(setup, setup.micro_batch_tokens)
     if shape.head_trained:
-        gradient = f"{d} bytes x {shortened(shape.num_head)} elements of the head's gradient"
+        each = d if d == 4 else 4 + d  # the sum over chunks, and a chunk's own
+        gradient = f"{each} bytes x {shortened(shape.num_head)} elements of the head's gradient"
         logits = Size(
             logits.name,
-            logits.num_bytes + d * shape.num_head,
+            logits.num_bytes + each * shape.num_head,
             f"{logits.arithmetic} + {gradient}",
         )
     yield logits
@@ -37,9 +41,13 @@ def scoring_sizes(setup: Setup) -> Iterator[Size]:
 
 
 def update_sizes(setup: Setup) -> Iterator[Size]:
-    """What an optimizer update adds: the gradient flattened, then as float32."""
+    """What an optimizer update adds: the gradient flattened, then as float32.
+
+    The float32 sums of ZeRO-2 are flat already, but for those that Muon orthogonalizes.
+    """
     trained, sharding, d = setup.shape.num_trained, setup.sharding, setup.dtype_bytes
-    if sharding.offload_optimizer:
+    flat = sharding.stage == 2 and setup.gradient_bytes > d and setup.optimizer != "muon"
+    if sharding.offload_optimizer or flat:
         return
     if sharding.stage == 0:
         text = f"4 bytes x {shortened(trained)} trained parameters at once"
@@ -47,7 +55,7 @@ def update_sizes(setup: Setup) -> Iterator[Size]:
         return
     share = -(-trained // setup.world_size)
     at_once = min(share, sharding.sub_group) if sharding.stage == 3 else share
-    each = 4 if d == 4 else 4 + d
+    each = 4 if setup.gradient_bytes == 4 else 4 + d
     text = f"{each} bytes x {shortened(at_once)} parameters of a rank's share at once"
     yield Size("update", each * at_once, text)
 

@@ -51,6 +51,7 @@ class Sharding:
     prefetch_bucket: int
     max_live: int
     sub_group: int
+    sum_bytes: int = 4  # of an element of the gradients that ZeRO-2 and 3 add up from bfloat16
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class Setup:
     dropout: bool = False  # of an adapter's input
     padded: bool = False
     optimizer: str = "adamw"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of the gradient that lies in memory between two micro-batches."""
+        wide = self.sharding.stage >= 2
+        return max(self.dtype_bytes, self.sharding.sum_bytes) if wide else self.dtype_bytes
 
     def shards(self, *, from_stage: int) -> int:
         """The ranks that share what ZeRO shards from `from_stage` on; 1 below that stage."""
@@ -102,4 +109,5 @@ def sharding_of(ds_config: dict[str, Any]) -> Sharding:
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
         max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
         sub_group=int(zero.get("sub_group_size", 1e9)),
+        sum_bytes=2 if "16" in ds_config.get("data_types", {}).get("grad_accum_dtype", "") else 4,
     )

@@ -27,7 +27,12 @@ from dpo_dist.data.pairs import SPLITS, Split, open_pairs
 from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.data_report import bias_warnings, print_report, split_report
-from dpo_dist.data.screening.drops import apply_gate, choose_max_length, describe_split
+from dpo_dist.data.screening.drops import (
+    apply_gate,
+    check_left_out,
+    choose_max_length,
+    describe_split,
+)
 from dpo_dist.data.screening.preview import preview_pair
 from dpo_dist.data.screening.tokenized_rows import PairColumns, collect, truncate
 from dpo_dist.data.screening.tokenizer_pool import (
@@ -141,6 +146,8 @@ def _identity(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and input digests that the pairs depend on; both name every difference."""
     settings = config.data.model_dump(mode="json", exclude={"train", "eval", "num_workers"})
+    if not config.data.leave_out:  # pairs from before there was the key stay current
+        del settings["leave_out"]
     settings["model_limit"] = _model_limit(model_dir)
     inputs = {"tokenizer": digest_of_tokenizer(model_dir)}
     if template is not None:
@@ -194,11 +201,13 @@ def _prepare(
         if columns is not None:
             cut = truncate(columns, _scratch_path(scratch, split), max_length)
             columns = apply_gate(columns, cut, config.data, split, max_length, trained_prompts)
+            tokenized[split] = columns
             report["splits"][split] = split_report(columns)
             trained_prompts = columns.prompt_keys[columns.reasons == KEPT]
         digest = write_pairs(partial / split, columns, _scratch_path(scratch, split))
         num_pairs = report["splits"][split]["pairs"] if columns is not None else 0
         details["splits"][split] = {"num_pairs": num_pairs, "digest": digest}
+    check_left_out(tokenized.values(), config.data)
     report["hints"] = _hints(config, tokenizer, sources)
     report["warnings"] = [
         text for split, counts in report["splits"].items() for text in bias_warnings(split, counts)

@@ -26,7 +26,7 @@ from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
 from dpo_dist.engine.model.policy import PolicyParts, load_policy, settle_layout
 from dpo_dist.engine.sharding import ds_config, zero
-from dpo_dist.errors import ArtifactError
+from dpo_dist.errors import ArtifactError, ReferenceStoreError
 from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
 from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.files import weight_files
@@ -47,6 +47,7 @@ _logger = logging.getLogger(__name__)
 IndexArray = npt.NDArray[np.int64]
 LogpArray = npt.NDArray[np.float32]
 SPLITS = ("train", "eval")
+MAX_BAD = 20  # pairs without finite numbers after which the model is at fault, not a pair
 WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for activations
 
 
@@ -101,6 +102,7 @@ def _run_pass(
     reference = _load_reference(models, topology, device)
     store, todo = _open_store(models, reference.layout, splits)
     num_missing, num_scored = sum(map(len, todo)), 0
+    bad: list[dict[str, str]] = []
     if is_first:
         _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
     with progress_bar("pairs", enabled=is_first) as bar:
@@ -108,7 +110,7 @@ def _run_pass(
         for pairs, wave in _waves(config, splits, todo, topology.world_size):
             own = wave[topology.rank]
             scored = score_on_all_ranks(reference.model, own, pairs.token_ids, device, terms)
-            num_scored += _append(store, pairs, *scored)
+            num_scored += _append(store, pairs, *scored, bad)
             bar.update(task, completed=num_scored)
             if store is not None and config.reference.part is None:
                 progress = {
@@ -120,6 +122,7 @@ def _run_pass(
                 update_status(paths.status_path, reference=progress, progress=rows)
             if any(collectives.gather(bool(stop))):
                 raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
+    _refuse_bad(bad)
     if store is not None and config.reference.part is None:
         _write_report(paths, splits, store, reference.layout, num_scored=num_missing)
     if reference.engine is not None:
@@ -139,11 +142,36 @@ def _waves(
 
 
 def _append(
-    store: ReferenceStore | None, pairs: Pairs, indices: IndexArray, scores: LogpArray
+    store: ReferenceStore | None,
+    pairs: Pairs,
+    indices: IndexArray,
+    scores: LogpArray,
+    bad: list[dict[str, str]],
 ) -> int:
-    """Commits a wave on rank 0; the number of pairs."""
-    collectives.on_first(lambda: store and store.append(pairs.keys[indices], scores, indices))
+    """Commits the finite rows of a wave on rank 0; the number of its pairs.
+
+    Pairs that score no finite number are added to `bad`, and the pass goes on, unless there are so
+    many that the model is at fault.
+    """
+    finite = np.isfinite(scores).all(axis=1)
+    good, rows = indices[finite], scores[finite]
+    collectives.on_first(lambda: store and store.append(pairs.keys[good], rows, good))
+    bad += [pairs.identity(int(index)) for index in indices[~finite]]
+    if len(bad) >= MAX_BAD:
+        _refuse_bad(bad)
     return len(indices)
+
+
+def _refuse_bad(bad: list[dict[str, str]]) -> None:
+    """Raises ReferenceStoreError, on every rank alike, naming each pair without finite numbers."""
+    if bad:
+        named = "".join(f"\n  {pair['key']} ({pair['origin']})" for pair in bad)
+        raise ReferenceStoreError(
+            f"the reference log-probs of {len(bad)} pairs are not finite:{named}",
+            "finite numbers; those of the other pairs are kept",
+            "Leave these pairs out by data.leave_out, delete the prepared pairs and run again; or "
+            "check the reference weights, or set model.dtype=float32.",
+        )
 
 
 def _open_store(

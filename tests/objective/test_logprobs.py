@@ -155,3 +155,23 @@ def test_default_chunk_follows_from_the_budget(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("dpo_dist.objective.logprobs.LOGITS_BUDGET", budget)
         peaks.append(peak_bytes(completion_logps, frozen=True))
     assert peaks[0] - peaks[1] == pytest.approx(32 * 4096 * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("coherent", [False, True])
+def test_truth_03_the_heads_gradient_does_not_depend_on_the_chunks(coherent: bool) -> None:
+    """In bfloat16; coherent: every row pulls the same way, so a sum in bfloat16 stops growing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 8, generator=generator).bfloat16()
+    hidden = hidden[:1].expand(512, -1).contiguous() if coherent else hidden
+    targets = torch.randint(16, (512,), generator=generator)
+    targets = targets[:1].expand(512) if coherent else targets
+    gradients = []
+    for chunk_size in (512, 2):
+        weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+        weight.requires_grad_()
+        logps, _ = completion_terms(hidden, weight, targets, chunk_size=chunk_size)
+        logps.sum().backward()
+        assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+        gradients.append(weight.grad.double())
+    one, many = gradients
+    assert float((many - one).norm() / one.norm()) < 0.002

@@ -4,7 +4,7 @@ N rows of a split, after truncation unless said otherwise.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from dpo_dist.data.drop_reasons import (
     IDENTICAL,
     IDENTICAL_TRUNCATED,
     KEPT,
+    LEFT_OUT,
     OVERLAP,
     PROMPT_FILLS,
     Reason,
@@ -28,6 +29,7 @@ from dpo_dist.data.pairs import SPLITS, Split
 from dpo_dist.data.screening.tokenized_rows import PairColumns
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import KeyArray
+from dpo_dist.reference.pair_key import as_key_array
 
 BoolArray = npt.NDArray[np.bool_]
 LENGTH_MULTIPLE = 8
@@ -125,6 +127,7 @@ def apply_gate(
             reasons[(reasons == KEPT) & found] = CODES[name]
 
     identical = after.pair_keys == after.swapped_keys
+    mark(LEFT_OUT, np.isin(after.pair_keys, left_out_keys(section)))
     mark(PROMPT_FILLS, after.prompt_lengths >= max_length)
     mark(IDENTICAL, before.pair_keys == before.swapped_keys)
     mark(IDENTICAL_TRUNCATED, identical)
@@ -139,6 +142,24 @@ def apply_gate(
             _check_none(gated, split, reason)
     check_share(gated, split, section.max_dropped)
     return gated
+
+
+def left_out_keys(section: DataSection) -> KeyArray:
+    """data.leave_out as keys are compared."""
+    return as_key_array([bytes.fromhex(key) for key in section.leave_out])
+
+
+def check_left_out(tokenized: Iterable[PairColumns], section: DataSection) -> None:
+    """Raises DataError when a key of data.leave_out is no pair's: one that is mistyped."""
+    found = [c.pair_keys[c.reasons == CODES[LEFT_OUT]] for c in tokenized]
+    keys = left_out_keys(section)
+    missing = np.flatnonzero(~np.isin(keys, np.concatenate(found)))
+    if len(missing):
+        raise DataError(
+            f"data.leave_out: no pair has the key {section.leave_out[missing[0]]}",
+            "keys of pairs of this tokenizer, template and data.max_length",
+            "Correct it, or remove it.",
+        )
 
 
 def _repeated(keys: KeyArray, alive: BoolArray) -> BoolArray:

@@ -66,6 +66,12 @@ def read_sharding(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has no zero_optimization.stage", "a ZeRO stage from 0 to 3", "Add it."
         )
+    if "data_types" in raw and zero_stage(raw) < 2:
+        raise ConfigError(
+            f"{path} sets data_types under ZeRO stage {zero_stage(raw)}",
+            "it under stage 2 or 3 only: below, gradients are added up in float32 without it",
+            "Remove it there.",
+        )
     if not raw["zero_optimization"].get("compute_grad_norm", True):
         raise ConfigError(
             f"{path} sets zero_optimization.compute_grad_norm to false",
@@ -104,6 +110,8 @@ def training_config(
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,  # check_optimizer knows which were tested
     }
+    if dtype == "bfloat16" and zero_stage(config) >= 2:  # zero.backward does it below
+        config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     if universal:
         config["checkpoint"] = {"load_universal": True}
     return config

@@ -12,6 +12,8 @@ from dpo_dist.config.training_section import TrainSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.sharding.optimizers import make_optimizer
 
+SUM_NAME = "gradient_sum"  # of a parameter: its gradients so far, in float32
+
 
 def start_training(
     module: nn.Module, ds_config: dict[str, Any], train: TrainSection, num_steps: int
@@ -52,9 +54,34 @@ def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) ->
 
     DeepSpeed averages over ranks and would divide by its own accumulation count: both are undone,
     so that the optimizer sees the gradient of the plain sum.
+
+    Micro-batches are added up in float32 whatever the dtype: in bfloat16, 64 of them would lose
+    percents. ZeRO-2 and 3 do it as `data_types` of their config says; below, DeepSpeed cannot.
     """
     engine.set_gradient_accumulation_boundary(last)
+    sums_here = engine.bfloat16_enabled() and engine.zero_optimization_stage() < 2
+    if sums_here and last:
+        _put_sums_back(engine)
     engine.backward(loss * world_size, scale_wrt_gas=False)
+    if sums_here and not last:
+        _take_gradients_out(engine)
+
+
+def _take_gradients_out(engine: Any) -> None:
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            before = getattr(parameter, SUM_NAME, None)
+            gradient = parameter.grad.float()
+            setattr(parameter, SUM_NAME, gradient if before is None else before.add_(gradient))
+            parameter.grad = None
+
+
+def _put_sums_back(engine: Any) -> None:
+    """To where the last backward adds its own gradient and DeepSpeed reduces: rounded once."""
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, SUM_NAME):
+            parameter.grad = getattr(parameter, SUM_NAME).to(parameter.dtype)
+            delattr(parameter, SUM_NAME)
 
 
 class Update(NamedTuple):
