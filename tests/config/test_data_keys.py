@@ -113,6 +113,7 @@ FLIPS = [
     Flip("data.on_duplicate", "keep", pairs_of),
     Flip("data.on_conflict", "keep", pairs_of),
     Flip("data.on_overlap", "keep", pairs_of),
+    Flip("data.leave_out", ["ab" * 16], refusal_of),
     Flip("data.max_dropped", 0.1, refusal_of),
     Flip("data.num_workers", 2, processes_of),
 ]
