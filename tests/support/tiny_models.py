@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ _COMMON: dict[str, Any] = {
 }
 _TWO_EXPERTS_OF_FOUR: dict[str, Any] = {"num_experts_per_tok": 2}
 _FULL_AND_SLIDING = ["sliding_attention", "full_attention"]
+_DYNAMIC: dict[str, Any] = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+}
+
+
+def _longrope(num_frequencies: int) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * num_frequencies,
+        "long_factor": [4.0] * num_frequencies,
+    }
+
 
 # What each family needs beside _COMMON: (model_type, extra config keys).
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,6 +143,34 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 16,
         },
     ),
+    # frequencies that depend on the length from 64 positions on
+    "phi3_longrope": (
+        "phi3",
+        {"rope_parameters": _longrope(4), "original_max_position_embeddings": 64},
+    ),
+    "phimoe_longrope": (
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "rope_parameters": {**_longrope(4), "short_mscale": 1.1, "long_mscale": 1.3},
+            **_TWO_EXPERTS_OF_FOUR,
+        },
+    ),
+    "gemma3_longrope": (  # of one kind of its layers
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": _FULL_AND_SLIDING,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "full_attention": _longrope(4),
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "llama_dynamic": ("llama", _DYNAMIC),
+    "stablelm_dynamic": ("stablelm", {"num_attention_heads": 2, **_DYNAMIC}),
     "lfm2": (
         "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
@@ -143,7 +188,8 @@ def tiny_model(
     zero, so that a wrong mask or a dropped term moves the log-probs far beyond rounding.
     """
     model_type, extra = _FAMILIES[family]
-    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **{**_COMMON, **extra})
+    settings = copy.deepcopy({**_COMMON, **extra})  # a config writes into its rope_parameters
+    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -4,7 +4,8 @@
 synthetic pairs are scored packed and plainly, one sequence at a time with the model's own
 logits. Both must agree, and a rejected completion must not notice other tokens in the chosen one.
 This tells a model that mixes tokens outside of its attention (state-space, linear attention,
-convolution) from one that does not, whatever its name.
+convolution) from one that does not, whatever its name. In the layout that was picked, a pair must
+not notice how far another one reaches either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,12 @@ from dpo_dist.engine.forward.backend_choice import choose_backend
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
+from dpo_dist.engine.forward.rotary import (
+    asked_by_pair,
+    length_bound_kinds,
+    takes_any_position,
+    watch_rotary,
+)
 from dpo_dist.errors import ConfigError, DPODistError
 
 # Nats per token. Right tiny models of 18 families differ between layouts by up to 1e-6, 3e-3 and
@@ -33,6 +40,7 @@ _NO_LEAK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _LONGEST_WINDOW = 512  # tokens; longer ones are not worth a probe that exceeds them
+_FAR = 2**20  # positions; beyond the original context of any model
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ def settle(
             "a layout in which the model scores right",
             "Set model.layout to auto.",
         )
+    check_neighbors(engine or scorer, place)
     return Settled(scorer.layout, reason, backend, backend_reason)
 
 
@@ -119,6 +128,48 @@ def choose_layout(
             "The model changes its logits in a way that dpo-dist does not know: use another one.",
         )
     return "padded", fault
+
+
+@torch.no_grad()
+def check_neighbors(model: nn.Module, device: torch.device) -> float:
+    """Scores two pairs in the settled layout and again with the last one at far positions.
+
+    No sequence is long for it. Returns what that does to the first pair, in nats per token. All
+    ranks call it together; raises ConfigError where a pair depends on how far others reach, or
+    may do so where it cannot be tried.
+    """
+    scorer = model if isinstance(model, PairScorer) else model.module
+    assert isinstance(scorer, PairScorer), type(scorer)
+    base, training = base_of(scorer.policy), model.training
+    kinds, bound = (
+        ", ".join(length_bound_kinds(scorer.policy)),
+        _NO_LEAK[next(base.parameters()).dtype],
+    )
+    short = synthetic_pairs(base.config.get_text_config())[-1]
+    near = pack_pairs([short, short], device)
+    behind = torch.arange(near.num_tokens, device=device)[None] >= near.pair_sizes[0]
+    far = replace(near, position_ids=near.position_ids + _FAR * behind)
+    model.eval()
+    try:
+        scored, moved = model(near), 0.0
+        if takes_any_position(scorer.policy):
+            change = (model(far) - scored).abs() / near.lengths
+            moved = max(collectives.gather(change[0].max().item()))
+    finally:
+        model.train(training)
+    fault = f"move by {moved:.1e} nats per token" if not moved <= bound else None
+    if kinds and not asked_by_pair(watch_rotary(scorer.policy)):
+        fault = "may change, and its code does not let that be tried"
+    if fault is not None:
+        raise ConfigError(
+            f"{type(base).__name__} (rope_type: {kinds or 'default'}) takes its frequencies from "
+            f"the longest sequence of a forward: beside a longer pair the log-probs of another {fault}",
+            "log-probs of a pair that are the same whatever stands beside it",
+            "Use another model; or, if no pair is longer than its original context, set "
+            "rope_parameters.rope_type (rope_scaling.type in older files) to default in its "
+            "config.json.",
+        )
+    return moved
 
 
 def synthetic_pairs(config: Any) -> list[PairIds]:

@@ -61,6 +61,12 @@ class PackedPairs:
         return self.input_ids.shape[1]
 
     @property
+    def pair_sizes(self) -> list[int]:
+        """How these divide among the B pairs."""
+        lengths = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
+        return [sum(each) for each in zip(*lengths, strict=True)]
+
+    @property
     def num_scored(self) -> int:
         """C, and prompt tokens where these are scored: rows that reach the output head."""
         return len(self.targets)
@@ -146,8 +152,13 @@ def unpack_sequences(packed: PackedPairs) -> list[Tensor]:
     >>> [ids.tolist() for ids in unpack_sequences(pack_pairs([([5, 6, 7], [8, 9], [4])]))]
     [[5, 6, 7, 8, 9], [5, 6, 7, 4]]
     """
+    return _unpacked(packed.input_ids[0], packed)
+
+
+def _unpacked(row: Tensor, packed: PackedPairs) -> list[Tensor]:
+    """The 2B sequences that a (T,) row of the packed tokens is made of."""
     sizes = zip(packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True)
-    parts = packed.input_ids[0].split([size for lengths in sizes for size in lengths])
+    parts = row.split([size for lengths in sizes for size in lengths])
     sequences: list[Tensor] = []
     for prompt, chosen, rejected in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         sequences += [torch.cat((prompt, chosen)), torch.cat((prompt, rejected))]
@@ -163,6 +174,7 @@ class PaddedPairs:
     score_positions: (
         Tensor  # (C,), into the flattened (2B * L) positions; order of `packed.targets`
     )
+    position_ids: Tensor  # (2B, L), 0 on padding
 
 
 def pad_pairs(packed: PackedPairs) -> PaddedPairs:
@@ -178,7 +190,8 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
     """
     device = packed.input_ids.device
     sequences = unpack_sequences(packed)
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    pad_sequence = torch.nn.utils.rnn.pad_sequence
+    input_ids = pad_sequence(sequences, batch_first=True)
     width = input_ids.shape[1]
     num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
@@ -194,4 +207,5 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
             for start, length in zip(starts, packed.prompt_lengths, strict=True)
         ]
     score_positions = torch.cat(spans)
-    return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device))
+    places = pad_sequence(_unpacked(packed.position_ids[0], packed), batch_first=True)
+    return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device), places)

@@ -23,6 +23,7 @@ from dpo_dist.engine.forward.head import CompletionHead
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
 from dpo_dist.engine.forward.packing import PackedPairs, pad_pairs, unpack_sequences
 from dpo_dist.engine.forward.pair_sums import pair_columns, router_columns
+from dpo_dist.engine.forward.rotary import Parts, watch_rotary
 
 # packed: one row, prompts shared. padded: 2B sequences, for models that mix tokens outside of
 # attention. plain: one sequence at a time and the model's own logits, to check the others against.
@@ -55,6 +56,7 @@ class PairScorer(nn.Module):
         self.head = CompletionHead(policy)
         self.layout: Layout = layout
         self.backend: Backend = backend
+        self._rotary = watch_rotary(policy)
         self._own_attention: str = base_of(policy).get_correct_attn_implementation(None)
         self.train(policy.training)  # a policy in eval mode keeps its dropout off
 
@@ -74,10 +76,12 @@ class PairScorer(nn.Module):
 
     def use_own_attention(self) -> None:
         """Gives the policy the attention it was loaded with, until the next forward of this."""
+        self._divide(None)
         self._use_attention(self._own_attention)
 
     def _packed(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
         """(C, D) hidden states that predict the targets, and the columns of the routers."""
+        self._divide(Parts(1, packed.pair_sizes))
         output = backbone_of(self.policy)(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -100,10 +104,14 @@ class PairScorer(nn.Module):
     def _padded(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
         """As `_packed`."""
         padded = pad_pairs(packed)
+        self._divide(Parts(0, [2] * packed.num_pairs))
+        # as long as each sequence is, where the model would count on to the end of the padding
+        positions = {"position_ids": padded.position_ids} if self._rotary else {}
         output = backbone_of(self.policy)(
             input_ids=padded.input_ids,
             attention_mask=padded.attention_mask,
             use_cache=False,
+            **positions,
             **self._router_kwargs(packed),
         )
         hidden = output.last_hidden_state.flatten(0, 1)[padded.score_positions]
@@ -126,14 +134,27 @@ class PairScorer(nn.Module):
         return router_columns(output.router_logits, weights, pair_of, packed.num_pairs, top_k)
 
     def _plain_logps(self, packed: PackedPairs) -> Tensor:
-        """(C,) log-probs of completions from the model's own logits, each sequence alone."""
+        """(C,) log-probs of completions from the model's own logits, each sequence alone.
+
+        It is as long as the other one of its pair, whose length may decide on its frequencies.
+        """
         assert packed.terms.num_columns == 2, f"{packed.terms} has more than completions"
-        logps: list[Tensor] = []
-        for ids, length in zip(unpack_sequences(packed), packed.completion_lengths, strict=True):
-            logits = self.policy(input_ids=ids[None], use_cache=False).logits[0, -length - 1 : -1]
-            all_logps = logits.float().log_softmax(-1)
+        self._divide(Parts(0, [1]))
+        sequences, logps = unpack_sequences(packed), []
+        for index, (ids, length) in enumerate(
+            zip(sequences, packed.completion_lengths, strict=True)
+        ):
+            end, behind = len(ids), max(0, len(sequences[index ^ 1]) - len(ids))
+            row = torch.cat((ids, ids[-1:].expand(behind)))
+            logits = self.policy(input_ids=row[None], use_cache=False).logits[0]
+            all_logps = logits[end - length - 1 : end - 1].float().log_softmax(-1)
             logps.append(all_logps.gather(1, ids[-length:, None]).squeeze(1))
         return torch.cat(logps)
+
+    def _divide(self, parts: Parts | None) -> None:
+        """Tells the rotary embeddings what is a pair; a recomputed layer may ask again."""
+        for module in self._rotary:
+            module.pair_parts = parts
 
     def _use_attention(self, name: str) -> None:
         base = base_of(self.policy)
