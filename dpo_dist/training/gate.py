@@ -18,25 +18,27 @@ GATE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def check_start(job: Job) -> None:
-    """The untrained engine must give the log-probs that the store holds.
+    """The untrained engine must give the log-probs that the store holds, in the whole first step.
 
-    Catches a stale store, another template, a mask that is off by one, dropout left on. Without a
-    reference the model's own logits take its place, for one pair of every rank. Raises GateError
-    on every rank.
+    Catches a stale store, another template, a mask that is off by one, dropout left on, a pair
+    that depends on its micro-batch. Without a reference the model's own logits take its place, for
+    the first pair of every micro-batch. Raises GateError on every rank.
     """
-    own, ids = job.micro_batches(1)[:1], job.train.pairs.token_ids
-    if job.objective.reference_free:  # as many plain forwards on every rank: ZeRO-3 is in lock-step
-        own = [replace(batch, pair_indices=batch.pair_indices[:1]) for batch in own]
+    own, ids = job.micro_batches(1), job.train.pairs.token_ids
     indices, columns = score_on_all_ranks(job.engine, own, ids, job.device, job.terms)
-    logps = job.train.logps(torch.from_numpy(columns), indices, job.terms)
-    reference, there = job.train.reference[indices].numpy(), "the reference"
-    remedy = (
-        "Check that reference.model is what training starts from; if so, delete the "
-        "reference store and run `dpo-dist reference` again."
-    )
-    if job.objective.reference_free:
-        _, reference = score_on_all_ranks(job.engine, own, ids, job.device, layout="plain")
+    if not job.objective.reference_free:
+        reference, there = job.train.reference[indices].numpy(), "the reference"
+        remedy = (
+            "Check that reference.model is what training starts from; if so, delete the "
+            "reference store and run `dpo-dist reference` again."
+        )
+    else:
+        firsts = [replace(batch, pair_indices=batch.pair_indices[:1]) for batch in own]
+        first, reference = score_on_all_ranks(job.engine, firsts, ids, job.device, layout="plain")
         there, remedy = "the model's own logits", "Set model.layout to padded."
+        position = {int(index): place for place, index in enumerate(indices)}
+        columns, indices = columns[[position[int(index)] for index in first]], first
+    logps = job.train.logps(torch.from_numpy(columns), indices, job.terms)
     scores = columns[:, :2]
     differences = np.abs(scores - reference) / np.sqrt(logps.lengths.numpy())
     worst = int(differences.max(axis=1).argmax())

@@ -157,13 +157,16 @@ def check_neighbors(model: nn.Module, device: torch.device) -> float:
             moved = max(collectives.gather(change[0].max().item()))
     finally:
         model.train(training)
-    fault = f"move by {moved:.1e} nats per token" if not moved <= bound else None
+    bound, fault = _NO_LEAK[next(base.parameters()).dtype], None
+    if not moved <= bound:
+        fault = f"move by {moved:.1e} nats per token"
     if kinds and not asked_by_pair(watch_rotary(scorer.policy)):
         fault = "may change, and its code does not let that be tried"
     if fault is not None:
         raise ConfigError(
             f"{type(base).__name__} (rope_type: {kinds or 'default'}) takes its frequencies from "
-            f"the longest sequence of a forward: beside a longer pair the log-probs of another {fault}",
+            "the longest sequence of a forward: beside a longer pair the log-probs of another "
+            + fault,
             "log-probs of a pair that are the same whatever stands beside it",
             "Use another model; or, if no pair is longer than its original context, set "
             "rope_parameters.rope_type (rope_scaling.type in older files) to default in its "
