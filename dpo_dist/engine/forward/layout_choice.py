@@ -36,7 +36,7 @@ from dpo_dist.errors import ConfigError, DPODistError
 # Nats per token. Right tiny models of 18 families differ between layouts by up to 1e-6, 3e-3 and
 # 2e-2; a rejected completion whose unseen tokens change moves by exactly 0 in all three dtypes.
 _AGREEMENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_NO_LEAK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+NO_LEAK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _LONGEST_WINDOW = 512  # tokens; longer ones are not worth a probe that exceeds them
@@ -143,7 +143,7 @@ def check_neighbors(model: nn.Module, device: torch.device) -> float:
     base, training = base_of(scorer.policy), model.training
     kinds, bound = (
         ", ".join(length_bound_kinds(scorer.policy)),
-        _NO_LEAK[next(base.parameters()).dtype],
+        NO_LEAK[next(base.parameters()).dtype],
     )
     short = synthetic_pairs(base.config.get_text_config())[-1]
     near = pack_pairs([short, short], device)
@@ -157,7 +157,7 @@ def check_neighbors(model: nn.Module, device: torch.device) -> float:
             moved = max(collectives.gather(change[0].max().item()))
     finally:
         model.train(training)
-    bound, fault = _NO_LEAK[next(base.parameters()).dtype], None
+    bound, fault = NO_LEAK[next(base.parameters()).dtype], None
     if not moved <= bound:
         fault = f"move by {moved:.1e} nats per token"
     if kinds and not asked_by_pair(watch_rotary(scorer.policy)):
@@ -220,7 +220,7 @@ def packed_fault(
     except PackedAttentionError as error:
         return str(error)
     leak = ((other - scored).abs() / packed.lengths)[:, 1].max().item()
-    if not leak <= _NO_LEAK[dtype]:
+    if not leak <= NO_LEAK[dtype]:
         return f"packed, other tokens in chosen move rejected by {leak:.1e} nats per token"
     return None
 

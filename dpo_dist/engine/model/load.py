@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpo_dist.config.training_section import ModelSection
+from dpo_dist.engine.model.dropout import switch_off_dropout
 from dpo_dist.engine.model.quantized import quantization_arguments, settle_quantized, true_numel
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.files import weight_files
@@ -58,12 +59,7 @@ def load_model(
             "a value for every weight",
             "Download the model again, or check that it is a causal LM.",
         )
-    for module in model.modules():
-        # A policy that drops activations is not the model the reference was scored with.
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
+    switch_off_dropout(model)
     settle_quantized(model)
     if zero3 is None and not quantized:
         model.to(device)

@@ -15,6 +15,7 @@ from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.layout_choice import settle
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.adapters import add_adapter
+from dpo_dist.engine.model.dropout import check_no_dropout
 from dpo_dist.engine.model.load import load_model, num_parameters, partitioned_loading
 from dpo_dist.engine.model.quantized import refuse_trained_quantized
 from dpo_dist.engine.sharding import ds_config, zero
@@ -96,12 +97,14 @@ def settle_layout(
     """Sets the scorer's attention backend and layout, says why, and returns the layout.
 
     `model` is the scorer or the DeepSpeed engine around it; all ranks call together. Raises
-    ConfigError when `section` asks for what the model cannot do, and DPODistError when the model
-    scores wrong in every layout.
+    ConfigError when `section` asks for what the model cannot do or training would be random, and
+    DPODistError when the model scores wrong in every layout.
     """
     settled = settle(
         scorer, layout=section.layout, attention=section.attention, engine=model, device=device
     )
+    if model.training:
+        check_no_dropout(model, scorer, device)
     if collectives.is_first():
         _logger.info("%s", settled)
     return settled.layout
