@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ray
 from ray._private import state as ray_state
 from ray.util.metrics import Gauge
 
+from dpo_dist.run.attempts import note_death
 from dpo_dist.run.local_ranks import die_with_parent
 from dpo_dist.run.pipeline import stage_argv
 from dpo_dist.run.run_dir import RunDir, rank_log_path
@@ -34,7 +36,7 @@ def rendezvous() -> tuple[str, int]:
 
 
 def run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: RunDir) -> int:
-    """Runs one rank and waits for it; its exit code.
+    """Runs one rank and waits for it; its exit code, negative when a signal killed it.
 
     `job` names the `stage`, its `config_path` and `overrides`, and the folder it was
     `submitted_from`. When Ray drains the node, the rank is told to save and leave.
@@ -67,6 +69,9 @@ def run_rank(job: dict[str, Any], topology: Topology, log_dir: Path, paths: RunD
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode < 0:
+        died = note_death(log_dir, topology.rank, child.returncode)
+        print(f"rank {topology.rank} was {died}", file=sys.stderr, flush=True)
     return child.returncode
 
 

@@ -54,4 +54,5 @@ def _score_part(part: str, run_dir: str, log_dir: str, submitted_from: str) -> N
     }
     code = run_rank(job, Topology(0, 1, 0, 1, *rendezvous()), Path(log_dir), paths)
     if code:
-        raise RuntimeError(f"part {part} of the reference pass ended with {code}")
+        ended = f"ended with {code}" if code > 0 else f"was {attempts.died_of(-code)}"
+        raise RuntimeError(f"part {part} of the reference pass {ended}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task of a step: tells the stage its place in the job, as every launcher does, and becomes it.
+# One task of a step: tells the stage its place in the job, as every launcher does, and runs it.
 set -euo pipefail
 # Here and not in dpo.sh: in the batch shell SLURM_PROCID is 0 on every node.
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
@@ -7,7 +7,20 @@ export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Rank 0 has the job's own log, the others have a file each, unless their node does not see the run
 # folder: then what they say should be read all the same.
+name=$LOG_DIR/rank$(printf %04d "$RANK")
 if [ "$RANK" -gt 0 ] && [ -d "$LOG_DIR" ]; then
-    exec >>"$LOG_DIR/rank$(printf %04d "$RANK").log" 2>&1
+    exec >>"$name.log" 2>&1
 fi
-exec "$@"
+# Not `exec`: of a rank that a signal kills only its parent can tell, and srun's code is 143 for any.
+trap : INT QUIT TERM USR2 # the rank's to answer: Slurm signals every process of a step
+"$@" &
+while kill -0 $! 2>/dev/null; do wait $! || true; done
+code=0
+wait $! || code=$?
+# by 15 Slurm ends the others when one has failed
+if [ "$code" -gt 128 ] && [ "$code" != 143 ] && [ -d "$LOG_DIR" ]; then
+    note='{"signal": %d, "exit_code": %d, "restartable": true}\n'
+    # shellcheck disable=SC2059
+    printf "$note" $((code - 128)) "$code" >"$name.failed.json"
+fi
+exit "$code"

@@ -17,7 +17,7 @@ from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run import pipeline
-from dpo_dist.run.attempts import begin
+from dpo_dist.run.attempts import begin, note_end
 from dpo_dist.run.local_ranks import count_workers, run_ranks
 from dpo_dist.run.logs import console, dump_stacks_on_quit, hush_libraries, set_up_logging
 from dpo_dist.run.manifest import write_atomic, write_json
@@ -26,6 +26,10 @@ from dpo_dist.run.status import update_stage
 from dpo_dist.run.stop_flag import Stopped
 from dpo_dist.run.topology import from_environment, launched
 from dpo_dist.wording import counted
+
+# To the end of the process: freeing what the frames of a failure hold, engines and profilers, may
+# wait for ranks that do not fail.
+_kept: list[BaseException] = []
 
 
 def run_or_launch(stage: pipeline.Stage, config_path: Path, overrides: list[str]) -> RunConfig:
@@ -49,7 +53,10 @@ def launch(
     log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
     assert log_dir is not None
     write_atomic(paths.config_path, to_yaml(config))
-    return run_ranks(pipeline.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
+    code = run_ranks(pipeline.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
+    if code:
+        note_end(paths, stage.name)
+    return code
 
 
 def set_up_command() -> None:
@@ -88,6 +95,12 @@ def _guarded(
         if lead:
             update_stage(paths.status_path, stage.name, state, **fields)
 
+    def tell_end(state: str, **fields: Any) -> None:
+        with contextlib.suppress(OSError):  # what went wrong may be this folder
+            tell(state, **fields)
+            if failure_path is not None and state == "failed":
+                write_json(failure_path, fields)
+
     logger = logging.getLogger("dpo_dist")
     try:
         tell("running")
@@ -96,16 +109,13 @@ def _guarded(
         return 0
     except Stopped as stopped:
         logger.info("%s; start the same command again to go on", stopped)
-        tell("stopped", exit_code=EXIT_RESTART)
+        tell_end("stopped", exit_code=EXIT_RESTART)
         return EXIT_RESTART
     except DPODistError as error:
         print_error(error)
         _add_to_log_file(f"error: {error}")
-        failure = {"error": str(error), "exit_code": error.exit_code, "restartable": False}
-        tell("failed", **failure)
-        if failure_path is not None:
-            with contextlib.suppress(OSError):  # what went wrong may be this folder
-                write_json(failure_path, failure)
+        tell_end("failed", error=str(error), exit_code=error.exit_code, restartable=False)
+        _kept.append(error)
         return error.exit_code
     except BaseException as error:
         disk = as_disk_error(error)
@@ -114,7 +124,8 @@ def _guarded(
         else:
             print_error(disk)
         _add_to_log_file(traceback.format_exc())
-        tell("failed", error=str(disk or repr(error)), exit_code=1, restartable=True)
+        tell_end("failed", error=str(disk or repr(error)), exit_code=1, restartable=True)
+        _kept.append(error)
         return 1
 
 

@@ -28,6 +28,7 @@ several sources each has them apart too, as `eval_<name>/<source>`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from dpo_dist.run.manifest import write_atomic
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
+_logger = logging.getLogger(__name__)
 Kind = Literal["train", "eval"]
 
 
@@ -75,7 +77,10 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and self._wandb is not None:
+            # W&B is waited for, which a server that is gone makes long: the reason comes first
+            _logger.error("the run ends: %r", error)
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:

@@ -5,8 +5,10 @@ read status.json, where rank 0 wrote what became of the stage, and what other ra
 their logs: exit codes get lost on the way through a scheduler.
 """
 
+import contextlib
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +16,19 @@ from typing import Any, Literal
 from dpo_dist.config.cluster_section import RestartSection
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
 from dpo_dist.run.lock import refuse_if_held
+from dpo_dist.run.manifest import write_json
 from dpo_dist.run.pipeline import PUSH, STAGES
-from dpo_dist.run.run_dir import RunDir, rank_failures, rank_log_path
-from dpo_dist.run.status import read_status, update_status
+from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_failures, rank_log_path
+from dpo_dist.run.status import read_status, update_stage, update_status
 
 Verdict = Literal["next", "restart", "stop"]
 ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
 TAIL_LINES = 30
 DYING_S = 120.0  # the longest that a node's NFS locks outlive it
+LIKELY_CAUSES: dict[int, str] = {
+    signal.SIGKILL: ", often out of memory",
+    signal.SIGBUS: ", often a full /dev/shm or a file system that went away",
+}
 NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
 
 
@@ -95,21 +102,48 @@ def judge(paths: RunDir, stage: str) -> Outcome:
         return Outcome("restart", "stopped by a signal with everything committed", EXIT_RESTART)
     if state == "failed" and not own.get("restartable", True):
         return Outcome("stop", str(own.get("error")), int(own.get("exit_code", 1)))
-    # rank 0 may have ended of it, or waited for that rank until it was killed
-    if own and (failure := _failure_of_another_rank(paths, stage)):
-        return failure
+    # rank 0 may have ended of another rank, or waited for it until it was killed
+    failures = _rank_failures(paths, stage) if own else []
+    for failure in failures:
+        if not failure.get("restartable", False):
+            return Outcome("stop", str(failure["error"]), int(failure["exit_code"]))
+    reasons = [str(failure["error"]) for failure in failures]
     if state == "failed":
-        return Outcome("restart", f"rank 0 failed: {own.get('error')}", EXIT_RESTART)
-    return Outcome("restart", f"killed while {state}", EXIT_RESTART)
+        reasons.append(f"rank 0 failed: {own.get('error')}")
+    return Outcome("restart", "; ".join(reasons or [f"killed while {state}"]), EXIT_RESTART)
 
 
-def _failure_of_another_rank(paths: RunDir, stage: str) -> Outcome | None:
-    """Of a rank other than 0, whose errors are not in status.json."""
+def died_of(number: int) -> str:
+    """A death by signal, in words."""
+    return f"killed by signal {number}{LIKELY_CAUSES.get(number, '')}"
+
+
+def note_death(log_dir: Path, rank: int, returncode: int) -> str:
+    """Leaves for `judge` that a rank ended with the negative `returncode`; what it died of."""
+    # as slurm/task.sh does
+    failure = {"signal": -returncode, "exit_code": 128 - returncode, "restartable": True}
+    with contextlib.suppress(OSError):  # for words only
+        write_json(rank_failure_path(log_dir, rank), failure)
+    return died_of(-returncode)
+
+
+def note_end(paths: RunDir, stage: str) -> None:
+    """Says in status.json that a stage failed when rank 0 was killed before it could say so."""
+    own = read_status(paths.status_path).get("stages", {}).get(stage, {})
+    failures = _rank_failures(paths, stage)
+    if failures and own.get("state") in ("started", "running"):
+        update_stage(paths.status_path, stage, "failed", **failures[0])
+
+
+def _rank_failures(paths: RunDir, stage: str) -> list[dict[str, Any]]:
+    """What the last attempt's ranks other than 0 failed of, and which ranks were killed."""
     log_dir = paths.log_dir(stage, paths.count_attempts(stage))
+    failures = []
     for rank, path in rank_failures(log_dir).items():
-        failure = json.loads(path.read_text())
-        return Outcome("stop", f"rank {rank}: {failure['error']}", int(failure["exit_code"]))
-    return None
+        failure: dict[str, Any] = json.loads(path.read_text())
+        error = failure.get("error") or died_of(failure["signal"])
+        failures.append(failure | {"error": f"rank {rank}: {error}"})
+    return failures
 
 
 def first_failure(log_dir: Path) -> str:

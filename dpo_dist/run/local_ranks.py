@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dpo_dist.config.cluster_section import LocalSection
-from dpo_dist.run.attempts import TAIL_LINES
+from dpo_dist.run.attempts import TAIL_LINES, note_death
 from dpo_dist.run.run_dir import rank_log_path
 from dpo_dist.run.status import POLL_S
 from dpo_dist.run.stop_flag import SIGNALS
@@ -70,9 +70,11 @@ def run_ranks(argv: Sequence[str], num_ranks: int, log_dir: Path) -> int:
         failed = _wait(ranks)
     if failed is None:
         return 0
+    code = ranks[failed].returncode
+    if code < 0:
+        print(f"rank {failed} was {note_death(log_dir, failed, code)}", file=sys.stderr)
     if failed:
         _print_tail(rank_log_path(log_dir, failed), failed)
-    code = ranks[failed].returncode
     return code if code >= 0 else 128 - code  # as a shell reports a death by signal
 
 

@@ -236,7 +236,7 @@ def rank_log_path(log_dir: Path, rank: int) -> Path:
 
 
 def rank_failure_path(log_dir: Path, rank: int) -> Path:
-    """What a rank other than 0 ended with, where the same command would end so again."""
+    """What a rank other than 0 failed of, or which signal killed a rank."""
     return log_dir / f"rank{rank:04d}.failed.json"
 
 

@@ -1,16 +1,22 @@
 """What is left of a failure on one rank: the verdict, and the logs."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from support.ranks import started_ranks
 from support.tiny_run import dpo_dist, make_run, succeed
 
 from dpo_dist.config.cluster_section import RestartSection
-from dpo_dist.run import attempts
+from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.errors import DataError
+from dpo_dist.run import attempts, pipeline
 from dpo_dist.run.local_ranks import run_ranks
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import read_status
+from dpo_dist.run.topology import from_environment
 
 ONE_WITHOUT_A_MODEL = (
     "test $RANK = 0 || set -- model.path=$0/nowhere; "
@@ -50,3 +56,49 @@ def test_the_log_of_rank_0_has_its_error_and_the_terminal_has_it_once(tmp_path: 
     error = read_status(paths.status_path)["stages"]["prepare"]["error"]
     assert f"error: {error}" in (paths.log_dir("prepare", 1) / "rank0000.log").read_text()
     assert "nowhere.jsonl" in attempts.first_failure(paths.latest_log_link)
+
+
+def fail_alone(config_path: str, reason: str) -> None:
+    """A stage that fails on rank 1 while rank 0 waits, as it would in a collective of NCCL."""
+    import torch.distributed as dist
+
+    from dpo_dist.cli import rank
+    from dpo_dist.engine.distributed import collectives
+
+    # NCCL's waits for all ranks, for as long as a collective may take; gloo's does not
+    dist.destroy_process_group = lambda *_: time.sleep(600)
+
+    def stage(config: RunConfig) -> Path:
+        topology = from_environment()
+        with collectives.process_group(topology):
+            if topology.rank == 1:
+                raise DataError("found this", "that", "Do so.") if reason == "user" else OSError
+            time.sleep(600)
+        return config.run.dir
+
+    rank._import_run = lambda _: stage  # pyright: ignore[reportPrivateUsage]
+    rank._run_rank(pipeline.REFERENCE, load_config(Path(config_path)))  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "told", "verdict"),
+    [
+        ("user", 2, "error: found this; expected that. Do so.", ("stop", "rank 1: found this;")),
+        ("crash", 1, "OSError", ("restart", "rank 1: OSError()")),
+    ],
+)
+def test_truth_07_a_rank_that_fails_alone_tells_why_and_leaves(
+    tmp_path: Path, reason: str, code: int, told: str, verdict: tuple[str, str]
+) -> None:
+    paths, config_path = RunDir(tmp_path / "out"), tmp_path / "run.yaml"
+    config_path.write_text(
+        f"{{run: {{dir: {paths.root}}}, model: {{path: m}}, data: {{train: [{{path: a}}]}}}}"
+    )
+    restart = RestartSection.model_validate({})
+    attempts.begin(paths, "reference", restart, resubmitted=False)
+    with started_ranks(2, fail_alone, str(config_path), reason) as ranks:
+        waiting, failed = ranks.wait(timeout_s=45, grace_s=0.5)
+    assert (failed.exit_code, waiting.exit_code) == (code, -signal.SIGKILL), "it waited for rank 0"
+    assert told in failed.output
+    outcome = attempts.judge(paths, "reference")
+    assert (outcome.verdict, outcome.reason[: len(verdict[1])]) == verdict

@@ -177,6 +177,8 @@ def test_a_job_stopped_in_three_ways_requeues_itself_and_ends_like_an_unbroken_o
         slurm.wait(job_id, "RUNNING", "COMPLETED", restarts=number + 1)
         if stop is usr2:
             assert "training stopped after step" in log.read_text()
+        if stop is kill_rank:  # test_truth_07: the signal is told by the rank's own task
+            assert "train: rank 1: killed by signal 9, often out of memory" in log.read_text()
     job = slurm.wait(job_id, "COMPLETED")
     assert int(job["Restarts"]) == 3
     status = status_of(out)

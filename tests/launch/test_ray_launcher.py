@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.ranks import ROOT
 
-from dpo_dist.config.cluster_section import RaySection
+from dpo_dist.config.cluster_section import RaySection, RestartSection
 from dpo_dist.config.run_config import load_config, parse_config
 from dpo_dist.errors import ArtifactError, ClusterError, ConfigError
 from dpo_dist.run import attempts
@@ -19,6 +19,7 @@ from dpo_dist.run.manifest import write_json
 from dpo_dist.run.pipeline import STAGES
 from dpo_dist.run.run_dir import RunDir, rank_failure_path
 from dpo_dist.run.status import update_stage
+from dpo_dist.run.topology import Topology
 
 LAUNCHER = ROOT / "launch" / "ray_launcher.py"
 NODES = [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}]
@@ -28,11 +29,12 @@ NODES = [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 8.0}, {"CPU": 8.0}]
 def launch() -> Any:
     """The launcher's modules, imported only here since they bring Ray."""
     pytest.importorskip("ray")
+    import ray_rank
     import ray_resources
     import ray_run
     import ray_worker
 
-    return SimpleNamespace(resources=ray_resources, run=ray_run, worker=ray_worker)
+    return SimpleNamespace(resources=ray_resources, run=ray_run, worker=ray_worker, rank=ray_rank)
 
 
 def section(**values: Any) -> RaySection:
@@ -136,6 +138,23 @@ def test_a_rank_that_fails_for_good_ends_the_group_and_the_stage(
     assert (outcome.verdict, outcome.reason) == ("stop", "rank 1: no model")
     attempts.forget(paths)
     assert attempts.judge(paths, "train").verdict == "restart", "a new submission tries again"
+
+
+def test_truth_07_a_worker_tells_which_signal_killed_its_rank(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.rank, "POLL_S", 0.05)
+    monkeypatch.setattr(launch.rank, "SHOWN", ())
+    suicide = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(launch.rank, "stage_argv", lambda *_: suicide)
+    paths = RunDir(tmp_path)
+    log_dir = attempts.begin(paths, "train", RestartSection(), resubmitted=False)
+    job = {"stage": "train", "config_path": "run.yaml", "submitted_from": str(tmp_path)}
+    place = Topology(1, 2, 1, 2, "127.0.0.1", 1)
+    assert launch.rank.run_rank(job, place, log_dir, paths) == -9
+    outcome = launch.worker.settled(paths, "train", -9)
+    assert outcome.verdict == "restart"
+    assert outcome.reason == "rank 1: killed by signal 9, often out of memory"
 
 
 def test_a_folder_of_another_job_ends_the_stage_instead_of_starting_it_again(

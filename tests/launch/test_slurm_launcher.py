@@ -1,10 +1,16 @@
 """The chain of Slurm jobs: what each is asked for. tests/clusters/test_slurm.py submits them."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import slurm_launcher
-from support.ranks import ROOT
+from support.ranks import ROOT, wait_until
 
 from dpo_dist.config.run_config import parse_config
 from dpo_dist.errors import ConfigError
@@ -73,3 +79,36 @@ def test_an_option_that_is_none() -> None:
     assert str(error.value) == (
         "slurm.options: 'qos=high'; expected options of sbatch, such as --qos=high. Correct it."
     )
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGUSR2, 75), (signal.SIGKILL, 137)])
+def test_truth_07_a_task_tells_which_signal_killed_its_rank(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    """Slurm signals every process of a step; the memory limit kills one only."""
+    text = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} {{os.environ[\"RANK\"]}}')\n"
+        "time.sleep(60)\n"
+    )
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
+    task = subprocess.Popen(
+        [ROOT / "slurm" / "task.sh", sys.executable, "-c", text],
+        env=os.environ | slurm | {"LOG_DIR": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+        pid, rank = (tmp_path / "pid").read_text().split()
+        assert rank == "1"
+        if sent == signal.SIGUSR2:
+            os.killpg(task.pid, sent)
+        else:
+            os.kill(int(pid), sent)
+        assert task.wait(30) == code
+    finally:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
+    notes = [json.loads(path.read_text()) for path in tmp_path.glob("*.failed.json")]
+    killed = {"signal": 9, "exit_code": 137, "restartable": True}
+    assert notes == ([killed] if sent == signal.SIGKILL else [])

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.cluster_section import LocalSection
+from dpo_dist.config.cluster_section import LocalSection, RestartSection
+from dpo_dist.run import attempts
 from dpo_dist.run.local_ranks import count_workers, run_ranks
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.run.status import describe_status, read_status
 
 REPORT = "import os; open(f'{os.environ[\"OUT\"]}/{os.environ[\"RANK\"]}', 'w').write('x')"
 
@@ -63,6 +66,23 @@ def test_a_rank_that_lost_another_is_not_the_reason(
 
 def test_death_by_signal_is_reported_as_a_shell_does(out: Path) -> None:
     assert run_ranks(program("import os; os.kill(os.getpid(), 9)"), 1, out / "logs") == 137
+
+
+def test_truth_07_a_killed_rank_is_told_by_its_signal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = RunDir(tmp_path)
+    log_dir = attempts.begin(paths, "train", RestartSection(), resubmitted=False)
+    assert log_dir is not None
+    text = "import os; os.kill(os.getpid(), 9 if os.environ['RANK'] == '1' else 0)"
+    assert run_ranks(program(text), 2, log_dir) == 137
+    assert "rank 1 was killed by signal 9, often out of memory\n" in capfd.readouterr().err
+    outcome = attempts.judge(paths, "train")
+    assert (outcome.verdict, outcome.exit_code) == ("restart", 75)
+    assert outcome.reason == "rank 1: killed by signal 9, often out of memory"
+    attempts.note_end(paths, "train")  # rank 0 said nothing either
+    status = dict(describe_status(read_status(paths.status_path)))
+    assert status["stage"] == "train failed" and status["error"] == outcome.reason
 
 
 LAUNCHER = """

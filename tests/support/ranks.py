@@ -65,7 +65,7 @@ class Ranks:
         With `grace_s` the others get only so long once a rank has failed.
         """
         deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in self.processes):
+        while None in [process.poll() for process in self.processes]:
             if grace_s is not None and any(process.returncode for process in self.processes):
                 deadline, grace_s = min(deadline, time.monotonic() + grace_s), None
             if time.monotonic() > deadline:

@@ -35,10 +35,7 @@ def device_of(topology: Topology) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(topology: Topology) -> Iterator[torch.device]:
-    """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end.
-
-    The destruction in `finally` waits for nobody: a rank that failed must not hang the others.
-    """
+    """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end."""
     device = device_of(topology)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -64,11 +61,11 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
             timeout=TIMEOUT,
         )
     _unlink_shared_memory(topology)
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield device
+    # Only after success: NCCL waits in here for all ranks. One that failed alone has to tell why and
+    # leave; its launcher then ends the others.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own_address(address: str) -> str | None:
