@@ -2,23 +2,45 @@
 
 import contextlib
 import errno
+import pickle
+import sys
 from collections.abc import Iterator
 from typing import ClassVar
 
 EXIT_USER_ERROR = 2
-EXIT_RESTART = 75  # stopped by a signal with a checkpoint committed: start the same command again
+# stopped by a signal with a checkpoint committed, or by a file system or a connection that was gone
+# for a moment: start the same command again
+EXIT_RESTART = 75
 EXIT_DO_NOT_RESTART = 93  # a restart would end the same way
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# A server of files or of a connection was gone. ECONNREFUSED and ENETUNREACH are not here: they are
+# what a wrong address and a node without a network answer, every time.
+TRANSIENT_ERRORS = {
+    errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.ENETRESET, errno.EPIPE, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}  # fmt: skip
+# The same from HTTP clients, which this file does not import, where no OSError is behind it.
+TRANSIENT_NAMES = {
+    "TimeoutException", "RemoteProtocolError", "ServerDisconnectedError", "ClientPayloadError",
+    "IncompleteRead", "SSLEOFError",
+}  # fmt: skip
+TRANSIENT_ANSWERS = {429, 502, 503, 504}
 
 
 class DPODistError(Exception):
-    """For the terminal: `found`, then `expected`, then `remedy`; the process exits 2."""
+    """For the terminal: `found`, then `expected`, then `remedy`; the process exits 2.
+
+    `transient` says that a restart may help, and that a rank exits 75 instead: the error tells of
+    an exception that passes, such as one that was being handled when this one was made.
+    """
 
     exit_code: ClassVar[int] = EXIT_USER_ERROR
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(found, expected, remedy)
         self.found, self.expected, self.remedy = found, expected, remedy
+        self.transient = is_transient(sys.exception())
 
     def __str__(self) -> str:
         # what was found may be a list, a line each
@@ -78,6 +100,40 @@ class HarnessError(DPODistError):
 
 class DiskError(DPODistError):
     """A file cannot be written: the disk is full or read-only, or a quota or a limit is reached."""
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an exception, or one behind it, is of a server that may be back in a moment."""
+    while error is not None:
+        if isinstance(error, DPODistError):
+            return error.transient
+        if isinstance(error, OSError) and error.errno in TRANSIENT_ERRORS:
+            return True
+        names = {kind.__name__ for kind in type(error).__mro__}
+        answer = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, TimeoutError) or names & TRANSIENT_NAMES:
+            return True
+        if answer in TRANSIENT_ANSWERS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def portable(error: Exception) -> Exception:
+    """The exception if it survives pickling, else one that does, with its name and text: sent to
+    another process, it would be replaced by the complaint about it."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:
+        pass  # whatever a class of another library does when it is taken apart
+    if not isinstance(error, DPODistError):
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    kind = next(base for base in type(error).__mro__ if base.__module__ == __name__)
+    told = kind(error.found, error.expected, error.remedy)
+    told.transient = error.transient
+    return told
 
 
 def as_disk_error(error: BaseException) -> DiskError | None:

@@ -36,7 +36,7 @@ from dpo_dist.data.screening.held_out import is_held_out
 from dpo_dist.data.screening.tokenized_rows import SCHEMA
 from dpo_dist.data.tokens.templates import TemplateRefusal, load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
-from dpo_dist.errors import DataError
+from dpo_dist.errors import DataError, portable
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
 
 CHUNK_ROWS = 256
@@ -196,7 +196,10 @@ def _leave_with_parent() -> None:
 
 
 def _tokenize_in_process(chunk: Chunk) -> pa.RecordBatch:
-    return _chunk_tokenizer.tokenize(chunk)
+    try:
+        return _chunk_tokenizer.tokenize(chunk)
+    except Exception as error:
+        raise portable(error) from None  # one that does not pickle would break the pool
 
 
 def _dropped(reason: str, detail: str | None = None) -> dict[str, object]:

@@ -16,7 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from dpo_dist.errors import ClusterError
+from dpo_dist.errors import ClusterError, portable
 from dpo_dist.run.status import POLL_S
 from dpo_dist.run.topology import Topology
 
@@ -62,8 +62,8 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
         )
     _unlink_shared_memory(topology)
     yield device
-    # Only after success: NCCL waits in here for all ranks. One that failed alone has to tell why and
-    # leave; its launcher then ends the others.
+    # Only after success: NCCL waits in here for all ranks. One that failed alone has to tell why
+    # and leave; its launcher then ends the others.
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -174,9 +174,9 @@ def on_first(work: Callable[[], Value]) -> Value:
             value = work()
         except Exception as caught:
             error = caught
-    error, value = broadcast((error, value))
-    if error is not None:
-        raise error
+    told, value = broadcast((error and portable(error), value))
+    if told is not None:
+        raise error or told
     return value
 
 

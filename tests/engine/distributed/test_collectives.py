@@ -3,6 +3,7 @@
 import datetime
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,37 @@ def exchange() -> dict[str, Any]:
         }
 
 
+class NeedsMore(ValueError):
+    """Pickles, and cannot be made again from its text alone."""
+
+    def __init__(self, text: str, *, response: int) -> None:
+        super().__init__(text)
+        self.response = response
+
+
+def fail_on_first(kind: str) -> list[Any]:
+    """What each rank is told of an error of rank 0 that does not travel."""
+
+    class OwnError(DataError):
+        """Has no name that another process could look up."""
+
+    errors = {
+        "keyword": NeedsMore("the real reason", response=500),
+        "handle": OSError("the real reason", threading.Lock()),
+        "user": OwnError("the real reason", "that", "Do so."),
+    }
+
+    def work() -> None:
+        raise errors[kind]
+
+    with collectives.process_group(from_environment()):
+        try:
+            collectives.on_first(work)
+        except Exception as caught:
+            return [isinstance(caught, DataError), str(caught)]
+    return []
+
+
 def wait_for_ever(folder: str) -> None:
     import time
 
@@ -65,6 +97,15 @@ def test_exchanges_between_three_ranks() -> None:
             "on first": 5,
             "error": "found this; expected that. Do so.",
         }
+
+
+@pytest.mark.parametrize("kind", ["keyword", "handle", "user"])
+def test_truth_14_an_error_that_does_not_pickle_is_the_one_told_on_every_rank(kind: str) -> None:
+    told = run_ranks(2, fail_on_first, kind, timeout_s=30)
+    assert [is_users for is_users, _ in told] == [kind == "user"] * 2, told
+    assert all("the real reason" in text for _, text in told), told
+    if kind == "keyword":
+        assert told[1][1] == "NeedsMore: the real reason"
 
 
 def test_without_a_group_a_process_is_alone() -> None:
