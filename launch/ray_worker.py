@@ -65,6 +65,8 @@ def begin(paths: RunDir, stage: str, config: RunConfig) -> tuple[str, int, str] 
     try:
         log_dir = attempts.begin(paths, stage, config.restart, resubmitted=True)
     except DPODistError as error:
+        if error.transient:
+            raise  # Ray starts the group again
         update_stage(
             paths.status_path, stage, "failed",
             error=str(error), exit_code=error.exit_code, restartable=False,

@@ -114,9 +114,10 @@ def _guarded(
     except DPODistError as error:
         print_error(error)
         _add_to_log_file(f"error: {error}")
-        tell_end("failed", error=str(error), exit_code=error.exit_code, restartable=False)
+        code = EXIT_RESTART if error.transient else error.exit_code
+        tell_end("failed", error=str(error), exit_code=code, restartable=error.transient)
         _kept.append(error)
-        return error.exit_code
+        return code
     except BaseException as error:
         disk = as_disk_error(error)
         if disk is None:

@@ -25,7 +25,7 @@ from dpo_dist.data.answers.answer_files import Format, answer_line, keep_whole_l
 from dpo_dist.data.answers.questions import Question, read_questions
 from dpo_dist.data.tokens.templates import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
-from dpo_dist.engine.distributed.collectives import device_of
+from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.generation import Answer, Sampling, answer, context_length
 from dpo_dist.engine.model.model_choice import (
     ModelChoice,

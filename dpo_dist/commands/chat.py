@@ -12,7 +12,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.rows.messages import Conversation, message
 from dpo_dist.data.tokens.templates import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
-from dpo_dist.engine.distributed.collectives import device_of
+from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.generation import Sampling, answer, context_length, stop_when
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import DataError

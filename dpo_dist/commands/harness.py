@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.engine.distributed.collectives import device_of
+from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import HarnessError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer

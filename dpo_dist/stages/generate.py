@@ -10,7 +10,7 @@ from rich.table import Table
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
-from dpo_dist.engine.distributed.collectives import device_of
+from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.generation import Answer, Sampling, answer
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.engine.model.policy import PolicyParts, load_policy

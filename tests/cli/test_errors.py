@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_dist.errors import DataError, as_disk_error
+import pytest
+
+from dpo_dist.errors import CheckpointError, DataError, as_disk_error, disk_errors_as, portable
 
 
 def test_only_errors_of_the_disk_are_told_as_such() -> None:
@@ -35,3 +37,32 @@ def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> No
     assert "File too large; expected a writable disk with free space" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["trl.yaml"], "nothing half-written"
+
+
+USERS = ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOENT", "ECONNREFUSED", "ENETUNREACH")
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", *USERS])
+def test_truth_11_what_may_pass_is_worth_a_restart(name: str) -> None:
+    """Behind any of our errors, on this rank and as the others are told of it."""
+    with (
+        pytest.raises(CheckpointError) as told,
+        disk_errors_as(CheckpointError, "found", "expected", "Remedy."),
+    ):
+        raise OSError(getattr(errno, name), "the system's word")
+    assert told.value.transient == (name not in USERS)
+    sent = portable(told.value)
+    assert isinstance(sent, CheckpointError) and sent.transient == told.value.transient
+
+
+class RemoteProtocolError(Exception):
+    """As httpx names a server that hangs up."""
+
+
+def test_truth_11_a_lost_connection_is_worth_a_restart() -> None:
+    for lost in (RemoteProtocolError("hung up"), TimeoutError(), ConnectionResetError(104, "r")):
+        try:
+            raise lost
+        except Exception:
+            assert DataError("the hub gave none", "a hub", "Wait.").transient, lost
+    assert not DataError("a wrong key", "another", "Correct it.").transient

@@ -1,5 +1,7 @@
 """What is left of a failure on one rank: the verdict, and the logs."""
 
+import errno
+import os
 import signal
 import sys
 import time
@@ -11,7 +13,7 @@ from support.tiny_run import dpo_dist, make_run, succeed
 
 from dpo_dist.config.cluster_section import RestartSection
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import DataError
+from dpo_dist.errors import CheckpointError, DataError, disk_errors_as
 from dpo_dist.run import attempts, pipeline
 from dpo_dist.run.local_ranks import run_ranks
 from dpo_dist.run.run_dir import RunDir
@@ -102,3 +104,36 @@ def test_truth_07_a_rank_that_fails_alone_tells_why_and_leaves(
     assert told in failed.output
     outcome = attempts.judge(paths, "reference")
     assert (outcome.verdict, outcome.reason[: len(verdict[1])]) == verdict
+
+
+def fail_of_disk(config_path: str, number: int) -> None:
+    """A stage in which a read of rank 1 fails; rank 0 goes down with it."""
+    from dpo_dist.cli import rank
+
+    def stage(config: RunConfig) -> Path:
+        if from_environment().rank == 0:
+            time.sleep(600)
+        with disk_errors_as(CheckpointError, "cannot read x", "a readable file", "Look there."):
+            raise OSError(number, os.strerror(number))
+        return config.run.dir
+
+    rank._import_run = lambda _: stage  # pyright: ignore[reportPrivateUsage]
+    rank._run_rank(pipeline.REFERENCE, load_config(Path(config_path)))  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("number", "verdict", "code"), [(errno.EIO, "restart", 75), (errno.ENOSPC, "stop", 2)]
+)
+def test_truth_11_a_job_is_started_again_after_what_may_pass(
+    tmp_path: Path, number: int, verdict: str, code: int
+) -> None:
+    paths, config_path = RunDir(tmp_path / "out"), tmp_path / "run.yaml"
+    config_path.write_text(
+        f"{{run: {{dir: {paths.root}}}, model: {{path: m}}, data: {{train: [{{path: a}}]}}}}"
+    )
+    attempts.begin(paths, "reference", RestartSection(), resubmitted=False)
+    with started_ranks(2, fail_of_disk, str(config_path), number) as ranks:
+        _, failed = ranks.wait(timeout_s=45, grace_s=0.5)
+    outcome = attempts.judge(paths, "reference")
+    assert (failed.exit_code, outcome.verdict, outcome.exit_code) == (code, verdict, code)
+    assert os.strerror(number) in outcome.reason

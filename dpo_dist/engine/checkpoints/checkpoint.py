@@ -47,7 +47,7 @@ from dpo_dist.engine.checkpoints.train_state import (
 )
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
-from dpo_dist.errors import CheckpointError, disk_errors_as
+from dpo_dist.errors import CheckpointError, disk_errors_as, is_transient
 from dpo_dist.metrics.evaluations import ranked_steps
 from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.run.manifest import fsync_dir
@@ -190,13 +190,16 @@ def _write_together(
         }
         writer.write(partial / TRAIN_STATE_NAME, lambda s: s.write(state.to_json().encode()))
         writer.write(partial / PROBE_NAME, lambda s: s.write(safetensors.save(probe)))
-    reports = collectives.gather((writer.files, writer.failure))
-    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(reports) if failure]
-    if failures:
+    reports = collectives.gather((writer.files, writer.failure, writer.transient))
+    failed = {rank: report for rank, report in enumerate(reports) if report[1]}
+    if failed:
         if collectives.is_first():
             shutil.rmtree(partial, ignore_errors=True)
-        raise _not_written(partial, "; ".join(failures))
-    return {name: record for files, _ in reports for name, record in files.items()}
+        reasons = (f"rank {rank}: {failure}" for rank, (_, failure, _) in failed.items())
+        error = _not_written(partial, "; ".join(reasons))
+        error.transient = all(transient for _, _, transient in failed.values())
+        raise error
+    return {name: record for files, _, _ in reports for name, record in files.items()}
 
 
 @contextlib.contextmanager
@@ -218,20 +221,23 @@ def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     rank, world_size = collectives.place()
     share = sorted(files)[rank::world_size]
 
-    def look() -> tuple[list[str], str | None]:
+    def look() -> tuple[list[str], str | None, bool]:
         try:
-            return find_changed(step_dir, files, share), None
+            return find_changed(step_dir, files, share), None, False
         except OSError as error:
-            return [], f"rank {rank} cannot read {error.filename} ({error.strerror})"
+            found = f"rank {rank} cannot read {error.filename} ({error.strerror})"
+            return [], found, is_transient(error)
 
     total = sum(record.size for record in files.values())
     reports = collectives.polled(look, READING_S + total / SLOWEST_BYTES_S, f"read {step_dir}")
-    for _, problem in reports:
+    for _, problem, passing in reports:
         if problem:
-            raise CheckpointError(
+            error = CheckpointError(
                 problem, "files that every rank can read", "Check the file system and run.dir."
             )
-    return next((found[0] for found, _ in reports if found), None)
+            error.transient = passing
+            raise error
+    return next((found[0] for found, _, _ in reports if found), None)
 
 
 def _make_partial(checkpoints_dir: Path, partial: Path) -> None:

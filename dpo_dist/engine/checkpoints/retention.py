@@ -30,6 +30,8 @@ def newest_plausible(run: RunDir, refused: dict[Path, str]) -> tuple[Path, Files
             files = read_committed(step_dir)
             step = read_train_state(step_dir).step
         except CheckpointError as error:
+            if error.transient:
+                raise  # the file system's, not the checkpoint's
             refused[step_dir] = error.found
             continue
         if step == step_of(step_dir):

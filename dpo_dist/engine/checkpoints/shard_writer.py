@@ -1,5 +1,6 @@
 """Durable files with their hash taken on the way to disk; what DeepSpeed saves through."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from dpo_dist.engine.checkpoints.commit import FileRecord
+from dpo_dist.errors import is_transient
 from dpo_dist.run.manifest import fsync_dir
 
 
@@ -23,6 +25,7 @@ class ShardWriter:
         self.folder = folder
         self.files: dict[str, FileRecord] = {}  # what this rank wrote, by name in the folder
         self.failure: str | None = None
+        self.transient = False  # whether it is of a file system that may be back
         self._frozen_names = frozenset(frozen_names)
 
     def write(self, path: Path, content: Callable[[BinaryIO], Any]) -> None:
@@ -42,8 +45,10 @@ class ShardWriter:
                 os.fsync(raw.fileno())
             fsync_dir(path.parent)
         except OSError as error:
-            path.unlink(missing_ok=True)  # the room may serve to write an error report
+            with contextlib.suppress(OSError):
+                path.unlink()  # the room may serve to write an error report
             self.failure = f"{path}: {error.strerror or error}"
+            self.transient = is_transient(error)
             return
         record = FileRecord(stream.size, stream.digest.hexdigest())
         self.files[path.relative_to(self.folder).as_posix()] = record

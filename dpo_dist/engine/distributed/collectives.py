@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dpo_dist.engine.distributed.devices import agree_on_device
 from dpo_dist.errors import ClusterError, portable
 from dpo_dist.run.status import POLL_S
 from dpo_dist.run.topology import Topology
@@ -25,20 +27,18 @@ TIMEOUT = datetime.timedelta(minutes=30)
 BUILD_S = 600.0  # longer than any of DeepSpeed's extensions takes to build
 
 
-def device_of(topology: Topology) -> torch.device:
-    """The accelerator of this rank, or the CPU when the machine has none."""
-    if torch.cuda.is_available():
-        # a launcher may show every rank its own GPU only, which is then the first one
-        return torch.device("cuda", topology.local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 @contextlib.contextmanager
 def process_group(topology: Topology) -> Iterator[torch.device]:
-    """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end."""
-    device = device_of(topology)
+    """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end.
+
+    Raises ClusterError on every rank when their devices do not fit together.
+    """
+    os.environ.update(topology.environment())
+    device, meeting = agree_on_device(topology, TIMEOUT)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # what DeepSpeed takes for the ordinal, also where every rank sees its own GPU only
+        os.environ.update(replace(topology, local_rank=device.index).environment())
     else:
         # DeepSpeed would otherwise guess the accelerator, and its CPU one counts ranks by this.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -52,7 +52,6 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
     import deepspeed
 
     remove_stale_build_locks()
-    os.environ.update(topology.environment())
     with contextlib.redirect_stdout(io.StringIO()):  # says that its extension was built
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -60,6 +59,7 @@ def process_group(topology: Topology) -> Iterator[torch.device]:
             verbose=False,
             timeout=TIMEOUT,
         )
+    del meeting
     _unlink_shared_memory(topology)
     yield device
     # Only after success: NCCL waits in here for all ranks. One that failed alone has to tell why
