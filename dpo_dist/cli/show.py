@@ -13,7 +13,7 @@ from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import ArtifactError
 from dpo_dist.run import pipeline
 from dpo_dist.run.run_dir import RunDir
-from dpo_dist.run.status import describe_status, read_status
+from dpo_dist.run.status import age_of, describe_status, read_status
 from dpo_dist.run.topology import SINGLE_PROCESS
 
 
@@ -51,7 +51,7 @@ def status(run_dir: RunFolder, as_json: Json = False) -> None:
     if as_json:
         print_json(values)
     else:
-        for name, value in describe_status(values):
+        for name, value in describe_status(values, age_of(path)):
             print(f"{name:<16} {value}")
 
 

@@ -3,12 +3,15 @@
 import json
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.run.manifest import write_json
 
+SHORT_S = 60.0  # nobody is told of a shorter silence
+SILENT_STAGE_S = 1800.0  # loading, evaluating or writing a large model says nothing for so long
 POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
 
 
@@ -34,16 +37,41 @@ def update_stage(path: Path, stage: str, state: str, **fields: Any) -> None:
     """Notes the state of a stage: started, running, finished, stopped (by a signal: start it
     again) or failed, with the error, the exit code and whether a restart may help."""
     stages = read_status(path).get("stages", {}) | {stage: {"state": state} | fields}
-    update_status(path, stage=stage, state=state, stages=stages)
+    update_status(path, stage=stage, state=state, stages=stages, pace=None)
 
 
-def describe_status(status: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) lines for a person."""
-    age = time.time() - status["time"]
+def age_of(path: Path) -> float:
+    """Seconds since a file was written, by the clock of its file system where this user may write.
+
+    Clocks of hosts differ; the writer's and this one's are never compared unless this fails.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as fresh:
+            now = os.fstat(fresh.fileno()).st_mtime
+    except OSError:
+        now = time.time()
+    return max(0.0, now - path.stat().st_mtime)
+
+
+def longest_silence(status: dict[str, Any]) -> float:
+    """Seconds without a word after which a running stage is told to be silent: ten times its pace,
+    the seconds between two words of training, and half an hour where there is none yet."""
+    pace: float | None = status.get("pace")
+    return max(SHORT_S, 10 * pace) if pace else SILENT_STAGE_S
+
+
+def describe_status(status: dict[str, Any], age: float | None = None) -> list[tuple[str, str]]:
+    """(name, value) lines for a person; `age` is the seconds since the last word, from `age_of`."""
+    if age is None:
+        age = time.time() - float(status["time"])
+    state = status.get("state", "")
     lines = [
-        ("stage", f"{status.get('stage', '-')} {status.get('state', '')}"),
+        ("stage", f"{status.get('stage', '-')} {state}"),
         ("updated", f"{age:,.0f} s ago on {status['host']} (pid {status['pid']})"),
     ]
+    limit = longest_silence(status)
+    if state in ("started", "running") and age > limit:
+        lines.append(("silent", f"no word for {age:,.0f} s, expected one within {limit:,.0f} s"))
     train = status.get("train")
     if train:
         steps_left = 0 if status.get("early_stop") else train["num_steps"] - train["step"]

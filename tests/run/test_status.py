@@ -1,6 +1,8 @@
 """status.json: states of the stages beside each other, and what a person reads."""
 
 import json
+import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,31 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "does not exist; expected the folder of a run." in done.stderr
     assert "Name the run.dir of a run.yaml." in done.stderr
+
+
+def test_truth_18_a_word_that_is_overdue_is_told(tmp_path: Path) -> None:
+    """As when one rank is stopped, and the others wait for it in a collective."""
+    path = tmp_path / "status.json"
+    update_stage(path, "train", "running")
+    update_status(path, pace=2.0)
+
+    def shown(seconds: float, clock: float = 0.0) -> str:
+        """What the command says when the word is so old, its writer's clock so far ahead."""
+        update_status(path)
+        status = read_status(path) | {"time": time.time() + clock}
+        path.write_text(json.dumps(status))
+        os.utime(path, (time.time() - seconds, time.time() - seconds))
+        return succeed("status", tmp_path).stdout
+
+    silent = re.search(
+        r"^silent +no word for (12[1-9]) s, expected one within 60 s$", shown(121), re.M
+    )
+    assert silent, "nothing is said of it"
+    assert "silent" not in shown(40)
+    assert "silent" not in shown(10, clock=-7200), "a clock that is behind is no silence"
+    update_status(path, pace=60.0)
+    assert "silent" not in shown(500), "a slow run is not a silent one"
+    update_stage(path, "export", "running")  # says nothing of its own for long
+    assert "silent" not in shown(1000) and "within 1,800 s" in shown(2000)
+    update_stage(path, "export", "finished")
+    assert "silent" not in shown(5000)
