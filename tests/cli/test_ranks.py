@@ -131,7 +131,7 @@ def test_truth_11_a_job_is_started_again_after_what_may_pass(
     config_path.write_text(
         f"{{run: {{dir: {paths.root}}}, model: {{path: m}}, data: {{train: [{{path: a}}]}}}}"
     )
-    attempts.begin(paths, "reference", RestartSection(), resubmitted=False)
+    attempts.begin(paths, "reference", RestartSection.model_validate({}), resubmitted=False)
     with started_ranks(2, fail_of_disk, str(config_path), number) as ranks:
         _, failed = ranks.wait(timeout_s=45, grace_s=0.5)
     outcome = attempts.judge(paths, "reference")

@@ -148,7 +148,7 @@ def test_truth_07_a_worker_tells_which_signal_killed_its_rank(
     suicide = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr(launch.rank, "stage_argv", lambda *_: suicide)
     paths = RunDir(tmp_path)
-    log_dir = attempts.begin(paths, "train", RestartSection(), resubmitted=False)
+    log_dir = attempts.begin(paths, "train", RestartSection.model_validate({}), resubmitted=False)
     job = {"stage": "train", "config_path": "run.yaml", "submitted_from": str(tmp_path)}
     place = Topology(1, 2, 1, 2, "127.0.0.1", 1)
     assert launch.rank.run_rank(job, place, log_dir, paths) == -9

@@ -72,7 +72,7 @@ def test_truth_07_a_killed_rank_is_told_by_its_signal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     paths = RunDir(tmp_path)
-    log_dir = attempts.begin(paths, "train", RestartSection(), resubmitted=False)
+    log_dir = attempts.begin(paths, "train", RestartSection.model_validate({}), resubmitted=False)
     assert log_dir is not None
     text = "import os; os.kill(os.getpid(), 9 if os.environ['RANK'] == '1' else 0)"
     assert run_ranks(program(text), 2, log_dir) == 137
