@@ -170,6 +170,63 @@ def test_a_dispatch_mode_sees_every_operation() -> None:
     assert tree_leaves(({"a": 1}, [2, (3,)])) == [1, 2, 3]
 
 
+@row(
+    "torch", "_setup_privateuseone_for_python_backend", "torch._subclasses.fake_tensor",
+    "torch.utils.backend_registration", "torch.utils._python_dispatch", "avoid_device_init",
+    "_get_privateuse1_backend_name", "_local_scalar_dense", "_to_copy", "_parameters", "_buffers",
+    "is_fake_tensor",
+    files="tests/support/devices/second_device.py",
+    why="a second device on machines without a GPU, which tells what crosses to it and back",
+    gone="tests on the second device fail; nothing of the package does",
+)  # fmt: skip
+def test_a_second_device_tells_what_crosses_and_raises_on_a_mix() -> None:
+    (seen,) = run_ranks(1, on_second_device)
+    here = "test_private_interfaces.py:on_second_device"
+    in_backward = "test_private_interfaces.py:backward"
+    assert seen == {
+        "mixed": "FakeTensorDeviceMismatchError",
+        "unknown shape": "DynamicOutputShapeException",
+        "gradient": "gpu",
+        "uploads": 3,
+        "blocking": [here, here],
+        "waits": [here, here, here, in_backward],
+    }
+
+
+def on_second_device() -> dict[str, Any]:
+    import torch
+    from support.devices.second_device import Traffic, second_device
+
+    class Reads(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            return grad * grad.max().item()
+
+    seen: dict[str, Any] = {}
+    with second_device() as device, Traffic() as traffic:
+        here = torch.ones(3)
+        there = here.to(device).requires_grad_()
+        for name, call in {"mixed": lambda: here + there, "unknown shape": there.nonzero}.items():
+            try:
+                call()
+            except RuntimeError as error:
+                seen[name] = type(error).__name__
+        here.to(device, non_blocking=True)
+        torch.tensor([1.0], device=device)
+        bool((there > 0).all()), there.sum().tolist(), there.cpu()
+        Reads.apply(there).sum().backward()  # pyright: ignore
+        seen["gradient"] = there.grad.device.type if there.grad is not None else None
+    return seen | {
+        "uploads": traffic.uploads,
+        "blocking": traffic.blocking,
+        "waits": traffic.waits,
+    }
+
+
 # transformers
 
 
@@ -907,7 +964,7 @@ def test_node_lists_are_spelled_out_in_order(tmp_path: Path) -> None:
 
 # the code against the register
 
-FOLDERS = ("dpo_dist", "launch", "slurm", "examples", "benchmarks")
+FOLDERS = ("dpo_dist", "launch", "slurm", "examples", "benchmarks", "tests/support/devices")
 FILES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in FOLDERS

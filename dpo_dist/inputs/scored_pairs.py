@@ -15,6 +15,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.pairs import Pairs
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.packing import upload
 from dpo_dist.errors import ReferenceStoreError
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
@@ -47,14 +48,14 @@ class ScoredPairs:
         """
         rows, step_rows = np.asarray(indices), np.asarray(indices if step is None else step)
         columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])
-        lengths = torch.from_numpy(np.stack(columns, axis=1)).to(policy.device)
+        lengths = upload(torch.from_numpy(np.stack(columns, axis=1)), policy.device)
         chosen = self.pairs.chosen_lengths[step_rows]
         return PairLogps.from_columns(
             policy,
-            self.reference[rows].to(policy.device),
+            upload(self.reference[rows], policy.device),
             lengths,
             terms,
-            prompt_lengths=torch.from_numpy(self.pairs.prompt_lengths[rows]).to(policy.device),
+            prompt_lengths=upload(torch.from_numpy(self.pairs.prompt_lengths[rows]), policy.device),
             mean_chosen_length=float(chosen.mean()),
             mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
         )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dpo_dist.engine.forward.packing import PackedPairs
+from dpo_dist.engine.forward.packing import PackedPairs, upload
 
 PACKED_ATTENTION = "dpo_dist_packed"
 
@@ -279,4 +279,4 @@ def _explicit_softmax(
 
 
 def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    return upload(F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), device)

@@ -16,6 +16,14 @@ from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
 
 
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The host's tensor on the device, without waiting until the device has caught up.
+
+    The host's copy may be given up at once: CUDA stages memory that is not pinned.
+    """
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 @dataclass(frozen=True)
 class PackedPairs:
     """The row `prompt | chosen | rejected` of each pair in turn, and where it is scored.
@@ -79,10 +87,10 @@ class PackedPairs:
     def to(self, device: torch.device | str) -> PackedPairs:
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            score_positions=self.score_positions.to(device),
-            targets=self.targets.to(device),
+            input_ids=upload(self.input_ids, device),
+            position_ids=upload(self.position_ids, device),
+            score_positions=upload(self.score_positions, device),
+            targets=upload(self.targets, device),
         )
 
 
@@ -193,7 +201,7 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
     pad_sequence = torch.nn.utils.rnn.pad_sequence
     input_ids = pad_sequence(sequences, batch_first=True)
     width = input_ids.shape[1]
-    num_tokens = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    num_tokens = upload(torch.tensor([len(sequence) for sequence in sequences]), device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
     ends = [index * width + len(sequence) for index, sequence in enumerate(sequences)]
     spans = [
@@ -208,4 +216,4 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
         ]
     score_positions = torch.cat(spans)
     places = pad_sequence(_unpacked(packed.position_ids[0], packed), batch_first=True)
-    return PaddedPairs(input_ids, attention_mask.long(), score_positions.to(device), places)
+    return PaddedPairs(input_ids, attention_mask.long(), upload(score_positions, device), places)

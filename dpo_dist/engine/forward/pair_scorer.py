@@ -21,7 +21,7 @@ from dpo_dist.engine.forward.attention import (
 )
 from dpo_dist.engine.forward.head import CompletionHead
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
-from dpo_dist.engine.forward.packing import PackedPairs, pad_pairs, unpack_sequences
+from dpo_dist.engine.forward.packing import PackedPairs, pad_pairs, unpack_sequences, upload
 from dpo_dist.engine.forward.pair_sums import pair_columns, router_columns
 from dpo_dist.engine.forward.rotary import Parts, watch_rotary
 
@@ -85,6 +85,8 @@ class PairScorer(nn.Module):
         output = backbone_of(self.policy)(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
+            # all of them: without a mask transformers reads the positions and waits for the device
+            attention_mask=torch.ones_like(packed.input_ids),
             use_cache=False,
             packed_row=PackedRow.of(packed, self.backend),
             **self._router_kwargs(packed),
@@ -92,14 +94,17 @@ class PairScorer(nn.Module):
         hidden = output.last_hidden_state[0][packed.score_positions]
         if not packed.terms.num_experts:
             return hidden, None
-        # a prompt's token counts twice, as it would in a row with either completion
-        sizes = (packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths)
-        lengths = torch.tensor(sizes, device=hidden.device).T.flatten()
-        weights = torch.tensor([2.0, 1.0, 1.0], device=hidden.device).repeat(packed.num_pairs)
-        pair_of = torch.arange(packed.num_pairs, device=hidden.device).repeat_interleave(3)
-        return hidden, self._routers(
-            output, packed, weights.repeat_interleave(lengths), pair_of.repeat_interleave(lengths)
+        weights: list[float] = []
+        pair_of: list[int] = []
+        lengths = zip(
+            packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True
         )
+        for pair, (prompt, chosen, rejected) in enumerate(lengths):
+            # a prompt's token counts twice, as it would in a row with either completion
+            weights += [2.0] * prompt + [1.0] * (chosen + rejected)
+            pair_of += [pair] * (prompt + chosen + rejected)
+        rows = (upload(torch.tensor(row), hidden.device) for row in (weights, pair_of))
+        return hidden, self._routers(output, packed, *rows)
 
     def _padded(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:
         """As `_packed`."""

@@ -34,7 +34,7 @@ def score(
     the settled one unless another is given.
     """
     indices: list[int] = []
-    scores = [np.zeros((0, terms.num_columns), dtype=np.float32)]
+    scores = [torch.zeros(0, terms.num_columns, device=device)]
     training = model.training
     model.train(training and dropout)
     try:
@@ -43,10 +43,11 @@ def score(
             columns = score_pairs(model, pack_pairs(pairs, device, terms), layout)
             if batch.counted:
                 indices += batch.pair_indices
-                scores.append(columns.float().cpu().numpy())
+                scores.append(columns.float())
     finally:
         model.train(training)
-    return np.array(indices, dtype=np.int64), np.concatenate(scores)
+    # at the end, so that the host waits for the device once and not for every micro-batch
+    return np.array(indices, dtype=np.int64), torch.cat(scores).cpu().numpy()
 
 
 def score_on_all_ranks(
