@@ -45,7 +45,9 @@ class ReferenceSection(Section):
         description="Folder of the reference store, which runs may share; by default in run.dir.",
     )
     sharding: Literal["auto", "whole", "zero3"] = Field(
-        "auto", description="Whole model on every rank, or ZeRO-3 partitions; auto decides by size."
+        "auto",
+        description="Whole model on every rank, or ZeRO-3 partitions, in reference, evaluate and "
+        "verify; auto decides by size.",
     )
     micro_batch_tokens: PositiveInt | None = Field(
         None, description="Packed tokens per scoring forward; defaults to twice those of train."

@@ -1,7 +1,8 @@
 """Held-out accuracy and margin of the export, against the policy as it started.
 
-1. Load the exported model fresh, whole on every rank; of a quantized run its adapter on the
-   quantized base, which is what was trained and what the reference is compared with.
+1. Load the exported model fresh, whole on every rank when it fits, else in ZeRO-3 partitions; of a
+   quantized run its adapter on the quantized base, which is what was trained and what the reference
+   is compared with.
 2. Score the held-out pairs; the numbers before training are the reference store's.
 3. Write means over all pairs and per source.
 """
@@ -17,11 +18,10 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
-from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.errors import DataError
+from dpo_dist.inputs.frozen_model import open_frozen, place_model
 from dpo_dist.inputs.scored_pairs import ScoredPairs, objective_of, with_reference
 from dpo_dist.metrics.evaluations import SHOWN
 from dpo_dist.model_files.of_run import RunModels
@@ -48,11 +48,12 @@ def run(config: RunConfig) -> Path:
         models, quantization = RunModels(config), config.model.quantization
         base_dir = models.base
         choice = choose_model("adapter" if quantization else "export", paths, base_dir)
-        model = load_chosen(choice, base_dir, config.model, device)
-        scorer = PairScorer(model).eval()
-        layout = settle_layout(scorer, scorer, config.model, device)
-        held_out = with_reference(models, pairs, layout)
-        scores = _score_all(config, scorer, pairs, topology, device)
+        placement = place_model(config, base_dir, topology, device, "evaluate")
+        model = load_chosen(choice, base_dir, config.model, device, placement.zero3)
+        frozen = open_frozen(model, placement)
+        held_out = with_reference(models, pairs, frozen.settle(config.model))
+        scores = _score_all(config, frozen.model, pairs, topology, device)
+        frozen.take_down()
         if topology.rank == 0:
             scored = {"model": choice.name, "quantization": quantization}
             result = _result(held_out, scores, objective_of(config))
@@ -62,7 +63,7 @@ def run(config: RunConfig) -> Path:
 
 def _score_all(
     config: RunConfig,
-    scorer: PairScorer,
+    model: torch.nn.Module,
     pairs: Pairs,
     topology: Topology,
     device: torch.device,
@@ -81,7 +82,7 @@ def _score_all(
         for wave in waves:
             own = wave[topology.rank]
             terms = Terms(config.objective.ld_alpha)
-            indices, logps = score_on_all_ranks(scorer, own, pairs.token_ids, device, terms)
+            indices, logps = score_on_all_ranks(model, own, pairs.token_ids, device, terms)
             scores[indices] = logps
             bar.advance(task, len(indices))
     return torch.from_numpy(scores)

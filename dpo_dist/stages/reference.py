@@ -9,31 +9,24 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import Plan, plan_scoring_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
-from dpo_dist.engine.model.policy import PolicyParts, load_policy, settle_layout
-from dpo_dist.engine.sharding import ds_config, zero
+from dpo_dist.engine.model.policy import PolicyParts, load_policy
 from dpo_dist.errors import ArtifactError, ReferenceStoreError
-from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
+from dpo_dist.inputs.frozen_model import FrozenModel, open_frozen, place_model
 from dpo_dist.inputs.work import checked_work
-from dpo_dist.model_files.files import weight_files
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.pair_logps import Terms
-from dpo_dist.planning.memory_resident import parameter_sizes
-from dpo_dist.planning.sizes import GIB, total
 from dpo_dist.reference.contract import MASK_RULES, complete_store, scoring_contract, store_root
 from dpo_dist.reference.store import ReferenceStore, explain_miss, open_store
 from dpo_dist.run.logs import progress_bar
@@ -48,7 +41,6 @@ IndexArray = npt.NDArray[np.int64]
 LogpArray = npt.NDArray[np.float32]
 SPLITS = ("train", "eval")
 MAX_BAD = 20  # pairs without finite numbers after which the model is at fault, not a pair
-WHOLE_MODEL_SHARE = 0.7  # of a rank's memory for whole weights; the rest is for activations
 
 
 def run(config: RunConfig) -> Path:
@@ -85,22 +77,14 @@ def _skip(config: RunConfig, paths: RunDir) -> Path:
     return paths.reference_status_path
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The reference model, ready to score."""
-
-    model: torch.nn.Module  # a scorer, or the DeepSpeed engine around it
-    layout: str
-    engine: Any = None  # the same engine, None when the model is whole on every rank
-
-
 def _run_pass(
     models: RunModels, splits: list[Pairs], topology: Topology, device: torch.device, stop: StopFlag
 ) -> Path:
     config, is_first = models.config, topology.rank == 0
     paths, terms = RunDir(config.run.dir), Terms(config.objective.ld_alpha)
     reference = _load_reference(models, topology, device)
-    store, todo = _open_store(models, reference.layout, splits)
+    layout = reference.settle(config.model)
+    store, todo = _open_store(models, layout, splits)
     num_missing, num_scored = sum(map(len, todo)), 0
     bad: list[dict[str, str]] = []
     if is_first:
@@ -124,9 +108,8 @@ def _run_pass(
                 raise Stopped(f"reference pass stopped by {stop.signal_name or 'another rank'}")
     _refuse_bad(bad)
     if store is not None and config.reference.part is None:
-        _write_report(paths, splits, store, reference.layout, num_scored=num_missing)
-    if reference.engine is not None:
-        zero.take_down(reference.engine)
+        _write_report(paths, splits, store, layout, num_scored=num_missing)
+    reference.take_down()
     collectives.barrier()
     return collectives.broadcast(store.directory if store is not None else store_root(config))
 
@@ -203,56 +186,14 @@ def own_part(missing: IndexArray, part: str | None) -> IndexArray:
     return missing[missing % count == number - 1]
 
 
-def _load_reference(models: RunModels, topology: Topology, device: torch.device) -> Reference:
-    """Whole on every rank when it fits, else in ZeRO-3 partitions."""
+def _load_reference(models: RunModels, topology: Topology, device: torch.device) -> FrozenModel:
     config, model_dir, start = models.config, models.reference, models.reference_adapter
-    whole, reason = collectives.broadcast(_fits_whole(config, model_dir, topology, device))
-    if topology.rank == 0:
-        _logger.info("reference: %s (%s)", "whole on every rank" if whole else "ZeRO-3", reason)
+    placement = place_model(config, model_dir, topology, device, "reference")
     if topology.rank == 0 and start is not None:
         _logger.info("reference: %s with the adapter %s", model_dir, start)
-    sharding = (
-        None if whole else ds_config.inference_config(config.model.dtype, topology.world_size)
-    )
     adapter = config.adapter if start is not None else None
     parts = PolicyParts(model_dir, config.model, adapter, start)
-    policy = load_policy(parts, device, sharding)
-    scorer = PairScorer(policy.requires_grad_(False).eval())
-    if sharding is None:
-        return Reference(scorer, settle_layout(scorer, scorer, config.model, device))
-    engine = zero.start_inference(scorer, sharding)
-    return Reference(engine, settle_layout(engine, scorer, config.model, device), engine)
-
-
-def _fits_whole(
-    config: RunConfig, model_dir: Path, topology: Topology, device: torch.device
-) -> tuple[bool, str]:
-    """Whether every rank can hold all weights, and why."""
-    if config.reference.sharding != "auto":
-        return config.reference.sharding == "whole", "reference.sharding"
-    weights_gib = _weights_gib(config, model_dir)
-    if device.type == "cuda":
-        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    else:
-        memory_gib = psutil.virtual_memory().available / topology.local_world_size / 2**30
-    limit_gib = WHOLE_MODEL_SHARE * memory_gib
-    return weights_gib <= limit_gib, (
-        f"weights {weights_gib:.1f} GiB, {WHOLE_MODEL_SHARE:.0%} of a rank's "
-        f"{memory_gib:.1f} GiB is {limit_gib:.1f} GiB"
-    )
-
-
-def _weights_gib(config: RunConfig, model_dir: Path) -> float:
-    """Weights of the reference as they lie in memory."""
-    if config.model.quantization is not None:
-        setup = replace(
-            make_setup(config, 1),
-            shape=count_shape(config, None, str(model_dir)),
-            sharding=sharding_named("zero0"),
-        )
-        return total(parameter_sizes(setup)) / GIB
-    stored = sum(path.stat().st_size for path in weight_files(model_dir, True))
-    return stored / GIB * (2 if config.model.dtype == "float32" else 1)
+    return open_frozen(load_policy(parts, device, placement.zero3), placement)
 
 
 def _write_report(

@@ -4,6 +4,7 @@
    engine gave a few training pairs when it saved.
 2. Check every exported folder: its files and tensors, a strict load, the tokenizer, an answer,
    and the probe by our forward and through the model's own logits.
+   On several ranks each holds the model whole, or its part where `reference.sharding` says so.
 3. Write every check with its largest difference, then fail when one did.
 """
 
@@ -13,14 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import ArtifactError, VerificationError
+from dpo_dist.inputs.frozen_model import Placement, place_model
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.exports import export_folders
 from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import Manifest, digest_of_file, read_manifest, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
+from dpo_dist.run.topology import SINGLE_PROCESS, from_environment, launched
 from dpo_dist.verification.check import Check
-from dpo_dist.verification.exported import Exported
+from dpo_dist.verification.exported import Exported, without_quantization
 from dpo_dist.verification.folder import check_folder
 from dpo_dist.verification.probe import Probe, open_probe
 
@@ -33,25 +37,36 @@ def run(config: RunConfig) -> Path:
     Raises ArtifactError when there is no export, or no longer the checkpoint it was made from, and
     VerificationError, after writing, when a check failed.
     """
+    topology = from_environment() if launched() else SINGLE_PROCESS
+    if topology.world_size == 1 and config.reference.sharding != "zero3":
+        return _run(config, None)  # alone it needs no process group, and finds a device that fits
+    with collectives.process_group(topology) as device:
+        merges = config.adapter is not None and config.export.merge
+        largest = without_quantization(config) if merges else config
+        base = RunModels(config).base
+        return _run(config, place_model(largest, base, topology, device, "verify"))
+
+
+def _run(config: RunConfig, placement: Placement | None) -> Path:
     paths, models = RunDir(config.run.dir), RunModels(config)
     folders = [
-        Exported(config, kind, path, read_manifest(path), models.base)
+        Exported(config, kind, path, read_manifest(path), models.base, placement)
         for kind, path in export_folders(config).items()
     ]
     checkpoint_dir, *_ = [_checkpoint_of(paths, exported.manifest) for exported in folders]
     probe = open_probe(paths, checkpoint_dir)
-    checks = _check_all(folders, probe)
+    # of the ranks those that failed first: each has checked its own model, or all of them one
+    on_ranks = collectives.gather(_check_all(folders, probe))
+    checks = next((found for found in on_ranks if not all(c.passed for c in found)), on_ranks[0])
     passed = all(check.passed for check in checks)
-    write_json(
-        paths.verify_path,
-        {
-            "passed": passed,
-            "checkpoint": str(checkpoint_dir),
-            "exports": {e.kind: digest_of_file(e.folder / MANIFEST_NAME) for e in folders},
-            "num_probe_pairs": len(probe.indices),
-            "checks": [asdict(check) for check in checks],
-        },
-    )
+    report = {
+        "passed": passed,
+        "checkpoint": str(checkpoint_dir),
+        "exports": {e.kind: digest_of_file(e.folder / MANIFEST_NAME) for e in folders},
+        "num_probe_pairs": len(probe.indices),
+        "checks": [asdict(check) for check in checks],
+    }
+    collectives.on_first(lambda: write_json(paths.verify_path, report))
     if not passed:
         raise _failure(config, checks)
     return paths.verify_path
@@ -73,7 +88,7 @@ def _checkpoint_of(paths: RunDir, manifest: Manifest) -> Path:
 def _check_all(folders: Sequence[Exported], probe: Probe) -> list[Check]:
     """The checks of all folders, each logged as soon as it is done."""
     checks: list[Check] = []
-    with progress_bar("folders") as bar:
+    with progress_bar("folders", enabled=collectives.is_first()) as bar:
         task = bar.add_task("verify", total=len(folders))
         for exported in folders:
             for check in check_folder(exported, probe):

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -12,6 +11,7 @@ import torch
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.model.strict_load import load_adapted, load_whole
 from dpo_dist.engine.weights.base_weights import StoredModel, open_base
+from dpo_dist.inputs.frozen_model import FrozenModel, Placement, open_frozen
 from dpo_dist.run.exports import ExportKind
 from dpo_dist.run.manifest import Manifest
 from dpo_dist.verification.check import refuse
@@ -29,6 +29,7 @@ class Exported:
     folder: Path
     manifest: Manifest
     base_dir: Path  # of the run's base model
+    placement: Placement | None = None  # of its weights on several ranks; alone it finds one
 
     @cached_property
     def stored_base(self) -> StoredModel:
@@ -37,7 +38,9 @@ class Exported:
 
     @cached_property
     def device(self) -> torch.device:
-        """The GPU when the weights fit into it, else the CPU."""
+        """That of the ranks; alone the GPU when the weights fit into it, else the CPU."""
+        if self.placement is not None:
+            return self.placement.device
         folders = (self.folder, self.base_dir)
         stored = sum(path.stat().st_size for d in folders for path in d.glob("*.safetensors"))
         if torch.cuda.is_available() and stored < GPU_SHARE * torch.cuda.mem_get_info()[0]:
@@ -46,16 +49,29 @@ class Exported:
             _logger.warning("verify: the model is larger than this machine's free memory")
         return torch.device("cpu")
 
-    def load(self) -> tuple[Any, list[str]]:
-        """(The model, everything that does not fit.)"""
-        section = self.config.model
+    def load(self) -> tuple[FrozenModel | None, list[str]]:
+        """(The model if it could be loaded, everything that does not fit.)"""
+        section, zero3 = self.config.model, self._placement.zero3
         if self.kind == "adapter":
-            return load_adapted(self.base_dir, self.folder, section, self.device)
-        return load_whole(self.folder, section, self.device, self.stored_base.unread)
+            model, problems = load_adapted(self.base_dir, self.folder, section, self.device, zero3)
+        else:
+            unread = self.stored_base.unread
+            model, problems = load_whole(self.folder, section, self.device, unread, zero3)
+        return model and open_frozen(model, self._placement), problems
 
-    def load_unmerged(self, adapter_dir: Path) -> Any:
+    def load_unmerged(self, adapter_dir: Path) -> FrozenModel:
         """peft's adapter on the full-precision base: what a merged model must compute."""
-        section = self.config.model.model_copy(update={"quantization": None})
-        policy, problems = load_adapted(self.base_dir, adapter_dir, section, self.device)
+        section, zero3 = without_quantization(self.config).model, self._placement.zero3
+        policy, problems = load_adapted(self.base_dir, adapter_dir, section, self.device, zero3)
         refuse(problems)
-        return policy
+        return open_frozen(policy, self._placement)
+
+    @property
+    def _placement(self) -> Placement:
+        return self.placement or Placement(self.device)
+
+
+def without_quantization(config: RunConfig) -> RunConfig:
+    """The config of a model that was merged after QLoRA."""
+    model = config.model.model_copy(update={"quantization": None})
+    return config.model_copy(update={"model": model})

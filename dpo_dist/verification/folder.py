@@ -9,18 +9,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.checkpoints.commit import find_changed
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.export.weight_streams import export_dtype
-from dpo_dist.engine.forward.generation import Sampling, answer
-from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.generation import Sampling, answer, answer_in_training
 from dpo_dist.engine.model.strict_load import stored_specs
 from dpo_dist.engine.weights.safetensors_reader import TensorSpec
 from dpo_dist.errors import DPODistError
+from dpo_dist.inputs.frozen_model import FrozenModel
 from dpo_dist.model_files.files import read_model_config
 from dpo_dist.run.exports import export_folders
 from dpo_dist.run.manifest import FileRecord
@@ -35,7 +35,7 @@ NUM_ANSWER_TOKENS = 16
 def check_folder(exported: Exported, probe: Probe) -> Iterator[Check]:
     """Each check as soon as it is done."""
     kind = exported.kind
-    yield check(f"{kind}: files", lambda: _files(exported))
+    yield check(f"{kind}: files", lambda: collectives.on_first(lambda: _files(exported)))
     if kind != "adapter":
         yield check(f"{kind}: names, shapes and types", lambda: _tensors(exported))
     yield check(f"{kind}: moved by training", lambda: check_moved(exported))
@@ -45,15 +45,16 @@ def check_folder(exported: Exported, probe: Probe) -> Iterator[Check]:
     except DPODistError as error:
         yield Check(f"{kind}: adapter on the full-precision base", False, error.found)
         return
-    loaded: list[Any] = []
+    loaded: list[FrozenModel] = []
     yield check(f"{kind}: strict load", lambda: _load(exported, loaded))
     if not loaded:
         return
-    (model,) = loaded
+    (frozen,) = loaded
     yield check(f"{kind}: tokenizer", lambda: _tokenizer(exported, probe))
     # before scoring, which changes the model's attention
-    yield check(f"{kind}: answer", lambda: _answer(exported, model, probe))
-    yield from check_probe(exported, model, probe, expected)
+    yield check(f"{kind}: answer", lambda: _answer(exported, frozen, probe))
+    yield from check_probe(exported, frozen, probe, expected)
+    frozen.take_down()
 
 
 def _expected_logps(exported: Exported, probe: Probe) -> LogpArray:
@@ -61,8 +62,10 @@ def _expected_logps(exported: Exported, probe: Probe) -> LogpArray:
     QLoRA is the adapter on the full-precision base, which was not trained."""
     if exported.kind != "merged" or exported.config.model.quantization is None:
         return probe.logps
-    policy = exported.load_unmerged(export_folders(exported.config)["adapter"])
-    return plain_logps(PairScorer(policy).eval(), probe, exported.device)
+    frozen = exported.load_unmerged(export_folders(exported.config)["adapter"])
+    logps = plain_logps(frozen.model, probe, exported.device)
+    frozen.take_down()
+    return logps
 
 
 def _files(exported: Exported) -> str:
@@ -110,10 +113,10 @@ def _told(spec: TensorSpec | None) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {spec.shape}" if spec else "absent"
 
 
-def _load(exported: Exported, loaded: list[Any]) -> str:
-    """The model goes into `loaded` even where weights do not fit: the other checks tell more."""
+def _load(exported: Exported, loaded: list[FrozenModel]) -> str:
+    """A whole model goes into `loaded` even where weights do not fit: other checks tell more."""
     model, problems = exported.load()
-    loaded.append(model)
+    loaded += [] if model is None else [model]
     refuse(problems)
     return f"every weight in its place, on {exported.device.type}"
 
@@ -134,9 +137,18 @@ def _tokenizer(exported: Exported, probe: Probe) -> str:
     return f"{len(texts)} texts encode alike, same chat template"
 
 
-def _answer(exported: Exported, model: Any, probe: Probe) -> str:
+def _answer(exported: Exported, frozen: FrozenModel, probe: Probe) -> str:
     """Greedy generation runs."""
     tokenizer = load_tokenizer(exported.folder, None, exported.config.model.trust_remote_code)
-    prompt = probe.pairs.token_ids(int(probe.indices[0]))[0]
-    (own,) = answer(model, tokenizer, [prompt], Sampling(NUM_ANSWER_TOKENS))
-    return f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {own.text!r}"
+    prompts, sampling = (
+        [probe.pairs.token_ids(int(probe.indices[0]))[0]],
+        Sampling(NUM_ANSWER_TOKENS),
+    )
+    if frozen.engine is None:
+        text = answer(frozen.scorer.policy, tokenizer, prompts, sampling)[0].text
+    else:
+        seed = exported.config.run.seed
+        (text,) = answer_in_training(
+            frozen.engine, tokenizer, prompts, sampling, device=exported.device, seed=seed
+        )
+    return f"greedy, at most {NUM_ANSWER_TOKENS} tokens: {text!r}"

@@ -6,21 +6,21 @@ K probe pairs.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import plan_micro_batches
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.checkpoints.checkpoint import read_probe
 from dpo_dist.engine.forward.packing import pack_pairs
-from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.pair_scorer import score_pairs
 from dpo_dist.engine.forward.scoring import score
-from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.errors import DPODistError
+from dpo_dist.inputs.frozen_model import FrozenModel
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.verification.check import Check
 from dpo_dist.verification.exported import Exported
@@ -55,7 +55,7 @@ def open_probe(paths: RunDir, checkpoint_dir: Path) -> Probe:
 
 
 def check_probe(
-    exported: Exported, model: Any, probe: Probe, expected: LogpArray
+    exported: Exported, frozen: FrozenModel, probe: Probe, expected: LogpArray
 ) -> Iterator[Check]:
     """The probe in the layout that training scored in, and through the model's own logits.
 
@@ -64,21 +64,20 @@ def check_probe(
     it is from that one is told first.
     """
     kind, config, device = exported.kind, exported.config, exported.device
-    scorer = PairScorer(model).eval()
     try:
-        layout = settle_layout(scorer, scorer, config.model, device)
+        layout = frozen.settle(config.model)
     except DPODistError as error:
         yield Check(f"{kind}: probe", False, error.found)
         return
-    scores = _packed(scorer, probe, config, device)
+    scores = _packed(frozen.model, probe, config, device)
     if expected is not probe.logps:
         yield _compare_quantized(scores, probe, config)
     yield _compare(f"{kind}: probe, {layout} forward", scores, expected, probe, config)
-    plain = plain_logps(scorer, probe, device)
+    plain = plain_logps(frozen.model, probe, device)
     yield _compare(f"{kind}: probe, plain forward", plain, expected, probe, config)
 
 
-def _packed(scorer: PairScorer, probe: Probe, config: RunConfig, device: torch.device) -> LogpArray:
+def _packed(model: nn.Module, probe: Probe, config: RunConfig, device: torch.device) -> LogpArray:
     """(K, 2) log-probs in the order of the probe, in the micro-batches of training."""
     (batches,) = plan_micro_batches(
         probe.pairs.packed_lengths,
@@ -86,18 +85,18 @@ def _packed(scorer: PairScorer, probe: Probe, config: RunConfig, device: torch.d
         world_size=1,
         micro_batch_tokens=config.scoring_tokens,
     )
-    indices, scores = score(scorer, batches, probe.pairs.token_ids, device)
+    indices, scores = score(model, batches, probe.pairs.token_ids, device)
     order = {int(index): position for position, index in enumerate(indices)}
     return scores[[order[int(index)] for index in probe.indices]]
 
 
 @torch.no_grad()
-def plain_logps(scorer: PairScorer, probe: Probe, device: torch.device) -> LogpArray:
+def plain_logps(model: nn.Module, probe: Probe, device: torch.device) -> LogpArray:
     """(K, 2) log-probs, one sequence at a time, through the model's own logits."""
     rows = []
     for index in probe.indices.tolist():
         packed = pack_pairs([probe.pairs.token_ids(index)], device)
-        rows.append(scorer(packed, layout="plain").float().cpu().numpy())
+        rows.append(score_pairs(model, packed, "plain").float().cpu().numpy())
     return np.concatenate(rows)
 
 

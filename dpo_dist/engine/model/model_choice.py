@@ -76,13 +76,20 @@ def choose_model(which: str, paths: RunDir, base_dir: Path) -> ModelChoice:
 
 
 def load_chosen(
-    choice: ModelChoice, base_dir: Path, section: ModelSection, device: torch.device
+    choice: ModelChoice,
+    base_dir: Path,
+    section: ModelSection,
+    device: torch.device,
+    zero3: dict[str, Any] | None = None,
 ) -> Any:
-    """The model of a choice; raises ArtifactError when an adapter's file does not fit the base."""
+    """The model of a choice, `zero3` as for `load_model`.
+
+    Raises ArtifactError when an adapter's file does not fit the base.
+    """
     section = choice.section(section)
     if not choice.is_adapter:
-        return load_model(choice.folder, section, device=device)
-    model, problems = load_adapted(base_dir, choice.folder, section, device)
+        return load_model(choice.folder, section, device=device, zero3=zero3)
+    model, problems = load_adapted(base_dir, choice.folder, section, device, zero3)
     if problems:
         raise ArtifactError(
             f"{choice.folder} does not fit {base_dir}: {problems[0]} ({len(problems)} in all)",
