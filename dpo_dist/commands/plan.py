@@ -20,7 +20,7 @@ from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
 from dpo_dist.errors import ConfigError
 from dpo_dist.inputs.disk import disk_sizes
-from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
+from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named, without_quantization
 from dpo_dist.inputs.work import Work, prepared_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.planning import entries
@@ -78,19 +78,21 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
         alternatives = _alternatives(config, counts)
         changes = find_remedies(setup, round(limit_gib * GIB), alternatives)
     reference = entries.reference_entries(config, _reference_passes(config, setup), limit_gib)
+    of_export = entries.export_entries(_export_passes(config, setup), limit_gib)
     disk = _disk_entries(config, setup, work)
     groups = {
         "run": entries.run_entries(config, setup, ranks_why, RunModels(config).start_adapter),
         "memory_per_gpu": list(entries.memory_entries(memory, limit_gib)),
         "memory_per_host": entries.host_entries(memory),
         "reference_pass": reference,
+        "evaluate_and_verify": of_export,
         "batches": list(entries.batch_entries(config, setup, counts)),
         "work": list(entries.work_entries(config, setup, counts)),
         "disk": disk,
     }
     return RunPlan(
         groups={name: group for name, group in groups.items() if group},
-        fits=False if reference[-1].value is False else fits_gpu,
+        fits=False if False in (reference[-1].value, of_export[-1].value) else fits_gpu,
         disk_fits=disk[-1].value is True,
         remedies=changes,
     )
@@ -130,6 +132,17 @@ def _reference_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, 
         return {}
     if config.reference.model is not None:
         setup = replace(setup, shape=count_shape(config, None, config.reference.model))
+    return _scoring_passes(config, setup)
+
+
+def _export_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, ...]]:
+    """The same of evaluate and verify, whose largest model is unquantized where one is merged."""
+    if config.model.quantization is not None and config.export.merge:
+        setup = replace(setup, shape=count_shape(without_quantization(config), None))
+    return _scoring_passes(config, setup)
+
+
+def _scoring_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, ...]]:
     setup = replace(setup, scoring_tokens=config.scoring_tokens)
     asked = config.reference.sharding
     return {

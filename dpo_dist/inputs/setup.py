@@ -41,6 +41,12 @@ def sharding_named(name: str) -> Sharding:
     return sharding_of(read_sharding(name))
 
 
+def without_quantization(config: RunConfig) -> RunConfig:
+    """The config of a model that was merged after QLoRA."""
+    model = config.model.model_copy(update={"quantization": None})
+    return config.model_copy(update={"model": model})
+
+
 def count_shape(
     config: RunConfig, adapter: AdapterSection | None, path: str | None = None
 ) -> ModelShape:

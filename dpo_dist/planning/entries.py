@@ -71,6 +71,11 @@ def reference_entries(
         losses = ", ".join(config.objective.names)
         needed = Entry("needed", False, f"objective.loss {losses} has no reference")
         return [needed, Entry("fits", True)]
+    return export_entries(passes, limit_gib)
+
+
+def export_entries(passes: Mapping[str, Sequence[Size]], limit_gib: float | None) -> list[Entry]:
+    """Memory of a GPU that evaluates and verifies the export; arguments as `reference_entries`."""
     entries = [
         Entry(f"{how}_gib", total(sizes) / GIB, f"= {_sum(sizes)}") for how, sizes in passes.items()
     ]

@@ -1,4 +1,7 @@
-"""Answers of the policy as it started and of the export to held-out prompts, side by side."""
+"""Answers of the policy as it started and of the export to held-out prompts, side by side.
+
+On one rank, which holds the whole model; training answers in partitions (`eval.samples_every_steps`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path

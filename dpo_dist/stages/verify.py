@@ -17,6 +17,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import ArtifactError, VerificationError
 from dpo_dist.inputs.frozen_model import Placement, place_model
+from dpo_dist.inputs.setup import without_quantization
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.exports import export_folders
 from dpo_dist.run.logs import progress_bar
@@ -24,7 +25,7 @@ from dpo_dist.run.manifest import Manifest, digest_of_file, read_manifest, write
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 from dpo_dist.run.topology import SINGLE_PROCESS, from_environment, launched
 from dpo_dist.verification.check import Check
-from dpo_dist.verification.exported import Exported, without_quantization
+from dpo_dist.verification.exported import Exported
 from dpo_dist.verification.folder import check_folder
 from dpo_dist.verification.probe import Probe, open_probe
 

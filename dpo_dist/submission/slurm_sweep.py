@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpo_dist.errors import ClusterError
 from dpo_dist.run.manifest import digest_of, write_atomic
-from dpo_dist.run.pipeline import DOCTOR, REFERENCE, TRAIN, VERIFY
+from dpo_dist.run.pipeline import DOCTOR, EXPORT, REFERENCE, TRAIN
 from dpo_dist.submission.programs import program
 from dpo_dist.submission.sbatch import Submission, check_sbatch, job_options
 from dpo_dist.sweeps.points import INPUT_STAGES, Point, Sweep, link_pairs, state_of
@@ -33,7 +33,7 @@ def submit(
     name = f"{sweep.root.root.name}-sweep-{digest_of(str(sweep.root.root))[:6]}"
     # Made first: a bad one is refused before anything is submitted.
     sizes = {
-        stage: job_options(sweep.points[0].config, stage) for stage in (REFERENCE, TRAIN, VERIFY)
+        stage: job_options(sweep.points[0].config, stage) for stage in (REFERENCE, TRAIN, EXPORT)
     }
     if not dry_run:
         check_sbatch()
@@ -67,7 +67,7 @@ def submit(
     after = [f"--dependency=afterany:{':'.join(arrays)}"] if arrays else []
     only = ["--train-only"] if sweep.train_only else []
     table = [
-        *sbatch, *after, *sizes[VERIFY],
+        *sbatch, *after, *sizes[EXPORT],  # one process too
         str(program("slurm/sweep_table.sh")), str(config_path), *overrides, *only,
     ]  # fmt: skip
     jobs.submit("table", table, REMEDY)

@@ -12,6 +12,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.model.strict_load import load_adapted, load_whole
 from dpo_dist.engine.weights.base_weights import StoredModel, open_base
 from dpo_dist.inputs.frozen_model import FrozenModel, Placement, open_frozen
+from dpo_dist.inputs.setup import without_quantization
 from dpo_dist.run.exports import ExportKind
 from dpo_dist.run.manifest import Manifest
 from dpo_dist.verification.check import refuse
@@ -69,9 +70,3 @@ class Exported:
     @property
     def _placement(self) -> Placement:
         return self.placement or Placement(self.device)
-
-
-def without_quantization(config: RunConfig) -> RunConfig:
-    """The config of a model that was merged after QLoRA."""
-    model = config.model.model_copy(update={"quantization": None})
-    return config.model_copy(update={"model": model})

@@ -57,7 +57,8 @@ def test_the_own_keys_of_a_stage_win() -> None:
     assert "--nodes=2" in command("reference", slurm)
     assert "--nodes=8" in command("train", slurm)
     assert "--nodes=3" in command("export", slurm)
-    assert "--nodes=1" in command("verify", slurm), "one process needs one node"
+    assert "--nodes=2" in command("verify", slurm)
+    assert "--nodes=1" in command("push", slurm), "one process needs one node"
 
 
 def test_a_job_waits_for_the_one_before() -> None:

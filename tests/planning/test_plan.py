@@ -256,3 +256,16 @@ def test_a_forward_ahead_and_no_reference_are_planned(prepared: Path) -> None:
     free = group("reference_pass", "objective.loss=simpo")
     assert free["needed"].why == "objective.loss simpo has no reference"
     assert "reference_store_gib" not in group("disk", "objective.loss=simpo")
+
+
+def test_truth_13_evaluate_and_verify_are_counted_as_the_reference_is(prepared: Path) -> None:
+    def passes(*overrides: str) -> dict[str, Any]:
+        plan = make_plan(load_config(prepared, overrides), 2, 80.0)
+        return {entry.key: entry.value for entry in plan.groups["evaluate_and_verify"]}
+
+    both = passes()
+    assert set(both) == {"whole_gib", "zero3_gib", "fits"} and both["fits"] is True
+    assert set(passes("reference.sharding=zero3")) == {"zero3_gib", "fits"}
+    assert passes("objective.loss=simpo") == both  # no reference pass, and yet an export
+    small = make_plan(load_config(prepared, ["reference.sharding=whole"]), 2, 2.0)
+    assert small.groups["evaluate_and_verify"][-1].value is False and small.fits is False

@@ -109,7 +109,7 @@ def test_truth_13_verify_holds_its_share_and_passes(exported: Any) -> None:
 
 
 @pytest.mark.parametrize("exported", ["full"], indirect=True)
-def test_truth_13_what_does_not_fit_is_told_by_all_ranks(exported: Any, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_told_by_all_ranks(exported: Any, tmp_path: Path) -> None:
     run, overrides = exported
     path = run.paths.model_dir(merged=False) / "model.safetensors"
     kept = path.read_bytes()
