@@ -1,6 +1,7 @@
 """Answers of the policy as it started and of the export to held-out prompts, side by side.
 
-On one rank, which holds the whole model; training answers in partitions (`eval.samples_every_steps`).
+On one rank, which holds the whole model; in partitions training answers, with
+`eval.samples_every_steps`.
 """
 
 from collections.abc import Callable

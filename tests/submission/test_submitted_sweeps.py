@@ -86,7 +86,7 @@ def test_an_element_of_an_array_has_its_own_overrides(run_yaml: Path) -> None:
         (["--at-once=x"], "Invalid value for '--at-once'"),
         (["train.learning_rat=1"], "train.learning_rat: unknown key; did you mean learning_rate?"),
         (
-            ["slurm.stages.verify.options=[qos]"],
+            ["slurm.stages.export.options=[qos]"],
             "error: slurm.options: 'qos'; expected options of sbatch, such as --qos=high.",
         ),
         (
