@@ -23,7 +23,7 @@ from dpo_dist.config.output_section import GenerateSection
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.answers.answer_files import Format, answer_line, keep_whole_lines
 from dpo_dist.data.answers.questions import Question, read_questions
-from dpo_dist.data.tokens.templates import TemplateRefusal
+from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.generation import Answer, Sampling, answer, context_length
@@ -132,7 +132,7 @@ def run(config: RunConfig, prompts_path: Path, which: str, form: Format, out: Pa
             return out
         tokenizer = load_chat_tokenizer(config, choice.folder, choice.is_adapter, base_dir)
         model = load_chosen(choice, base_dir, config.model, device_of(SINGLE_PROCESS))
-        prompts = PairTokenizer(tokenizer, config.data.system_message)
+        prompts = PairTokenizer(tokenizer, config.data)
         write_json(manifest_beside(out), asdict(manifest))
         speaker = Speaker(model, prompts, settings, config.run.seed)
         _answer_all(speaker, questions, form, out, stream)

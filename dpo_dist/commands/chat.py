@@ -10,7 +10,7 @@ import torch
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.rows.messages import Conversation, message
-from dpo_dist.data.tokens.templates import TemplateRefusal
+from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.generation import Sampling, answer, context_length, stop_when
@@ -42,7 +42,7 @@ def run(config: RunConfig, which: str) -> None:
             "Set data.chat_template to a built-in name or a Jinja file.",
         )
     model = load_chosen(choice, base_dir, config.model, device_of(SINGLE_PROCESS))
-    prompts = PairTokenizer(tokenizer, config.data.system_message)
+    prompts = PairTokenizer(tokenizer, config.data)
     console.print(f"{choice.name}: {HELP}", style="dim", highlight=False)
     torch.manual_seed(config.run.seed)
     said: Conversation = []

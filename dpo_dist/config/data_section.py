@@ -1,7 +1,7 @@
 """Sections of a run config about the pairs: sources, the gate, tokenizing."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ PreferenceFormat = Literal[
     "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
     "alpaca", "labelled",
 ]  # fmt: skip
+LosablePart = Literal["content", "thought", "earlier_thought", "tool_calls", "tools"]
 
 
 class SourceSection(Section):
@@ -56,6 +57,16 @@ class DataSection(Section):
     )
     system_message: str | None = Field(
         None, description="System message for conversations without one."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Variables of the template, e.g. {enable_thinking: false}; a row's win."
+    )
+    on_lost_text: Policy = Field(
+        "raise",
+        description="Pairs with text that the template leaves out; raise lets a few be dropped.",
+    )
+    allow_lost: list[LosablePart] = Field(
+        [], description="Parts that a template may leave out, e.g. [earlier_thought]."
     )
     on_empty: Policy = Field("drop", description="Pairs with an empty prompt or answer.")
     on_identical: Policy = Field(

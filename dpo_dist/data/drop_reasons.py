@@ -18,6 +18,7 @@ UNPAIRED: Final = "unpaired"
 NO_SHARED_PROMPT: Final = "no_shared_prompt"
 LOW_MARGIN: Final = "low_margin"
 TEMPLATE: Final = "template"
+LOST_TEXT: Final = "lost_text"
 EMPTY: Final = "empty"
 LEFT_OUT: Final = "left_out"
 PROMPT_FILLS: Final = "prompt_fills"
@@ -52,6 +53,12 @@ DROP_REASONS = (
         None,
         "the chat template refuses the conversation",
         "Set data.chat_template to one that takes these roles.",
+    ),
+    Reason(
+        LOST_TEXT,
+        "on_lost_text",
+        "the chat template leaves out what the row says",
+        "Set data.chat_template to one that writes it, or data.allow_lost to do without.",
     ),
     Reason(
         EMPTY,

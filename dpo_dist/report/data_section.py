@@ -82,6 +82,7 @@ def _split(counts: Mapping[str, Any]) -> Iterator[Html]:
         if rows:
             yield table((kind, "because", "rows", "first"), rows)
     yield from (note(f"refused {refusal}") for refusal in counts["refusals"])
+    yield from (note(f"lost {text}") for text in counts.get("lost_text", []))
 
 
 def _sources(counts: Mapping[str, Any]) -> Html:

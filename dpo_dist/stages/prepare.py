@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dpo_dist.config.data_section import SourceSection
+from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.data.drop_reasons import DROP_REASONS, KEPT
+from dpo_dist.data.drop_reasons import CODES, DROP_REASONS, KEPT, LOST_TEXT
 from dpo_dist.data.pairs import SPLITS, Split, open_pairs
 from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
@@ -67,6 +67,8 @@ from dpo_dist.wording import counted
 _logger = logging.getLogger(__name__)
 STAGE = "prepare"
 MAX_AUTO_WORKERS = 16
+# Left out of the settings while they have their default: pairs made before they came stay current.
+LATER_KEYS = ("leave_out", "chat_template_kwargs", "on_lost_text", "allow_lost")
 ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than the work
 
 
@@ -125,7 +127,7 @@ def _preview_rows(
     source = chunks.job.sources[chunk.source]
     for row in chunks.tokenize(chunk).to_pylist():
         origin = f"{source.name}, {source.row_format}, {source.rows.origin(row['position'])}"
-        if row["reason"] != KEPT:
+        if row["reason"] not in (KEPT, CODES[LOST_TEXT]):
             reason = DROP_REASONS[row["reason"] - 1]
             output.print(Text(f"{origin}\ndropped, {reason.name}: {reason.meaning}\n"))
             continue
@@ -138,6 +140,8 @@ def _preview_rows(
             row["chosen_ids"][:room],
             row["rejected_ids"][:room],
         )
+        if row["detail"]:
+            shown.append(f"lost: {row['detail']}\n", style="bold yellow")
         output.print(shown)
 
 
@@ -146,8 +150,9 @@ def _identity(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and input digests that the pairs depend on; both name every difference."""
     settings = config.data.model_dump(mode="json", exclude={"train", "eval", "num_workers"})
-    if not config.data.leave_out:  # pairs from before there was the key stay current
-        del settings["leave_out"]
+    for key in LATER_KEYS:
+        if settings[key] == DataSection.model_fields[key].get_default(call_default_factory=True):
+            del settings[key]
     settings["model_limit"] = _model_limit(model_dir)
     inputs = {"tokenizer": digest_of_tokenizer(model_dir)}
     if template is not None:
@@ -227,10 +232,8 @@ def _job(
         model_dir=model_dir,
         template=template,
         trust_remote_code=config.model.trust_remote_code,
-        system_message=config.data.system_message,
+        settings=config.data,
         sources=tuple(sources),
-        eval_fraction=config.data.eval_fraction,
-        eval_seed=config.data.eval_seed,
     )
 
 

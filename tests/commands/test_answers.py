@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.data_settings import data_settings
 from support.ranks import ROOT, wait_until
 from support.tiny_models import tiny_model
 from support.tiny_run import dpo_dist, make_run, succeed
@@ -128,7 +129,7 @@ def test_later_turns_see_what_was_said(run_yaml: Path, questions: Path, tmp_path
     choice = choose_model("merged", RunDir(config.run.dir), base_dir)
     model = load_chosen(choice, base_dir, config.model, CPU)
     tokenizer = load_chat_tokenizer(config, choice.folder, False, base_dir)
-    prompts = PairTokenizer(tokenizer, None)
+    prompts = PairTokenizer(tokenizer, data_settings())
     for question in read_questions(questions):
         said = found[question.question_id].answers
         for turn, text in enumerate(said):
@@ -310,7 +311,7 @@ def test_a_chat_through_a_pipe(run_yaml: Path) -> None:
     choice = choose_model("merged", RunDir(config.run.dir), base_dir)
     model = load_chosen(choice, base_dir, config.model, CPU)
     tokenizer = load_chat_tokenizer(config, choice.folder, False, base_dir)
-    prompts = PairTokenizer(tokenizer, None)
+    prompts = PairTokenizer(tokenizer, data_settings())
     said: list[dict[str, str]] = []
     texts = []
     for line in lines[:2]:

@@ -19,6 +19,15 @@ from dpo_dist.stages import prepare
 
 REPO = "org/prefs"
 MANY_DROPPED = {"data.max_dropped": 0.9}
+DEAF = {"data.chat_template": "own.jinja", "data.system_message": "Be brief."}
+OWN_TEMPLATE = """
+{%- for turn in messages if turn.role != 'system' -%}
+<|im_start|>{{ turn.role }}
+{{ turn.content }}{{ '!' if loud else '' }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
 CARD = b"""---
 configs:
 - config_name: small
@@ -107,6 +116,11 @@ FLIPS = [
     Flip("data.max_length", 24, pairs_of),
     Flip("data.chat_template", "zephyr", pairs_of),
     Flip("data.system_message", "Be brief.", pairs_of),
+    Flip(
+        "data.chat_template_kwargs", {"loud": True}, pairs_of, {"data.chat_template": "own.jinja"}
+    ),
+    Flip("data.on_lost_text", "keep", refusal_of, DEAF),
+    Flip("data.allow_lost", ["content"], refusal_of, DEAF),
     Flip("data.on_empty", "keep", pairs_of),
     Flip("data.on_identical", "keep", pairs_of),
     Flip("data.on_prompt_fills", "raise", refusal_of),
@@ -154,6 +168,7 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             row(first + 12, question="so " * 200),
         ]
         write_jsonl(folder / f"{name}.jsonl", [*plain, *broken, *([row(2)] if first else [])])
+    (folder / "own.jinja").write_text(OWN_TEMPLATE)
     path = folder / "run.yaml"
     sources = {split: [{"path": f"{split}.jsonl"}] for split in SPLITS}
     data = sources | {"max_length": 64, "num_workers": 1}

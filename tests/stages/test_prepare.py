@@ -27,6 +27,7 @@ from support.prepared import (
 
 from dpo_dist.config.run_config import RunConfig, parse_config
 from dpo_dist.data.pairs import open_pairs
+from dpo_dist.data.rows.messages import message
 from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.stages import prepare
@@ -194,6 +195,35 @@ def test_the_preview_shows_scored_tokens_and_writes_nothing(
     prepare.preview(make_config(tmp_path, train=sources, max_length=20), 1)
     cut = capsys.readouterr().out
     assert "b.jsonl" not in cut and cut.count("scored tokens") == 2
+
+
+def test_a_template_that_leaves_text_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
+    no = message("assistant", "no")
+    calls = [
+        {"prompt": [message("user", f"Q{n}")], "chosen": [call], "rejected": [no]} for n in range(4)
+    ]
+    good = [{**row, "chosen": [message("assistant", "yes")]} for row in calls]
+    path = tmp_path / "calls.jsonl"
+    write_jsonl(path, [*calls, *good])
+    config = make_config(tmp_path, train=[{"path": str(path)}])
+    prepare.preview(config, 1)
+    assert f"lost: {path}:1: tool_calls of the answer" in capsys.readouterr().out
+    with pytest.raises(DataError) as caught:
+        prepare.run(config)
+    assert str(caught.value) == (
+        "4 of 8 train rows where the chat template leaves out what the row says (the first is "
+        f"{path}:1: tool_calls of the answer); expected at most 3, because data.on_lost_text is "
+        "raise. Set data.chat_template to one that writes it, or data.allow_lost to do without. Or "
+        "set data.on_lost_text=drop."
+    )
+    write_jsonl(path, [*calls[:3], *good])
+    prepare.run(config)
+    counts = report_of(config)["splits"]["train"]
+    assert counts["dropped"]["lost_text"] == 3 and counts["pairs"] == 4
+    assert counts["lost_text"][0] == f"{path}:1: tool_calls of the answer"
 
 
 def run_in_process(path: Path) -> "subprocess.Popen[str]":

@@ -11,74 +11,35 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
 
 from dpo_dist.config.data_section import PreferenceFormat
-from dpo_dist.data.drop_reasons import NO_SHARED_PROMPT, UNPAIRED
-from dpo_dist.data.rows.messages import (
-    SYSTEM_ROLES,
-    Conversation,
-    Message,
-    is_blank,
-    message,
-    num_shared,
-    read_messages,
-    read_tools,
-    text_of,
+from dpo_dist.data.drop_reasons import UNPAIRED
+from dpo_dist.data.rows.dialogues import (
+    NoPair,
+    dialogue_of,
+    dialogue_pair,
+    hh_dialogue,
+    last_turn_pair,
+    system_of,
 )
+from dpo_dist.data.rows.messages import Conversation, message, read_template_kwargs
+from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row, as_list, type_name
 from dpo_dist.errors import DataError
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",
-    "chosen_score", "rejected_score", "completion", "label",
+    "chosen_score", "rejected_score", "completion", "label", "chat_template_kwargs",
 )  # fmt: skip
 DIALOGUE_COLUMNS = ("conversations", "messages")  # LlamaFactory's and Axolotl's names of the prompt
+QUESTION_COLUMNS = frozenset((
+    "query", "input", "user", "human", "request", "problem", "task", "context", "post", "document",
+    "user_prompt", "user_input", "user_message", "prompt_text", "question_text",
+))  # fmt: skip
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 LABELLED_COLUMNS = frozenset(("completion", "label"))
-NoPair = Literal["no_shared_prompt", "unpaired"]  # the reason a row makes no pair
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_START = re.compile(r"\s*Human:")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A preference: either three texts, or a conversation and two last assistant messages."""
-
-    prompt: str | Conversation
-    chosen: str | Message
-    rejected: str | Message
-    source: str
-    origin: str
-    tools: list[Any] | None = None
-    cut_to_shared: bool = False
-
-    @property
-    def has_empty_part(self) -> bool:
-        """Whether an answer is blank, or the prompt is but for a system message."""
-        if is_blank(self.chosen) or is_blank(self.rejected):
-            return True
-        if isinstance(self.prompt, str):
-            return is_blank(self.prompt)
-        return all(is_blank(m) for m in self.prompt if m["role"] not in SYSTEM_ROLES)
-
-    @property
-    def prompt_words(self) -> str:
-        """What the prompt says, in small letters: no markup, no spacing and no system message."""
-        turns = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        said = [t for t in turns if isinstance(t, str) or t["role"] not in SYSTEM_ROLES]
-        return " ".join(" ".join(map(text_of, said)).casefold().split())
-
-    @property
-    def answer_repeats_prompt(self) -> bool:
-        """Whether an answer is the prompt (of a conversation: its last turn) word for word."""
-        last = text_of(self.prompt if isinstance(self.prompt, str) else self.prompt[-1])
-        return bool(last) and last in (text_of(self.chosen), text_of(self.rejected))
-
-    def texts(self) -> list[str]:
-        """All texts of the row's own, without what a template adds."""
-        prompt = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return [text_of(part) for part in (*prompt, self.chosen, self.rejected)]
 
 
 def check_column_map(columns: Mapping[str, str], where: str) -> None:
@@ -104,8 +65,9 @@ def implied_columns(row: Row) -> dict[str, str]:
     names = row.fields.keys()
     if {"chosen", "rejected"} <= names and "prompt" not in names:
         for name in DIALOGUE_COLUMNS:
-            if isinstance(row.fields.get(name), list):
-                return {"prompt": name}
+            # one that ends in an assistant turn holds an answer: no prompt
+            if turns := dialogue_of(row, name):
+                return {} if turns[-1]["role"] == "assistant" else {"prompt": name}
     return {}
 
 
@@ -126,42 +88,57 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
             "chosen and rejected, or question, response_j and response_k",
             f"Map the file's names, for example {where}.columns={{chosen: good, rejected: bad}}.",
         )
-    prompt, chosen = row.fields.get("prompt"), row.field("chosen")
-    if isinstance(prompt, list):
+    chosen = row.field("chosen")
+    prompt, turns = (dialogue_of(row, name) for name in ("prompt", "chosen"))
+    if prompt is not None:
         return "conversational"
-    if not isinstance(chosen, str):
-        return "ultrafeedback" if isinstance(prompt, str) else "conversational"
+    if turns is not None:
+        if isinstance(row.fields.get("prompt"), str):
+            return "ultrafeedback"
+        if all(turn["role"] == "assistant" for turn in turns):
+            _refuse_unread_question(row, where)
+        return "conversational"
     if "prompt" in names:
         return "standard"
     if "question" in names:
         return "orca"
     if "instruction" in names:
         return "alpaca"
-    return "hh" if _HH_START.match(chosen) else "standard"
+    if _HH_START.match(chosen):
+        return "hh"
+    _refuse_unread_question(row, where)
+    return "standard"
 
 
 def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
     """The pair of a row, or the reason to drop it; raises DataError at a field that is unusable."""
     if row.lacks_partner:
         return UNPAIRED
+    for name in MEDIA_COLUMNS:
+        if row.fields.get(name):
+            raise row.unusable(f"field {name!r} holds media", "text only")
+    pair = _read(row, row_format, source)
+    kwargs = read_template_kwargs(row)
+    return replace(pair, template_kwargs=kwargs) if kwargs and isinstance(pair, Pair) else pair
+
+
+def _read(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
     match row_format:
         case "standard":
             return _text_pair(row, source)
         case "orca":
-            system = [message("system", row.text("system"))] if row.fields.get("system") else []
-            prompt = [*system, message("user", row.text("question"))]
+            prompt = [*system_of(row), message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "chosen", "rejected", source)
         case "alpaca":
             return _single_turn_pair(row, _alpaca_prompt(row), "chosen", "rejected", source)
         case "stack_exchange":
-            prompt = [message("user", row.text("question"))]
+            prompt = [*system_of(row), message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "response_j", "response_k", source)
         case "hh":
-            chosen, rejected = (_hh_dialogue(row, name) for name in ("chosen", "rejected"))
-            return _last_turn_pair(row, chosen, rejected, source)
+            chosen, rejected = (hh_dialogue(row, name) for name in ("chosen", "rejected"))
+            return last_turn_pair(row, chosen, rejected, source)
         case "ultrafeedback" | "conversational":
-            chosen, rejected = _dialogues(row)
-            return _last_turn_pair(row, chosen, rejected, source)
+            return dialogue_pair(row, source)
         case "auto" | "labelled":
             raise AssertionError("the format is settled before rows are read")
 
@@ -172,6 +149,11 @@ def _text_pair(row: Row, source: str) -> Pair:
     It then ends before the last whitespace of the shared part, so that it holds whole words and
     an answer begins with the space that belongs to its first token.
     """
+    if row.fields.get("system"):
+        raise row.unusable(
+            "field 'system' stands beside texts, which have no place for it",
+            "a dialogue, or the system message at the beginning of the prompt",
+        )
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if "prompt" in row.fields:
         return Pair(row.text("prompt"), chosen, rejected, source, row.origin)
@@ -182,7 +164,7 @@ def _text_pair(row: Row, source: str) -> Pair:
 
 def _alpaca_prompt(row: Row) -> Conversation:
     """The instruction and, on a line of its own, its input; system and turns before it if any."""
-    turns = [message("system", row.text("system"))] if row.fields.get("system") else []
+    turns = system_of(row)
     for number, turn in enumerate(row.fields.get("history") or []):
         name = f"history[{number}]"
         parts = as_list(turn)
@@ -201,60 +183,15 @@ def _single_turn_pair(
     return Pair(prompt, better, worse, source, row.origin)
 
 
-def _last_turn_pair(
-    row: Row, chosen: Conversation, rejected: Conversation, source: str
-) -> Pair | NoPair:
-    """Splits two dialogues before their last assistant turn, or where they part.
-
-    Dialogues that part earlier are cut to what they share and the two assistant turns that
-    follow; when those are not assistant turns there is no common prompt to answer.
-    """
-    at_the_end = chosen[:-1] == rejected[:-1]
-    turn = len(chosen) - 1 if at_the_end else num_shared(chosen, rejected)
-    if not 0 < turn < min(len(chosen), len(rejected)):
-        return NO_SHARED_PROMPT
-    answers = chosen[turn], rejected[turn]
-    if any(answer["role"] != "assistant" for answer in answers):
-        return NO_SHARED_PROMPT
-    return Pair(
-        prompt=chosen[:turn],
-        chosen=answers[0],
-        rejected=answers[1],
-        source=source,
-        origin=row.origin,
-        tools=read_tools(row),
-        cut_to_shared=not at_the_end,
-    )
-
-
-def _hh_dialogue(row: Row, name: str) -> Conversation:
-    """Messages of a text `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
-    text = row.text(name)
-    before, *turns = _HH_TURN.split("\n\n" + text.lstrip())
-    if before.strip() or not turns:
-        begins = text if len(text) <= 40 else text[:37] + "..."
-        raise row.unusable(
-            f"field {name!r} begins with {begins!r}", "a dialogue that begins with 'Human:'"
-        )
-    return [
-        message("user" if role == "Human" else "assistant", content.strip())
-        for role, content in zip(turns[0::2], turns[1::2], strict=True)
-    ]
-
-
-def _dialogues(row: Row) -> tuple[Conversation, Conversation]:
-    """Both dialogues in full, whether the prompt stands in them, beside them, or both."""
-    chosen, rejected = (read_messages(row, name) for name in ("chosen", "rejected"))
-    prompt = row.fields.get("prompt")
-    if prompt is None:
-        return chosen, rejected
-    if isinstance(prompt, str):
-        opening = [message("user", row.text("prompt"))]
-        # beside full dialogues this column only repeats a part of them, as in UltraFeedback
-        repeated = any(turn["role"] == "user" for turn in chosen + rejected)
-    else:
-        opening = read_messages(row, "prompt")
-        repeated = all(d[: len(opening)] == opening for d in (chosen, rejected))
-    if repeated:
-        return chosen, rejected
-    return opening + chosen, opening + rejected
+def _refuse_unread_question(row: Row, where: str) -> None:
+    """Raises DataError at answers without a prompt beside a text that looks like the question."""
+    said = str(row.field("chosen"))
+    for name, value in row.fields.items():
+        if not isinstance(value, str) or not value.strip() or value.strip() in said:
+            continue
+        if name in QUESTION_COLUMNS or (name not in COLUMNS and value.rstrip().endswith("?")):
+            raise DataError(
+                f"{row.origin} has no prompt, and a column {name!r} that would not be read",
+                "a prompt, or answers that hold it",
+                f"Map it with {where}.columns={{prompt: {name}}}, or remove the column.",
+            )

@@ -48,6 +48,15 @@ class Row:
         return DataError(f"{self.origin}: {found}", expected, "Correct or remove the row.")
 
 
+def without_padding(value: Any) -> Any:
+    """A value without the nulls of nested keys: a typed table gives every object the keys of all,
+    and a template would write them out."""
+    if (named := as_object(value)) is not None:
+        return {key: without_padding(item) for key, item in named.items() if item is not None}
+    items = as_list(value)
+    return value if items is None else [without_padding(item) for item in items]
+
+
 def as_object(value: Any) -> dict[str, Any] | None:
     """The value if it is a JSON object."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None

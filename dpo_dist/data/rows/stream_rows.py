@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.row import Row, without_padding
 from dpo_dist.data.rows.table_rows import hub_error
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
@@ -60,6 +60,7 @@ class StreamRows:
                 ) from None
             if fields is None:
                 return
+            fields = {name: without_padding(value) for name, value in fields.items()}
             yield Row(fields, self.origin(position))
 
 

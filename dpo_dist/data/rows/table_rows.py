@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.row import Row, without_padding
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
 from dpo_dist.wording import first_line
@@ -50,7 +50,7 @@ class TableRows:
         order = list(map(int, positions))
         columns = self.dataset[order]
         for index, position in enumerate(order):
-            fields = {name: values[index] for name, values in columns.items()}
+            fields = {name: without_padding(values[index]) for name, values in columns.items()}
             yield Row(fields, self.origin(position))
 
     def origin(self, position: int) -> str:

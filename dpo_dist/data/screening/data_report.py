@@ -11,13 +11,21 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from dpo_dist.data.drop_reasons import CODES, DROP_REASONS, KEPT, NOTE_BITS, NOTES
+from dpo_dist.data.drop_reasons import (
+    CODES,
+    DROP_REASONS,
+    KEPT,
+    LOST_TEXT,
+    NOTE_BITS,
+    NOTES,
+    TEMPLATE,
+)
 from dpo_dist.data.screening.distributions import describe_bias, histograms, is_biased, length_bias
 from dpo_dist.data.screening.tokenized_rows import PairColumns
 from dpo_dist.reference.arrays import IntArray
 
 PERCENTILES = (50, 90, 99, 100)
-NUM_REFUSALS = 3  # how many refusals of the template are shown
+NUM_DETAILS = 3  # how many refusals of the template and lost texts are shown
 
 
 def split_report(columns: PairColumns) -> dict[str, Any]:
@@ -42,7 +50,8 @@ def split_report(columns: PairColumns) -> dict[str, Any]:
             if (columns.source == index).any()
         },
         "first": _first_origins(columns),
-        "refusals": list(columns.refusals[:NUM_REFUSALS]),
+        "refusals": list(columns.details.get(TEMPLATE, ())[:NUM_DETAILS]),
+        "lost_text": list(columns.details.get(LOST_TEXT, ())[:NUM_DETAILS]),
         "lengths": {
             "prompt": _percentiles(prompt),
             "chosen": _percentiles(chosen),
@@ -167,6 +176,7 @@ def _lines(split: str, report: dict[str, Any]) -> list[str]:
                 f"(first {first[reason.name]})"
             )
     lines += [f"{split}: refused {refusal}" for refusal in report["refusals"]]
+    lines += [f"{split}: lost {text}" for text in report.get("lost_text", [])]
     for name, meaning in NOTES.items():
         if number := report["noted"][name]:
             lines.append(f"{split}: {number:,} noted, {meaning} (first {first[name]})")

@@ -21,6 +21,7 @@ from dpo_dist.data.drop_reasons import (
     IDENTICAL_TRUNCATED,
     KEPT,
     LEFT_OUT,
+    LOST_TEXT,
     OVERLAP,
     PROMPT_FILLS,
     Reason,
@@ -34,6 +35,7 @@ from dpo_dist.reference.pair_key import as_key_array
 BoolArray = npt.NDArray[np.bool_]
 LENGTH_MULTIPLE = 8
 LENGTH_PERCENTILE = 99
+FEW_ROWS, FEW = 3, 0.001  # so many rows, or this share, may lose text though on_lost_text is raise
 
 
 def choose_max_length(
@@ -116,11 +118,12 @@ def apply_gate(
     """
     reasons = before.reasons.copy()
     policies = {r.name: getattr(section, r.policy) if r.policy else "drop" for r in DROP_REASONS}
-    if policies[EMPTY] == "keep":
-        # without a single token there is nothing to condition on, or nothing to score
-        lengths = (before.prompt_lengths, before.chosen_lengths, before.rejected_lengths)
-        tokens = np.minimum.reduce(lengths)
-        reasons[(reasons == CODES[EMPTY]) & (tokens > 0)] = KEPT
+    # without a single token there is nothing to condition on, or nothing to score
+    lengths = (before.prompt_lengths, before.chosen_lengths, before.rejected_lengths)
+    has_tokens = np.minimum.reduce(lengths) > 0
+    for name in (LOST_TEXT, EMPTY):
+        if policies[name] == "keep":
+            reasons[(reasons == CODES[name]) & has_tokens] = KEPT
 
     def mark(name: str, found: BoolArray) -> None:
         if policies[name] != "keep":
@@ -173,11 +176,14 @@ def _repeated(keys: KeyArray, alive: BoolArray) -> BoolArray:
 
 def _check_none(columns: PairColumns, split: str, reason: Reason) -> None:
     rows = np.flatnonzero(columns.reasons == CODES[reason.name])
-    if len(rows):
+    few = max(FEW_ROWS, int(FEW * len(columns))) if reason.name == LOST_TEXT else 0
+    if len(rows) > few:
+        where = _first_place(columns, reason)
+        allowed = f"at most {few}" if few else "none"
         raise DataError(
             f"{len(rows)} of {len(columns)} {split} rows where {reason.meaning} (the first is "
-            f"{columns.origin(int(rows[0]))})",
-            f"none, because data.{reason.policy} is raise",
+            f"{where})",
+            f"{allowed}, because data.{reason.policy} is raise",
             f"{reason.remedy} Or set data.{reason.policy}=drop.",
         )
 
@@ -191,8 +197,7 @@ def check_share(columns: PairColumns, split: str, max_dropped: float) -> None:
         return
     code = int(np.argmax(counts[1:])) + 1
     reason = DROP_REASONS[code - 1]
-    first = int(np.flatnonzero(columns.reasons == code)[0])
-    where = columns.refusals[0] if reason.name == "template" else columns.origin(first)
+    where = _first_place(columns, reason)
     commonest = f"{int(counts[code])} because {reason.meaning}, the first is {where}"
     if num_dropped == total:
         raise DataError(
@@ -205,3 +210,10 @@ def check_share(columns: PairColumns, split: str, max_dropped: float) -> None:
         f"at most data.max_dropped = {max_dropped:.0%} of them",
         f"{reason.remedy} Or raise data.max_dropped.",
     )
+
+
+def _first_place(columns: PairColumns, reason: Reason) -> str:
+    """Where the first row with a reason lies, and what its template said or left out."""
+    if details := columns.details.get(reason.name):
+        return details[0]
+    return columns.origin(int(np.flatnonzero(columns.reasons == CODES[reason.name])[0]))

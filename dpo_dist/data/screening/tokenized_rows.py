@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dpo_dist.data.drop_reasons import NOTE_BITS, TRUNCATED
+from dpo_dist.data.drop_reasons import DROP_REASONS, NOTE_BITS, TRUNCATED
 from dpo_dist.data.pairs import Split, key_column, list_lengths
 from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.reference.arrays import IntArray, KeyArray
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("source", pa.int32()), ("position", pa.int64()),
         ("reason", pa.int8()),  # KEPT or a code of DROP_REASONS
         ("notes", pa.uint8()),  # bits of NOTES
-        ("detail", pa.string()),  # a refusing template's words
+        ("detail", pa.string()),  # a refusing template's words, or what is lost
         ("pair_key", _KEY), ("swapped_key", _KEY),  # swapped: chosen and rejected exchanged
         ("prompt_key", _KEY),
         ("held_out", pa.bool_()),  # of the eval split
@@ -57,7 +57,7 @@ class PairColumns:
     swapped_keys: KeyArray
     prompt_keys: KeyArray
     score_margins: npt.NDArray[np.float64]  # (N,) NaN: no scores
-    refusals: tuple[str, ...]  # `file:line: words of the template`, in row order
+    details: Mapping[str, tuple[str, ...]]  # reason -> `file:line: words`, in row order
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,7 +83,7 @@ def collect(
     `advance` is called with the number of rows of each batch. A split without rows is left out.
     """
     parts: dict[Split, list[dict[str, npt.NDArray]]] = {split: [] for split in scratch_paths}
-    refusals: dict[Split, list[str]] = {split: [] for split in scratch_paths}
+    details: dict[Split, list[tuple[int, str]]] = {split: [] for split in scratch_paths}
     with contextlib.ExitStack() as stack:
         writers: dict[Split, Any] = {
             split: stack.enter_context(
@@ -98,7 +98,10 @@ def collect(
                 if part.num_rows:
                     writer.write_batch(part)
                     parts[split].append(_columns_of(part))
-                    refusals[split] += part["detail"].drop_null().to_pylist()
+                    said = part.filter(part["detail"].is_valid())
+                    details[split] += zip(
+                        said["reason"].to_pylist(), said["detail"].to_pylist(), strict=True
+                    )
             advance(batch.num_rows)
     found: dict[Split, PairColumns] = {}
     for split, columns in parts.items():
@@ -106,7 +109,7 @@ def collect(
             joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
             copies = _copies(sources, split, joined["source"], joined["position"])
             found[split] = PairColumns(
-                sources=tuple(sources), copies=copies, refusals=tuple(refusals[split]), **joined
+                sources=tuple(sources), copies=copies, details=_by_reason(details[split]), **joined
             )
     return found
 
@@ -145,6 +148,14 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
         swapped_keys=swapped_keys,
         notes=columns.notes | np.where(cut, NOTE_BITS[TRUNCATED], 0),
     )
+
+
+def _by_reason(details: Iterable[tuple[int, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for code, text in details:
+        name = DROP_REASONS[code - 1].name
+        found[name] = (*found.get(name, ()), text)
+    return found
 
 
 def _copies(

@@ -25,16 +25,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dpo_dist.data.drop_reasons import CODES, EMPTY, KEPT, LOW_MARGIN, TEMPLATE
-from dpo_dist.data.rows.formats import Pair, read_pair, rename_columns
+from dpo_dist.config.data_section import DataSection
+from dpo_dist.data.drop_reasons import CODES, EMPTY, KEPT, LOST_TEXT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.rows.formats import read_pair, rename_columns
 from dpo_dist.data.rows.json_rows import JsonRows
+from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row
 from dpo_dist.data.rows.scores import score_margin
 from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.held_out import is_held_out
 from dpo_dist.data.screening.tokenized_rows import SCHEMA
-from dpo_dist.data.tokens.templates import TemplateRefusal, load_tokenizer
+from dpo_dist.data.tokens.render import TemplateRefusal
+from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 from dpo_dist.errors import DataError, portable
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
@@ -66,15 +69,13 @@ class TokenizeJob:
     model_dir: Path
     template: str | None
     trust_remote_code: bool
-    system_message: str | None
+    settings: DataSection
     sources: tuple[Source, ...]
-    eval_fraction: float = 0.0
-    eval_seed: int = 0
 
     def load_tokenizer(self) -> PairTokenizer:
-        """The tokenizer with the job's template and system message."""
+        """The tokenizer with the job's template."""
         tokenizer = load_tokenizer(self.model_dir, self.template, self.trust_remote_code)
-        return PairTokenizer(tokenizer, self.system_message)
+        return PairTokenizer(tokenizer, self.settings)
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,10 @@ class ChunkTokenizer:
     def _is_held_out(self, pair: Pair | str, source: int) -> bool:
         if self.job.sources[source].split == "eval":
             return True
-        if isinstance(pair, str) or not self.job.eval_fraction:
+        fraction, seed = self.job.settings.eval_fraction, self.job.settings.eval_seed
+        if isinstance(pair, str) or not fraction:
             return False
-        return is_held_out(pair.prompt_words, self.job.eval_fraction, self.job.eval_seed)
+        return is_held_out(pair.prompt_words, fraction, seed)
 
 
 def make_chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
@@ -226,12 +228,12 @@ def _outcome(pair: Pair, encoded: TokenPair | TemplateRefusal) -> dict[str, obje
     if isinstance(encoded, TemplateRefusal):
         return _dropped(TEMPLATE, f"{pair.origin}: {encoded}")
     prompt, chosen, rejected = encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids
-    # a template may drop a text that is not empty
     is_empty = pair.has_empty_part or not (prompt and chosen and rejected)
+    lost = None if encoded.lost is None else f"{pair.origin}: {encoded.lost}"
     return {
         "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-        "reason": CODES[EMPTY] if is_empty else KEPT,
-        "notes": encoded.notes, "detail": None,
+        "reason": CODES[LOST_TEXT] if lost else CODES[EMPTY] if is_empty else KEPT,
+        "notes": encoded.notes, "detail": lost,
         "pair_key": pair_key(prompt, chosen, rejected),
         "swapped_key": pair_key(prompt, rejected, chosen),
         "prompt_key": pair_key(prompt, [], []),

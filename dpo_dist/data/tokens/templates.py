@@ -2,7 +2,6 @@
 
 1. `resolve_template` turns `data.chat_template` into Jinja text: a built-in name or a file.
 2. `load_tokenizer` loads a model's tokenizer and gives it that template.
-3. `render_pair` renders prompt, prompt + chosen and prompt + rejected.
 """
 
 # pyright: basic
@@ -13,12 +12,10 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 
-from dpo_dist.data.rows.formats import Pair
-from dpo_dist.data.rows.messages import SYSTEM_ROLES, Conversation, message
 from dpo_dist.errors import DataError
 from dpo_dist.wording import first_line
 
@@ -80,24 +77,6 @@ BUILTIN_TEMPLATES = {
 }
 
 
-class TemplateRefusal(Exception):
-    """A chat template does not take a conversation; the message is the template's own."""
-
-
-@dataclass(frozen=True)
-class RenderedPair:
-    """The texts that are tokenized: the prompt, and the prompt with each answer."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-    @property
-    def begin_with_prompt(self) -> bool:
-        """Whether both longer texts begin with the prompt's; not every template does that."""
-        return self.chosen.startswith(self.prompt) and self.rejected.startswith(self.prompt)
-
-
 def resolve_template(name: str | None) -> str | None:
     """Jinja text of a built-in name or a file; None: the tokenizer's own. Raises DataError."""
     if name is None:
@@ -151,81 +130,6 @@ def split_markers(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[
         return []
     ids = [tokenizer.encode(marker, add_special_tokens=False) for marker in builtin.markers]
     return [marker for marker, pieces in zip(builtin.markers, ids, strict=True) if len(pieces) != 1]
-
-
-def render_pair(
-    tokenizer: PreTrainedTokenizerBase, pair: Pair, system_message: str | None
-) -> RenderedPair:
-    """Renders a pair; texts are joined as they are, conversations go through the template.
-
-    The generation prompt is part of the prompt. A text answer ends in EOS, as in TRL; where a
-    conversation ends in EOS is the template's decision. Raises TemplateRefusal, and DataError
-    for a conversation when the tokenizer has no template.
-    """
-    if isinstance(pair.prompt, str):
-        eos = str(tokenizer.eos_token or "")
-        chosen, rejected = str(pair.chosen), str(pair.rejected)
-        return RenderedPair(
-            pair.prompt,
-            pair.prompt + chosen.removesuffix(eos) + eos,
-            pair.prompt + rejected.removesuffix(eos) + eos,
-        )
-    assert isinstance(pair.chosen, dict) and isinstance(pair.rejected, dict), pair
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{pair.origin} is a conversation, and the tokenizer has no chat template",
-            "a chat template",
-            f"Set data.chat_template to {', '.join(BUILTIN_TEMPLATES)} or a Jinja file.",
-        )
-    prompt = _with_system_message(pair.prompt, system_message)
-    return RenderedPair(
-        _render(tokenizer, prompt, pair.tools, generation_prompt=True),
-        _render(tokenizer, [*prompt, pair.chosen], pair.tools),
-        _render(tokenizer, [*prompt, pair.rejected], pair.tools),
-    )
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, system_message: str | None
-) -> str:
-    """A conversation that waits for its next answer, as `render_pair` renders a prompt.
-
-    Raises TemplateRefusal.
-    """
-    prompt = _with_system_message(conversation, system_message)
-    return _render(tokenizer, prompt, None, generation_prompt=True)
-
-
-def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template writes before an answer, with the user turn before it; "" without one."""
-    if not tokenizer.chat_template:
-        return ""
-    try:
-        return _render(tokenizer, [message("user", "?")], None, generation_prompt=True)
-    except TemplateRefusal:
-        return ""
-
-
-def _with_system_message(prompt: Conversation, system_message: str | None) -> Conversation:
-    if not system_message or (prompt and prompt[0]["role"] in SYSTEM_ROLES):
-        return prompt
-    return [message("system", system_message), *prompt]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
-    tools: list[Any] | None,
-    generation_prompt: bool = False,
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        # TypeError: a template that adds a null content to a string
-        raise TemplateRefusal(str(error) or repr(error)) from None
-    return str(text)
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None:

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import (
     ANSWER_IS_PROMPT,
     CUT_TO_SHARED,
@@ -34,9 +35,10 @@ from dpo_dist.data.drop_reasons import (
     REWRITTEN_PROMPT,
     SPECIAL_IN_TEXT,
 )
-from dpo_dist.data.rows.formats import Pair
 from dpo_dist.data.rows.messages import Conversation
-from dpo_dist.data.tokens.templates import (
+from dpo_dist.data.rows.pair import Pair
+from dpo_dist.data.tokens.lost_text import lost_text
+from dpo_dist.data.tokens.render import (
     RenderedPair,
     TemplateRefusal,
     generation_prompt,
@@ -58,14 +60,15 @@ class TokenPair:
     chosen_ids: Ids
     rejected_ids: Ids
     notes: int
+    lost: str | None = None  # the first text of the row that is in none of them
 
 
 class PairTokenizer:
-    """Tokenizes pairs with one tokenizer and default system message."""
+    """Tokenizes pairs with one tokenizer and the settings of its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSection) -> None:
         self.tokenizer = tokenizer
-        self.system_message = system_message
+        self.settings = settings
         self._bos_ids = _leading_special_ids(tokenizer)
         # the SentencePiece sign of a space
         self._prepends_space = "".join(tokenizer.tokenize("x")).startswith("\u2581")
@@ -77,14 +80,14 @@ class PairTokenizer:
         rendered: list[RenderedPair | TemplateRefusal] = []
         for pair in pairs:
             try:
-                rendered.append(render_pair(self.tokenizer, pair, self.system_message))
+                rendered.append(render_pair(self.tokenizer, pair, self.settings))
             except TemplateRefusal as refusal:
                 rendered.append(refusal)
         taken = [item for item in rendered if isinstance(item, RenderedPair)]
         texts = list(dict.fromkeys(text for item in taken for text in self._texts(item)))
         ids = dict(zip(texts, self._ids(texts), strict=True))
         return [
-            item if isinstance(item, TemplateRefusal) else self._split(pair, item, ids)
+            item if isinstance(item, TemplateRefusal) else self._encoded(pair, item, ids)
             for pair, item in zip(pairs, rendered, strict=True)
         ]
 
@@ -94,7 +97,7 @@ class PairTokenizer:
         Raises TemplateRefusal when the chat template does not take it.
         """
         if not isinstance(prompt, str):
-            return self._ids([render_prompt(self.tokenizer, prompt, self.system_message)])[0]
+            return self._ids([render_prompt(self.tokenizer, prompt, self.settings)])[0]
         (ids,) = self._ids([prompt])
         return ids if self._writes_bos(prompt) else self._bos_ids + ids
 
@@ -105,6 +108,14 @@ class PairTokenizer:
         start = text.prompt.rfind(self._anchor) if self._anchor else 0
         start = max(start, 0)
         return text.prompt, text.prompt[start:], text.chosen[start:], text.rejected[start:]
+
+    def _encoded(
+        self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]
+    ) -> TokenPair | TemplateRefusal:
+        tokens = self._split(pair, text, ids)
+        if isinstance(tokens, TemplateRefusal):
+            return tokens
+        return replace(tokens, lost=lost_text(pair, text, self.settings))
 
     def _split(
         self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]

@@ -202,7 +202,10 @@ def test_tools_and_tool_turns_are_kept_and_null_keys_are_not() -> None:
         assert pair.tools == schemas
         assert pair.prompt == [
             user("Q"),
-            {"role": "assistant", "tool_calls": call["tool_calls"]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+            },
             {"role": "tool", "content": "42", "tool_call_id": "1"},
         ]
 
@@ -263,7 +266,8 @@ def test_a_column_map_to_a_name_that_is_not_ours() -> None:
         check_column_map({"answer": "x"}, "data.eval.0")
     assert str(caught.value) == (
         "data.eval.0.columns has 'answer'; expected one of prompt, chosen, rejected, system, "
-        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
+        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label, "
+        "chat_template_kwargs. "
         "Write {our name: the file's name}."
     )
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_dist.config.data_section import SourceSection
-from dpo_dist.data.rows.formats import Pair, read_pair, rename_columns
+from dpo_dist.data.rows.formats import read_pair, rename_columns
+from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.sources import Source, count_copies, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 
@@ -162,7 +163,8 @@ def test_a_misspelled_column_of_ours(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl")
     assert error_of(tmp_path, section(path), section(path, columns={"promt": "p"})) == (
         "data.train.1.columns has 'promt'; expected one of prompt, chosen, rejected, system, "
-        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label. "
+        "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label, "
+        "chat_template_kwargs. "
         "Did you mean prompt?"
     )
 

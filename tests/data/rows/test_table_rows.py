@@ -39,10 +39,21 @@ def test_parquet_with_messages(tmp_path: Path) -> None:
     chosen = [{"role": "user", "content": "?", "name": None}]
     pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": [chosen, chosen]}), tmp_path / "r")
     rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None)
+    read = [{"role": "user", "content": "?"}]
     assert rows_of(rows) == [
-        ({"prompt": "a", "chosen": chosen}, "rows.parquet:1"),
-        ({"prompt": "b", "chosen": chosen}, "rows.parquet:2"),
+        ({"prompt": "a", "chosen": read}, "rows.parquet:1"),
+        ({"prompt": "b", "chosen": read}, "rows.parquet:2"),
     ]
+
+
+def test_the_nulls_that_a_table_adds_are_no_keys(tmp_path: Path) -> None:
+    calls = [{"city": "SF"}, {"day": "Monday", "at": {"hour": 9}}]
+    turns = [[{"role": "assistant", "tool_calls": [{"arguments": call}]}] for call in calls]
+    pq.write_table(pa.table({"chosen": turns, "prompt": ["a", None]}), tmp_path / "r")
+    rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None)
+    first, second = (row.fields for row in rows.read([0, 1]))
+    assert [fields["chosen"] for fields in (first, second)] == turns
+    assert second["prompt"] is None, "a column is there though it is null"
 
 
 def test_parquet_is_streamed_up_to_the_limit(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config.data_section import SourceSection
@@ -36,7 +37,7 @@ def write_rows(path: Path, num_rows: int = NUM_ROWS, broken: int | None = None) 
 def job_of(folder: Path, *paths: Path, **settings: object) -> TokenizeJob:
     sections = [SourceSection.model_validate({"path": str(path), **settings}) for path in paths]
     sources = tuple(open_sources(sections, "train", folder))
-    return TokenizeJob(make_tokenizer(folder / "model"), None, False, None, sources)
+    return TokenizeJob(make_tokenizer(folder / "model"), None, False, data_settings(), sources)
 
 
 def test_chunks_cover_the_taken_rows_of_every_source_once(
@@ -93,14 +94,15 @@ def test_a_refusing_template_is_quoted_with_the_row(tmp_path: Path) -> None:
     assert (row["reason"], row["detail"]) == (CODES["template"], f"{path}:1: never")
 
 
-def test_a_template_that_drops_the_answer_leaves_an_empty_one(tmp_path: Path) -> None:
+def test_a_template_that_drops_the_answer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "Q", "chosen": "A", "rejected": "B"}\n')
     job = job_of(tmp_path, path)
     tokenizer = job.load_tokenizer()
     tokenizer.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     (batch,) = tokenize_chunks(job, tokenizer, make_chunks(job.sources), 1)
-    assert batch["reason"].to_pylist() == [CODES["empty"]]
+    assert batch["reason"].to_pylist() == [CODES["lost_text"]]
+    assert batch["detail"].to_pylist() == [f"{path}:1: content of the answer"]
 
 
 def test_processes_give_what_one_process_gives(

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import pytest
+from support.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
-from dpo_dist.data.rows.formats import Pair
 from dpo_dist.data.rows.messages import message
+from dpo_dist.data.rows.pair import Pair
+from dpo_dist.data.tokens.render import RenderedPair, TemplateRefusal, render_pair
 from dpo_dist.data.tokens.templates import (
     BUILTIN_TEMPLATES,
-    RenderedPair,
-    TemplateRefusal,
     load_tokenizer,
-    render_pair,
     resolve_template,
     split_markers,
 )
@@ -30,7 +29,7 @@ def rendered(
     folder: Path, template: str | None, pair: Pair, system_message: str | None = None
 ) -> RenderedPair:
     tokenizer = load_tokenizer(make_tokenizer(folder / "model"), resolve_template(template))
-    return render_pair(tokenizer, pair, system_message)
+    return render_pair(tokenizer, pair, data_settings(system_message=system_message))
 
 
 @pytest.mark.parametrize(
@@ -107,23 +106,39 @@ def test_what_a_template_refuses_is_told_in_its_words(tmp_path: Path) -> None:
         rendered(tmp_path, str(path), conversation(message("system", "S")))
 
 
-def test_a_tool_call_without_content_is_refused_by_a_template_that_needs_it(
+def test_a_tool_call_without_content_has_an_empty_one_for_a_template_that_needs_it(
     tmp_path: Path,
 ) -> None:
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
-    with pytest.raises(TemplateRefusal):
-        rendered(tmp_path, "chatml", conversation(message("user", "Q"), call))
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turn = {"role": "assistant", "tool_calls": [call]}
+    found = rendered(tmp_path, "chatml", conversation(message("user", "Q"), turn))
+    assert "<|im_start|>assistant\n<|im_end|>\n" in found.prompt
+
+
+def test_a_role_that_the_template_does_not_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TemplateRefusal) as caught:
+        rendered(tmp_path, "chatml", conversation(message("narrator", "Q")))
+    assert str(caught.value) == "it does not know the role 'narrator'"
+    path = tmp_path / "own.jinja"
+    path.write_text(BUILTIN_TEMPLATES["chatml"].text + "{# 'narrator' #}")
+    found = rendered(tmp_path, str(path), conversation(message("narrator", "Q")))
+    assert found.prompt.startswith("<|im_start|>narrator\nQ")
+
+
+def test_a_developer_is_a_system_where_the_template_has_none(tmp_path: Path) -> None:
+    found = rendered(tmp_path, "chatml", conversation(message("developer", "S"), TURNS[0]))
+    assert found.prompt.startswith("<|im_start|>system\nS<|im_end|>")
 
 
 def test_no_chat_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, chat_template=None), None)
     with pytest.raises(DataError) as caught:
-        render_pair(tokenizer, conversation(*TURNS), None)
+        render_pair(tokenizer, conversation(*TURNS), data_settings())
     assert str(caught.value) == (
         "rows.jsonl:7 is a conversation, and the tokenizer has no chat template; expected a chat "
         "template. Set data.chat_template to chatml, llama3, mistral, zephyr or a Jinja file."
     )
-    assert render_pair(tokenizer, Pair("Q", "A", "B", "s", "o"), None).prompt == "Q"
+    assert render_pair(tokenizer, Pair("Q", "A", "B", "s", "o"), data_settings()).prompt == "Q"
 
 
 def test_a_template_that_is_neither_a_name_nor_a_file(tmp_path: Path) -> None:

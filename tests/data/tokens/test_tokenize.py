@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -15,9 +16,10 @@ from dpo_dist.data.drop_reasons import (
     REWRITTEN_PROMPT,
     SPECIAL_IN_TEXT,
 )
-from dpo_dist.data.rows.formats import Pair
 from dpo_dist.data.rows.messages import message
-from dpo_dist.data.tokens.templates import CHATML, ZEPHYR, TemplateRefusal, load_tokenizer
+from dpo_dist.data.rows.pair import Pair
+from dpo_dist.data.tokens.render import TemplateRefusal
+from dpo_dist.data.tokens.templates import CHATML, ZEPHYR, load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 
 QUESTION = "What is the color of the sky?"
@@ -50,7 +52,7 @@ def text(prompt: str, chosen: str, rejected: str) -> Pair:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> TokenPair:
-    (found,) = PairTokenizer(tokenizer, None).encode([pair])
+    (found,) = PairTokenizer(tokenizer, data_settings()).encode([pair])
     assert isinstance(found, TokenPair)
     return found
 
@@ -80,15 +82,15 @@ def test_one_result_a_pair_in_order_with_refusals(tmp_path: Path) -> None:
     )
     tokenizer = tiny(tmp_path, strict)
     questions = ["a", "b!", "c", "a"]
-    found = PairTokenizer(tokenizer, None).encode([chat(question=q) for q in questions])
+    found = PairTokenizer(tokenizer, data_settings()).encode([chat(question=q) for q in questions])
     assert [isinstance(item, TemplateRefusal) for item in found] == [False, True, False, False]
     assert found[0] == found[3] == encoded(tokenizer, chat(question="a")) != found[2]
-    assert PairTokenizer(tokenizer, None).encode([]) == []
+    assert PairTokenizer(tokenizer, data_settings()).encode([]) == []
 
 
 def test_the_default_system_message_is_tokenized(tmp_path: Path) -> None:
     tokenizer = tiny(tmp_path)
-    (found,) = PairTokenizer(tokenizer, "Be kind.").encode([chat()])
+    (found,) = PairTokenizer(tokenizer, data_settings(system_message="Be kind.")).encode([chat()])
     assert isinstance(found, TokenPair)
     assert tokenizer.decode(found.prompt_ids).startswith("<|im_start|>system\nBe kind.<|im_end|>")
 
@@ -152,7 +154,7 @@ def test_a_template_that_rewrites_the_prompt_is_cut_at_the_common_prefix(tmp_pat
 
 def test_a_template_that_shares_no_token_with_the_prompt_is_a_refusal(tmp_path: Path) -> None:
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    (found,) = PairTokenizer(tiny(tmp_path, template), None).encode([chat()])
+    (found,) = PairTokenizer(tiny(tmp_path, template), data_settings()).encode([chat()])
     assert isinstance(found, TemplateRefusal)
     assert str(found) == "it renders the prompt otherwise before an answer"
 
@@ -160,7 +162,7 @@ def test_a_template_that_shares_no_token_with_the_prompt_is_a_refusal(tmp_path: 
 def test_an_answer_is_the_same_behind_the_end_of_the_prompt_as_behind_all_of_it(
     tmp_path: Path,
 ) -> None:
-    tokenizer = PairTokenizer(tiny(tmp_path), None)
+    tokenizer = PairTokenizer(tiny(tmp_path), data_settings())
     pair = chat("<|im_end|> \n\nThe sky", " No.", question="Hello\n<|im_start|> ")
     behind_the_end = tokenizer.encode([pair])
     tokenizer._anchor = ""  # no special token is known: everything is tokenized as one text
