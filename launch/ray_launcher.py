@@ -10,13 +10,13 @@ DPO_STAGES="train export" in the environment runs these stages only.
 """
 
 import os
-from importlib.util import find_spec
 
 import typer
 from command_line import ConfigPath, Overrides, start
 
 from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ClusterError
+from dpo_dist.extras import import_fault
 from dpo_dist.run.pipeline import DOCTOR, stages_of, submitted_stage
 
 # Ray reads these when it is imported.
@@ -36,11 +36,13 @@ def main(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """
     config = load_config(config_path, overrides or [])
     chosen = [submitted_stage(name) for name in os.environ.get("DPO_STAGES", "").split()]
-    if find_spec("ray") is None:
-        raise ClusterError("ray is not installed", "the extra `ray`", "pip install 'dpo-dist[ray]'")
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from ray_run import run
+    try:
+        from ray_run import run
+    except ImportError as error:
+        fault, remedy = import_fault("ray", "ray", error)
+        raise ClusterError(f"ray {fault}", "the extra `ray`", remedy) from None
 
     stages = [stage for stage in (DOCTOR, *stages_of(config)) if not chosen or stage in chosen]
     raise typer.Exit(run(config, stages))

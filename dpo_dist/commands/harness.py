@@ -19,6 +19,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import HarnessError
+from dpo_dist.extras import import_fault
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.logs import console
@@ -41,7 +42,7 @@ def run(
     """Runs the comma-separated tasks and writes harness.json; its path.
 
     `batch_size` is a number of rows, or `auto` for the largest that fits. Raises HarnessError when
-    lm-eval is not installed, and for a task that it does not have or cannot load.
+    lm-eval does not import, and for a task that it does not have or cannot load.
     """
     paths, base_dir = RunDir(config.run.dir), RunModels(config).base
     choices = [choose_model(which, paths, base_dir) for which in ("base", "export")]
@@ -79,10 +80,9 @@ def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
     """lm-eval's index of tasks, in which all of these were found and loaded once."""
     try:
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise HarnessError(
-            "lm-eval is not installed", "it, for --harness", "pip install 'dpo-dist[eval]'"
-        ) from None
+    except Exception as error:  # its own imports are many
+        fault, remedy = import_fault("lm_eval", "eval", error)
+        raise HarnessError(f"lm-eval {fault}", "it, for --harness", remedy) from None
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if include_path is not None and not include_path.is_dir():
         raise HarnessError(

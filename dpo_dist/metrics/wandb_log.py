@@ -9,12 +9,12 @@ console output, code, host or user name, or machine statistics.
 import json
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.errors import ConfigError, HubError
+from dpo_dist.extras import import_fault
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
 
@@ -30,13 +30,16 @@ REDACTED = "[redacted]"
 
 
 def check_installed() -> None:
-    """Raises ConfigError when the package is missing, before anything expensive starts."""
-    if find_spec("wandb") is None:
+    """Raises ConfigError when the package does not import, before anything expensive starts."""
+    try:
+        import wandb  # noqa: F401
+    except Exception as error:
+        fault, remedy = import_fault("wandb", "wandb", error)
         raise ConfigError(
-            "logging.wandb is set, and wandb is not installed",
+            f"logging.wandb is set, and wandb {fault}",
             "the extra `wandb`",
-            "pip install 'dpo-dist[wandb]', or set logging.wandb=false.",
-        )
+            f"{remedy}, or set logging.wandb=false.",
+        ) from None
 
 
 def start_run(config: RunConfig) -> Any:

@@ -2,7 +2,7 @@
 
 1. Every rank writes what it sees into RUN/doctor: the run folder must be there and writable.
 2. Rank 0 waits for all of these files and names the nodes that wrote none.
-3. Rank 0 compares versions, GPUs and free disk.
+3. Rank 0 compares versions, GPUs, attention kernels and free disk.
 4. All ranks join a process group and time one all-reduce.
 """
 
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.backend_choice import BACKENDS, device_obstacle, import_obstacle
 from dpo_dist.errors import ClusterError
 from dpo_dist.inputs.disk import disk_sizes
 from dpo_dist.inputs.setup import make_setup
@@ -78,9 +79,16 @@ def run(config: RunConfig) -> Path:
 
 
 def look(folder: Path, topology: Topology) -> Facts:
-    """What this process sees of its machine."""
+    """What this process sees of its machine, and of GPUs its own only.
+
+    Looking at another rank's would open a context on it, which exclusive mode forbids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    device = collectives.device_of(topology)
+    gpus = []
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or the first one is opened first
+        gpus = [torch.cuda.get_device_properties(device)]
     return {
         "host": socket.gethostname(),
         "address": collectives.own_address(topology.master_addr),
@@ -90,9 +98,8 @@ def look(folder: Path, topology: Topology) -> Facts:
         | {p: _version(p) for p in PACKAGES}
         | _gpu_versions(),
         "gpus": [{"name": gpu.name, "gib": round(gpu.total_memory / GIB, 1)} for gpu in gpus],
-        "free_gpu_gib": [
-            round(torch.cuda.mem_get_info(i)[0] / GIB, 1) for i in range(torch.cuda.device_count())
-        ],
+        "num_gpus": torch.cuda.device_count(),
+        "attention": _attention(device),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "free_disk_gib": round(shutil.disk_usage(folder).free / GIB, 1),
@@ -104,6 +111,16 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
+
+
+def _attention(device: torch.device) -> dict[str, str]:
+    """Whether each attention backend works on `device`, found by trying, and why not."""
+    return {
+        backend: import_obstacle(backend)
+        or device_obstacle(backend, device, torch.bfloat16)
+        or "works"
+        for backend in BACKENDS
+    }
 
 
 def _gpu_versions() -> dict[str, str]:
@@ -150,7 +167,7 @@ def _absent(missing: list[int], topology: Topology) -> ClusterError:
 
 def refuse_differences(facts: list[Facts]) -> None:
     """Raises ClusterError when a node has other versions or GPUs than most have."""
-    for what in ("versions", "gpus"):
+    for what in ("versions", "gpus", "num_gpus", "attention"):
         values = [json.dumps(rank[what], sort_keys=True) for rank in facts]
         usual = max(set(values), key=values.count)
         bad = sorted({f["node"] for f, value in zip(facts, values, strict=True) if value != usual})
@@ -189,29 +206,38 @@ def _hosts(facts: list[Facts]) -> list[str]:
 
 def print_machine(facts: Facts) -> None:
     """Shows what one machine has, a line a thing."""
-    gpus = [f"{gpu['name']} {gpu['gib']} GiB" for gpu in facts["gpus"]] or ["none"]
+    others = facts["num_gpus"] - 1
+    gpus = _gpus(facts) + (f" and {others} more" if others > 0 else "")
     lines = {
         "host": facts["host"],
-        "GPUs": ", ".join(gpus),
+        "GPUs": gpus,
         "cores": facts["cores"],
         "memory": f"{facts['memory_gib']} GiB",
         "free disk here": f"{facts['free_disk_gib']} GiB",
     } | facts["versions"]
     for name, value in lines.items():
         print(f"{name:<16} {value}")
+    for backend, found in facts["attention"].items():
+        print(f"{'attention':<16} {backend}: {found}")
+
+
+def _gpus(facts: Facts) -> str:
+    return ", ".join(f"{gpu['name']} {gpu['gib']} GiB" for gpu in facts["gpus"]) or "none"
 
 
 def print_result(result: Facts) -> None:
     """Shows doctor.json, a row a rank."""
-    table = Table("rank", "node", "GPUs", "cores", "memory", "free disk", "torch", "deepspeed")
+    table = Table("rank", "node", "GPU", "cores", "memory", "free disk", "torch", "deepspeed")
     for rank, facts in enumerate(result["ranks"]):
-        gpus = ", ".join(f"{gpu['name']} {gpu['gib']} GiB" for gpu in facts["gpus"]) or "none"
         versions = facts["versions"]
         table.add_row(
-            str(rank), facts["node"], gpus, str(facts["cores"]), f"{facts['memory_gib']} GiB",
-            f"{facts['free_disk_gib']} GiB", versions["torch"], versions["deepspeed"],
+            str(rank), facts["node"], _gpus(facts), str(facts["cores"]),
+            f"{facts['memory_gib']} GiB", f"{facts['free_disk_gib']} GiB",
+            versions["torch"], versions["deepspeed"],
         )  # fmt: skip
     console.print(table)
+    for backend, found in result["ranks"][0]["attention"].items():
+        console.print(f"attention {backend}: {found}", highlight=False, soft_wrap=True)
     console.print(f"all-reduce {result['all_reduce_gib_per_s']:.2f} GiB/s")
     if "needed_disk_gib" in result:
         console.print(

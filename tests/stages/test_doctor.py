@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def test_a_machine_alone() -> None:
 
 
 def facts(node: str, **changes: Any) -> dict[str, Any]:
-    return {"node": node, "versions": {"torch": "2.13.0"}, "gpus": [{"name": "H100"}]} | changes
+    seen = {"versions": {"torch": "2.13.0"}, "gpus": [{"name": "H100"}], "num_gpus": 8}
+    return {"node": node, **seen, "attention": {"flash_attn": "works"}} | changes
 
 
 def test_another_version_names_the_node() -> None:
@@ -56,6 +59,66 @@ def test_other_gpus_name_the_node() -> None:
         ClusterError, match=r"^c has gpus \[\]; expected .*H100.*\(--exclude=c\)\.$"
     ):
         doctor.refuse_differences([facts("a"), facts("b"), facts("c", gpus=[])])
+
+
+def test_attention_that_does_not_work_names_the_node() -> None:
+    fault = "flash-attn does not import: undefined symbol"
+    with pytest.raises(ClusterError) as error:
+        doctor.refuse_differences(
+            [facts("a"), facts("b"), facts("c", attention={"flash_attn": fault})]
+        )
+    assert str(error.value) == (
+        f'c has attention {{"flash_attn": "{fault}"}}; expected {{"flash_attn": "works"}} as on '
+        "the other nodes. Fix the installation there, or leave it out (--exclude=c)."
+    )
+
+
+def test_truth_10_a_rank_opens_no_gpu_but_its_own(tmp_path: Path) -> None:
+    """Every function of torch.cuda that takes a device notes which; four GPUs are said to exist."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened, gpus, num_gpus = json.loads(done.stdout.splitlines()[-1])
+    assert {number for _, number in opened} == {2}, opened
+    assert opened[0][0] == "set_device", "before it torch opens the first GPU"
+    assert gpus == [{"name": "GPU 2", "gib": 80.0}] and num_gpus == 4
+
+
+OPENED = """
+import inspect, json, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+
+opened = []
+
+def noting(name, signature, result):
+    def call(*given, **named):
+        device = signature.bind(*given, **named).arguments.get("device")
+        number = getattr(device, "index", device) or 0  # without a number, the current one
+        opened.append((name, number))
+        return result(number)
+    return call
+
+plain = inspect.signature(lambda device: None)
+for name, member in vars(torch.cuda).items():
+    if inspect.isfunction(member) and "device" in (of := inspect.signature(member)).parameters:
+        setattr(torch.cuda, name, noting(name, of, lambda number: None))
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 4
+properties = lambda number: SimpleNamespace(name=f"GPU {number}", total_memory=80 * 2**30)
+torch.cuda.get_device_properties = noting("properties", plain, properties)
+torch.cuda.get_device_capability = noting("capability", plain, lambda number: (9, 0))
+torch.cuda.mem_get_info = noting("memory", plain, lambda number: (0, 0))
+import torch.cuda.nccl
+torch.cuda.nccl.version = lambda: (2, 28)
+
+from dpo_dist.run.topology import Topology
+from dpo_dist.stages import doctor
+
+facts = doctor.look(Path(sys.argv[1]), Topology(2, 4, 2, 4, "127.0.0.1", 0))
+print(json.dumps((opened, facts["gpus"], facts.get("num_gpus"))))
+"""
 
 
 @pytest.mark.parametrize(

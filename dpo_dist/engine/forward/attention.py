@@ -19,7 +19,9 @@ keyword, `packed_row`. A layer's window comes from the mask interface and not fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,14 +167,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: 
     k = repeat_prompts(key[0].transpose(0, 1).to(value.dtype), row)
     v = repeat_prompts(value[0].transpose(0, 1), row)
     ends = (row.query_ends, row.key_ends, row.longest_query, row.longest_key)
+    kernel = kernel_of(row.backend)
     if row.backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-        out = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            *ends,
+        out = kernel(
+            *(q, k, v, *ends),
             dropout_p=scoring.dropout,
             softmax_scale=scoring.scale,
             causal=True,
@@ -180,20 +178,36 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: 
             softcap=scoring.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-    else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            *ends,
+    else:  # its backward asks torch itself whether to be deterministic
+        groups = q.shape[1] // k.shape[1]
+        grouped = {"enable_gqa": groups > 1} if _takes_groups(kernel) else {}
+        if not grouped:
+            k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
+        out = kernel(
+            *(q, k, v, *ends),
             scale=scoring.scale,
             window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouped,
         )
     assert isinstance(out, Tensor)
     return out[None, :, :, :size_of_values].to(query.dtype)
+
+
+def kernel_of(backend: Backend) -> Callable[..., Any]:
+    """The variable-length kernel of "flash_attn" or "torch"; raises what its import raises."""
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        return flash_attn_varlen_func
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+@functools.cache
+def _takes_groups(kernel: Callable[..., Any]) -> bool:
+    """Whether torch's kernel takes fewer key-value heads than query heads: not in torch 2.11."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def repeat_prompts(tokens: Tensor, row: PackedRow) -> Tensor:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dpo_dist.engine.forward.attention import Backend
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.attention import Backend, PackedRow, kernel_of, packed_attention
 from dpo_dist.engine.forward.model_parts import base_of
+from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.errors import ConfigError
+from dpo_dist.extras import import_fault, in_one_line
 
 _LARGEST_HEAD = 256  # elements of a head that the variable-length kernels take
-_PREFERENCE: tuple[Backend, ...] = ("flash_attn", "torch", "sdpa")
+BACKENDS: tuple[Backend, ...] = ("flash_attn", "torch", "sdpa")  # the preferred one first
+_NAMES = {"flash_attn": "flash-attn", "torch": "torch's kernel", "sdpa": "sdpa"}
+_TRIAL_PAIRS = [([1] * 9, [2] * 3, [3] * 5), ([1], [2] * 6, [3])]
+_TRIAL_WINDOW = 4
+_TRIAL_TOLERANCE = 0.05  # of numbers around 1; a wrong mask or scale moves them by tenths
 
 
 def choose_backend(
@@ -24,17 +30,22 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """(backend, reason): the first of flash_attn, torch, sdpa that can run this model here.
 
-    A backend that does not honor something the model asks for (soft cap, sinks, dropout, head
-    size) is passed over. Raises ConfigError when such a one is requested by name.
+    A backend that does not work on this machine, or does not honor something the model asks for
+    (soft cap, sinks, dropout, head size), is passed over. Raises ConfigError when such a one is
+    requested by name. All ranks of a process group call it together and get the same backend.
     """
-    obstacles = {
-        backend: device_obstacle(backend, device, dtype) or model_obstacle(backend, model)
-        for backend in _PREFERENCE
-    }
-    usable: list[Backend] = [backend for backend in _PREFERENCE if obstacles[backend] is None]
+    own = [
+        device_obstacle(backend, device, dtype) or model_obstacle(backend, model)
+        for backend in BACKENDS
+    ]
+    # what one rank cannot run, none does
+    of_ranks = zip(*collectives.gather(own), strict=True)
+    agreed = [next((one for one in said if one), None) for said in of_ranks]
+    obstacles = dict(zip(BACKENDS, agreed, strict=True))
+    usable: list[Backend] = [backend for backend in BACKENDS if obstacles[backend] is None]
     if requested == "auto":
         passed_over = [obstacle for obstacle in obstacles.values() if obstacle is not None]
-        reason = "; ".join(dict.fromkeys(passed_over)) or "flash-attn is installed"
+        reason = "; ".join(dict.fromkeys(passed_over)) or "flash-attn works here"
         return usable[0], reason
     if requested not in usable:
         raise ConfigError(
@@ -46,7 +57,7 @@ def choose_backend(
 
 
 def device_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run on this device at all, or None."""
+    """Why `backend` cannot run on this device at all, or None; tried, not looked up."""
     if backend == "sdpa":
         return None
     if device.type != "cuda":
@@ -57,9 +68,46 @@ def device_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) 
         return f"variable-length kernels need compute capability 8.0, and this device has {found}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"variable-length kernels need half precision, and the model is {dtype}"
-    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
+    return import_obstacle(backend) or kernel_obstacle(backend, device, dtype)
+
+
+def import_obstacle(backend: Backend) -> str | None:
+    """Why the kernel of `backend` cannot be imported, or None."""
+    try:
+        if backend != "sdpa":
+            kernel_of(backend)
+    except Exception as error:
+        return f"{_NAMES[backend]} {import_fault(backend, 'flash-attn', error)[0]}"
     return None
+
+
+def kernel_obstacle(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong when the kernel attends over a small row with all we ask of it, or None.
+
+    A kernel may lack an argument in this version, or be built for other GPUs than this one.
+    """
+    try:
+        found = _trial(backend, device, dtype)
+        exact = _trial("sdpa", device, dtype)
+        away = max(float((a - b).abs().max()) for a, b in zip(found, exact, strict=True))
+    except Exception as error:
+        return f"{_NAMES[backend]} does not run on this device: {in_one_line(error)}"
+    if not away <= _TRIAL_TOLERANCE:
+        return f"{_NAMES[backend]} gives numbers that are {away:.1e} away from sdpa's"
+    return None
+
+
+@torch.enable_grad()
+def _trial(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients over two pairs, windowed, with grouped heads; sdpa's in float32."""
+    row = PackedRow.of(pack_pairs(_TRIAL_PAIRS, device), backend)
+    chance = torch.Generator().manual_seed(0)  # the run's own generators stay as they are
+    shapes = [(1, heads, int(row.query_ends[-1]), 64) for heads in (4, 2, 2)]
+    drawn = [torch.randn(shape, generator=chance).to(device, dtype) for shape in shapes]
+    q, k, v = ((t.float() if backend == "sdpa" else t).requires_grad_() for t in drawn)
+    out, _ = packed_attention(nn.Module(), q, k, v, torch.tensor(_TRIAL_WINDOW), packed_row=row)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out) / 8)
+    return [tensor.detach().float() for tensor in (out, *grads)]
 
 
 def model_obstacle(backend: Backend, model: nn.Module) -> str | None:

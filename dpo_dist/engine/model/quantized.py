@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_dist.engine.sharding.optimizers import try_bitsandbytes
 from dpo_dist.errors import ConfigError
-from dpo_dist.extras import require_bitsandbytes
 
 
 def quantization_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What makes `from_pretrained` quantize the linear layers while it loads them.
 
-    Raises ConfigError when bitsandbytes is not installed.
+    Raises ConfigError when bitsandbytes is not installed or does not work on `device`.
     """
-    require_bitsandbytes("model.quantization: nf4")
+    try_bitsandbytes("model.quantization: nf4", device)
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import TrainSection
 from dpo_dist.errors import ConfigError
-from dpo_dist.extras import require_bitsandbytes
+from dpo_dist.extras import in_one_line, require_bitsandbytes
 
 MUON_MOMENTUM = 0.95
 
@@ -47,7 +47,7 @@ def make_optimizer(
 def _from_bitsandbytes(
     parameters: list[nn.Parameter], name: str, settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    require_bitsandbytes(f"train.optimizer: {name}")
+    try_bitsandbytes(f"train.optimizer: {name}", parameters[0].device)
     if name.startswith("paged") and not torch.cuda.is_available():
         raise ConfigError(
             f"train.optimizer: {name} on a machine without a GPU",
@@ -63,6 +63,24 @@ def _from_bitsandbytes(
         "paged_adamw_8bit": module.PagedAdamW8bit,
     }
     return kinds[name](parameters, **settings)
+
+
+def try_bitsandbytes(key: str, device: torch.device) -> None:
+    """Raises ConfigError, naming the key that needs it, unless bitsandbytes works on `device`.
+
+    It imports without the library that fits this CUDA, and fails at the first call.
+    """
+    require_bitsandbytes(key)
+    from bitsandbytes.functional import quantize_blockwise
+
+    try:
+        quantize_blockwise(torch.zeros(256, device=device))
+    except Exception as error:
+        raise ConfigError(
+            f"{key}, and bitsandbytes does not run on {device.type}: {in_one_line(error)}",
+            "bitsandbytes with a library for this machine",
+            "See `python -m bitsandbytes`, or choose another value.",
+        ) from None
 
 
 def split_for_muon(module: nn.Module) -> dict[bool, list[nn.Parameter]]:

@@ -201,6 +201,25 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_truth_09_bitsandbytes_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports all the same, and complains at the first call."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+    def without_library(*_: Any, **__: Any) -> None:
+        raise RuntimeError("\nCUDA SETUP ERROR: Missing dependency: libcudart.so.13\n\nTo fix ...")
+
+    monkeypatch.setattr(functional, "quantize_blockwise", without_library)
+    train = TrainSection.model_validate({"optimizer": "adamw_8bit"})
+    config = ds_config.training_config(train, "float32", 1)
+    with pytest.raises(ConfigError) as caught:
+        optimizers.make_optimizer(torch.nn.Linear(2, 2), config, train)
+    assert str(caught.value) == (
+        "train.optimizer: adamw_8bit, and bitsandbytes does not run on cpu: CUDA SETUP ERROR: "
+        "Missing dependency: libcudart.so.13 To fix ...; expected bitsandbytes with a library for "
+        "this machine. See `python -m bitsandbytes`, or choose another value."
+    )
+
+
 def test_muon_is_not_clipped() -> None:
     raw = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": [{"path": "a"}]}}
     parse_config(raw | {"train": {"optimizer": "muon", "max_grad_norm": 0}})
