@@ -18,6 +18,14 @@ def test_named_tests_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_truth_16_an_equal_resume_is_claimed_for_cpus_only(path: Path) -> None:
+    """Attention on GPUs adds up in any order unless told otherwise, and no GPU was measured."""
+    claims = re.compile(r"resume[^.]*(?:bit-identical|same\s+weights)", re.S)
+    paragraphs = re.split(r"\n\s*\n|\n(?=[*|] )", path.read_text())
+    assert [text for text in paragraphs if claims.search(text) and "CPU" not in text] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text())
     local = [target for target in targets if not target.startswith("http")]

@@ -22,7 +22,8 @@ def rng_states() -> dict[str, Any]:
 def make_deterministic() -> None:
     """Only kernels that give the same bits every time, from now on; call it before CUDA starts.
 
-    torch raises RuntimeError where an operation has none.
+    torch raises RuntimeError where an operation has none. Attention kernels follow: flash-attn is
+    told by its caller, torch's ask the same switch in their backward.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands a fixed workspace
     torch.use_deterministic_algorithms(True)
