@@ -12,7 +12,7 @@ MATRIX ?=
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-slow test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart test test-slow gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
+gpu: install
+	DPO_DIST_GPU_RESULTS=build/gpu/RESULTS.md $(BIN)/python -m pytest tests/gpu
 
 # Refreshes the output blocks of docs/; read the diff before you commit it.
 docs: install
