@@ -67,6 +67,8 @@ def test_truth_02_the_gate_looks_at_every_micro_batch(tmp_path: Path) -> None:
     rows[changed, 1] += 1.0
     other = tmp_path / "changed"
     open_store(other, contract).append(pairs.keys, rows, np.arange(len(pairs)))
+    kept = open_pairs(tmp_path / "out" / "pairs", "eval").keys
+    open_store(other, contract).append(kept, held[1].lookup(kept), np.arange(len(kept)))
     with pytest.raises(Exception, match=f"step-0 gate: pair {changed} scores "):
         run_ranks(
             1, stage_worker, ["train"], str(run_yaml),
