@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.ranks import ROOT, run_ranks
+from support.ranks import ROOT, free_port, run_ranks
 
 FORWARD, MODEL = "dpo_dist/engine/forward/", "dpo_dist/engine/model/"
 CHECKPOINTS = "dpo_dist/engine/checkpoints/"
@@ -144,6 +144,21 @@ def test_nccl_has_a_version() -> None:
 
     assert callable(nccl.version)
     assert not torch.cuda.is_available() or nccl.version() > (2,)
+
+
+@row(
+    "torch", "torch.distributed.rendezvous", files="dpo_dist/engine/distributed/devices.py",
+    why="ranks agree on their devices in the store by which their group meets afterwards",
+    gone="no distributed stage starts: an import error, or the port is in use",
+)  # fmt: skip
+def test_a_port_is_met_at_twice_by_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.rendezvous import rendezvous
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    first, second = (next(iter(rendezvous("env://", 0, 1)))[0] for _ in range(2))
+    first.set("claim", "mine")
+    assert second.get("claim") == b"mine"
 
 
 @row(
