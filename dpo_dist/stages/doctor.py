@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.backend_choice import BACKENDS, device_obstacle, import_obstacle
 from dpo_dist.errors import ClusterError
 from dpo_dist.inputs.disk import disk_sizes
@@ -84,7 +85,7 @@ def look(folder: Path, topology: Topology) -> Facts:
     Looking at another rank's would open a context on it, which exclusive mode forbids.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    device = collectives.device_of(topology)
+    device = device_of(topology)
     gpus = []
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or the first one is opened first
