@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.broken_package import BROKEN, broken_package
+from support.faults.broken_package import BROKEN, broken_package
 from support.tiny_run import make_run
 
 from dpo_dist.extras import import_fault, in_one_line

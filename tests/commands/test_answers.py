@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.data_settings import data_settings
+from support.keys.data_settings import data_settings
 from support.ranks import ROOT, wait_until
 from support.tiny_models import tiny_model
 from support.tiny_run import dpo_dist, make_run, succeed

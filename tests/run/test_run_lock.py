@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.other_user import files_of_another_user, needs_root
+from support.faults.other_user import files_of_another_user, needs_root
 from support.ranks import wait_until
 from support.tiny_run import dpo_dist, make_run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.other_user import give_away, needs_root
+from support.faults.other_user import give_away, needs_root
 from support.ranks import ROOT, wait_until
 from support.tiny_run import (
     NUM_EVAL,

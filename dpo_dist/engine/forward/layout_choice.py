@@ -141,19 +141,16 @@ def check_neighbors(model: nn.Module, device: torch.device) -> float:
     scorer = model if isinstance(model, PairScorer) else model.module
     assert isinstance(scorer, PairScorer), type(scorer)
     base, training = base_of(scorer.policy), model.training
-    kinds, bound = (
-        ", ".join(length_bound_kinds(scorer.policy)),
-        NO_LEAK[next(base.parameters()).dtype],
-    )
+    kinds = ", ".join(length_bound_kinds(scorer.policy))
     short = synthetic_pairs(base.config.get_text_config())[-1]
     near = pack_pairs([short, short], device)
     behind = torch.arange(near.num_tokens, device=device)[None] >= near.pair_sizes[0]
     far = replace(near, position_ids=near.position_ids + _FAR * behind)
     model.eval()
     try:
-        scored, moved = model(near), 0.0
+        scored, moved = model(near, scorer.layout), 0.0
         if takes_any_position(scorer.policy):
-            change = (model(far) - scored).abs() / near.lengths
+            change = (model(far, scorer.layout) - scored).abs() / near.lengths
             moved = max(collectives.gather(change[0].max().item()))
     finally:
         model.train(training)

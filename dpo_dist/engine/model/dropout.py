@@ -44,7 +44,7 @@ def check_no_dropout(model: nn.Module, scorer: PairScorer, device: torch.device)
         if "lora_dropout" in name:
             module.eval()
     try:
-        first, second = model(packed), model(packed)
+        first, second = (model(packed, scorer.layout) for _ in range(2))
     finally:
         model.train(training)
     apart = max(collectives.gather(((first - second).abs() / packed.lengths).max().item()))

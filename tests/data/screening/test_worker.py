@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.data_settings import data_settings
+from support.keys.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config.data_section import SourceSection

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.data_settings import data_settings
+from support.keys.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.data.rows.formats import detect_format, read_pair

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.data_settings import data_settings
+from support.keys.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.data.rows.messages import message

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.other_user import files_of_another_user, needs_root
+from support.faults.other_user import files_of_another_user, needs_root
 
 from dpo_dist.engine.checkpoints.commit import (
     check_new_files,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.other_user import give_away, needs_root
+from support.faults.other_user import give_away, needs_root
 
 from dpo_dist.engine.checkpoints import checkpoint
 from dpo_dist.engine.checkpoints.commit import commit, record_files

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.broken_package import BROKEN, broken_package
+from support.faults.broken_package import BROKEN, broken_package
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
