@@ -59,8 +59,8 @@ WITHOUT_TORCH = ROOMS[: ROOMS.index("objective")]
 TOP_LEVEL = {"__init__.py", "__main__.py", "py.typed", "errors.py", "extras.py", "wording.py"}
 TEST_ROOMS = {
     *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "gpu", "support",
-    "support/devices", "support/docs", "support/faults", "support/keys", "support/oracles", "support/servers",
-    "support/weights",
+    "support/devices", "support/docs", "support/faults", "support/keys", "support/oracles",
+    "support/servers", "support/weights",
 }  # fmt: skip
 MAX_FILES = 12  # of a folder
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
