@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.policy import settle_layout
@@ -22,6 +21,7 @@ from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
 from dpo_dist.model_files.files import weight_files
 from dpo_dist.planning.memory_resident import parameter_sizes
 from dpo_dist.planning.sizes import GIB, total
+from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.topology import Topology
 
 _logger = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ class FrozenModel:
         """What is called: the engine, if any, which gathers what the scorer needs."""
         return self.scorer if self.engine is None else self.engine
 
-    def settle(self, section: ModelSection) -> Layout:
+    def settle(self, config: RunConfig) -> Layout:
         """As `settle_layout`; all ranks call together."""
-        return settle_layout(self.model, self.scorer, section, self.device)
+        record = RunDir(config.run.dir).self_check_path
+        return settle_layout(self.model, self.scorer, config.model, self.device, record)
 
     def take_down(self) -> None:
         """Frees its partitions before another model comes, or the process group goes."""

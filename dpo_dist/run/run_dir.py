@@ -58,6 +58,11 @@ class RunDir:
         return self.export_dir / ("merged" if merged else "full")
 
     @property
+    def self_check_path(self) -> Path:
+        """What the self-checks of models have found so far in this run."""
+        return self.root / "self_check.json"
+
+    @property
     def verify_path(self) -> Path:
         return self.root / "verify.json"
 

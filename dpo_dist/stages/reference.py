@@ -83,7 +83,7 @@ def _run_pass(
     config, is_first = models.config, topology.rank == 0
     paths, terms = RunDir(config.run.dir), Terms(config.objective.ld_alpha)
     reference = _load_reference(models, topology, device)
-    layout = reference.settle(config.model)
+    layout = reference.settle(config)
     store, todo = _open_store(models, layout, splits)
     num_missing, num_scored = sum(map(len, todo)), 0
     bad: list[dict[str, str]] = []

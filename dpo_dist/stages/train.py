@@ -82,7 +82,8 @@ def _build_job(
     engine, scorer = build_policy(
         parts, settings, sharding, num_steps=work.num_steps, device=device, seed=config.run.seed
     )
-    layout = settle_layout(engine, scorer, config.model, device)
+    record = RunDir(config.run.dir).self_check_path
+    layout = settle_layout(engine, scorer, config.model, device, record)
     objective = objective_of(config)
     experts = num_experts(scorer.policy) if objective.router_aux_loss_coef else 0
     train, held_out = (with_reference(models, p, layout) for p in (work.train, work.held_out))

@@ -65,7 +65,7 @@ def check_probe(
     """
     kind, config, device = exported.kind, exported.config, exported.device
     try:
-        layout = frozen.settle(config.model)
+        layout = frozen.settle(config)
     except DPODistError as error:
         yield Check(f"{kind}: probe", False, error.found)
         return

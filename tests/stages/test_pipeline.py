@@ -232,6 +232,7 @@ def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
         assert evaluation["after"][name] == pytest.approx(lines[-1][f"eval_{name}"], abs=2e-2)
     assert evaluation["before"]["rewards/margins"] == 0.0
     generated = json.loads(succeed("generate", *arguments, "--json").stdout)["answers"]
+    assert keys_checked(other) == [[], ["default"]], "verify tries neither again"
     assert len(generated) == 2 and {"prompt", "before", "after"} == set(generated[0])
 
 
@@ -239,6 +240,13 @@ def test_full_is_exported_and_verified(run_yaml: Path) -> None:
     succeed_on(1, "export", run_yaml)
     succeed_on(1, "verify", run_yaml)
     assert json.loads((out_of(run_yaml) / "verify.json").read_text())["passed"] is True
+    assert keys_checked(out_of(run_yaml)) == [[]]  # by the reference pass, and no stage after it
+
+
+def keys_checked(run_dir: Path) -> list[list[str]]:
+    """The adapters of every model whose layout was found out by trying."""
+    checks = json.loads((run_dir / "self_check.json").read_text()).values()
+    return sorted(list(check["key"]["adapters"]) for check in checks)
 
 
 def test_reference_status_and_growing_data(run_yaml: Path) -> None:

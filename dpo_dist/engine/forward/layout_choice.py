@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +51,15 @@ class Settled:
     layout_reason: str
     backend: Backend
     backend_reason: str
+    moved: float  # nats per token, by which a far neighbor moves a pair
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What another `settle` of the same model, on the same device, may take as known."""
+        return {
+            "layout": self.layout, "layout_reason": self.layout_reason, "backend": self.backend,
+            "moved_by_neighbors": self.moved,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return (
@@ -66,12 +75,14 @@ def settle(
     attention: Literal["auto", "flash_attn", "torch", "sdpa"] = "auto",
     engine: nn.Module | None = None,
     device: torch.device | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> Settled:
     """The self-check after loading: sets the scorer's attention backend and its layout.
 
     `engine` is what the scorer runs in, such as DeepSpeed's, and `device` where it computes; by
     default the scorer itself and the place of its parameters. All ranks of a process group call it
-    together and get the same layout. A padded layout that is asked for is taken unchecked.
+    together and get the same layout. A padded layout that is asked for is taken unchecked. `known`
+    is the `found` of an earlier check; with the same backend it is taken over.
 
     Raises ConfigError for a layout or backend that this model cannot have here, and DPODistError
     when neither layout gives the log-probs of the model's own logits.
@@ -80,6 +91,10 @@ def settle(
     place = parameter.device if device is None else device
     backend, backend_reason = choose_backend(scorer.policy, attention, place, parameter.dtype)
     scorer.backend = backend
+    if known and known.get("backend") == backend:
+        scorer.layout, reason = known["layout"], known["layout_reason"]
+        moved = known["moved_by_neighbors"]
+        return Settled(scorer.layout, reason, backend, backend_reason, moved)
     chosen: tuple[Layout, str] = ("padded", "requested")
     if layout != "padded":
         chosen = choose_layout(engine or scorer, place)
@@ -90,8 +105,8 @@ def settle(
             "a layout in which the model scores right",
             "Set model.layout to auto.",
         )
-    check_neighbors(engine or scorer, place)
-    return Settled(scorer.layout, reason, backend, backend_reason)
+    moved = check_neighbors(engine or scorer, place)
+    return Settled(scorer.layout, reason, backend, backend_reason, moved)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.dropout import check_no_dropout
 from dpo_dist.engine.model.load import load_model, num_parameters, partitioned_loading
 from dpo_dist.engine.model.quantized import refuse_trained_quantized
+from dpo_dist.engine.model.self_check import check_key, read_check, write_check
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.engine.weights.adapter_file import fill_adapter
 
@@ -92,19 +93,29 @@ def set_seed(seed: int) -> None:
 
 
 def settle_layout(
-    model: nn.Module, scorer: PairScorer, section: ModelSection, device: torch.device
-) -> Layout:
+    model: nn.Module, scorer: PairScorer, section: ModelSection, device: torch.device,
+    record: Path | None = None,
+) -> Layout:  # fmt: skip
     """Sets the scorer's attention backend and layout, says why, and returns the layout.
 
-    `model` is the scorer or the DeepSpeed engine around it; all ranks call together. Raises
-    ConfigError when `section` asks for what the model cannot do or training would be random, and
-    DPODistError when the model scores wrong in every layout.
+    `model` is the scorer or the DeepSpeed engine around it; all ranks call together. What an
+    earlier stage found is taken from the file `record`, and what this one finds is added to it.
+    Raises ConfigError when `section` asks for what the model cannot do or training would be random,
+    and DPODistError when the model scores wrong in every layout.
     """
+    key = check_key(scorer.policy, section, device)
+    known = {} if record is None else read_check(record, key)
     settled = settle(
-        scorer, layout=section.layout, attention=section.attention, engine=model, device=device
-    )
-    if model.training:
-        check_no_dropout(model, scorer, device)
+        scorer, layout=section.layout, attention=section.attention, engine=model, device=device,
+        known=known,
+    )  # fmt: skip
+    found = settled.found
+    if known.get("backend") == settled.backend:
+        found = known | found
+    if model.training and "random_in_training" not in found:
+        found["random_in_training"] = check_no_dropout(model, scorer, device)
+    if record is not None and found != known:
+        write_check(record, key, found)
     if collectives.is_first():
         _logger.info("%s", settled)
     return settled.layout
