@@ -32,7 +32,16 @@ metric_list:
     higher_is_better: true
 """
 NUM_ROWS = 30
-NO_LM_EVAL = "import sys; sys.modules['lm_eval'] = None; from dpo_dist.cli.app import main; main()"
+NO_LM_EVAL = """
+import sys
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lm_eval":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Nowhere())
+from dpo_dist.cli.app import main
+main()
+"""
 
 
 def task_rows() -> list[dict[str, Any]]:

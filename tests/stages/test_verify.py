@@ -180,7 +180,7 @@ def test_the_error_names_the_first_failure(exported: TrainedRun, tmp_path: Path)
         verify.run(config)
     folder = tmp_path / "out" / "export" / "merged"
     assert str(error.value) == (
-        "2 of 13 checks failed, first merged: files: "
+        "2 of 15 checks failed, first merged: files: "
         f"{folder}/chat_template.jinja has another content than was committed; expected an export "
         "that reproduces the training run. "
         f"Do not use it. {tmp_path / 'out' / 'verify.json'} has all checks."

@@ -56,6 +56,10 @@ class Engine(nn.Module):
     def forward(self, *args: Any) -> torch.Tensor:
         return self.module(*args)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     def set_gradient_accumulation_boundary(self, last: bool) -> None: ...
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:

@@ -31,7 +31,9 @@ class TrainState:
     world_size: int
     zero_stage: int
     evaluations: Sequence[Evaluation] = ()  # of the run so far, by step
-    skipped_steps: Sequence[int] = ()  # among those done: their gradient was not finite
+    skipped_steps: Sequence[int] = field(
+        default_factory=list[int]
+    )  # among those done: their gradient was not finite
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def to_json(self) -> str:
