@@ -12,9 +12,13 @@ if [ "$RANK" -gt 0 ] && [ -d "$LOG_DIR" ]; then
     exec >>"$name.log" 2>&1
 fi
 # Not `exec`: of a rank that a signal kills only its parent can tell, and srun's code is 143 for any.
-trap : INT QUIT TERM USR2 # the rank's to answer: Slurm signals every process of a step
-"$@" &
-while kill -0 $! 2>/dev/null; do wait $! || true; done
+# Slurm signals every process of a step, and these are the rank's to answer. They are ignored here,
+# not trapped: a trap that runs while the rank ends makes bash lose its exit code now and then.
+trap '' INT QUIT TERM USR2
+(
+    trap - INT QUIT TERM USR2
+    exec "$@"
+) &
 code=0
 wait $! || code=$?
 # by 15 Slurm ends the others when one has failed

@@ -91,7 +91,8 @@ def test_truth_07_a_task_tells_which_signal_killed_its_rank(
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} {{os.environ[\"RANK\"]}}')\n"
-        "time.sleep(60)\n"
+        # a signal that comes just before a sleep is answered after it
+        "for _ in range(600): time.sleep(0.1)\n"
     )
     slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
     task = subprocess.Popen(
