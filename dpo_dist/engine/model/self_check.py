@@ -19,7 +19,6 @@ from torch import nn
 
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.forward import layout_choice
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
 
@@ -89,7 +88,7 @@ def _sorted_or_named(value: Any) -> Any:
 
 
 def _digest_of_code() -> str:
-    folder = Path(layout_choice.__file__).parent
+    folder = Path(inspect.getfile(base_of)).parent
     return digest_of([digest_of_file(path) for path in sorted(folder.glob("*.py"))])
 
 
