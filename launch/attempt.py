@@ -8,6 +8,7 @@ Reads what the ranks wrote into status.json: srun's exit code gets lost on the w
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,32 +28,43 @@ def begin(stage_name: StageName, config_path: ConfigPath, overrides: Overrides =
 
     Also writes the resolved config.
     """
+    print(attempts.patiently(lambda: _begin(stage_name, config_path, overrides or [])))
+
+
+def _begin(stage_name: str, config_path: Path, overrides: list[str]) -> str:
     stage = pipeline.submitted_stage(stage_name)
-    config = load_config(config_path, overrides or [])
+    config = load_config(config_path, overrides)
     paths = RunDir(config.run.dir)
     if stage == pipeline.PUSH and config.export.push_to_hub is None:
-        print("skip")
-        return
+        return "skip"
     resubmitted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     log_dir = attempts.begin(paths, stage.name, config.restart, resubmitted=resubmitted)
     if log_dir is None:
-        print("skip")
-        return
+        return "skip"
     write_atomic(paths.config_path, to_yaml(config))
-    print(f"{'all' if stage.distributed else '1'} {log_dir.absolute()}")
+    return f"{'all' if stage.distributed else '1'} {log_dir.absolute()}"
 
 
 def judge(stage_name: StageName, config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Print "next" or "restart"; exit with the stage's code when neither will help."""
-    stage = pipeline.submitted_stage(stage_name)
-    paths = RunDir(load_config(config_path, overrides or []).run.dir)
-    outcome = attempts.judge(paths, stage.name)
-    if outcome.verdict != "next":
-        print(f"{stage.name}: {outcome.reason}", file=sys.stderr)
-        print(attempts.first_failure(paths.latest_log_link), file=sys.stderr)
+    outcome, failure = attempts.patiently(lambda: _judge(stage_name, config_path, overrides or []))
+    if failure:
+        print(failure, file=sys.stderr)
     if outcome.verdict == "stop":
         raise typer.Exit(outcome.exit_code)
     print(outcome.verdict)
+
+
+def _judge(
+    stage_name: str, config_path: Path, overrides: list[str]
+) -> tuple[attempts.Outcome, str]:
+    stage = pipeline.submitted_stage(stage_name)
+    paths = RunDir(load_config(config_path, overrides).run.dir)
+    outcome = attempts.judge(paths, stage.name)
+    if outcome.verdict == "next":
+        return outcome, ""
+    failure = attempts.first_failure(paths.latest_log_link)
+    return outcome, f"{stage.name}: {outcome.reason}\n{failure}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_dist.errors import DPODistError
+from dpo_dist.errors import EXIT_RESTART, DPODistError, is_transient
 
 ConfigPath = Annotated[Path, typer.Argument(help="The run config.", metavar="RUN.YAML")]
 Overrides = Annotated[
@@ -18,7 +18,8 @@ Overrides = Annotated[
 def start(*commands: Callable[..., None]) -> None:
     """Runs the command that is asked for, or the only one.
 
-    Unknown options and errors of the user are one message and exit code 2.
+    Unknown options and errors of the user are one message and exit code 2. Of an error that passes
+    the exit code is 75.
     """
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -30,4 +31,9 @@ def start(*commands: Callable[..., None]) -> None:
         app()
     except DPODistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        sys.exit(EXIT_RESTART if error.transient else error.exit_code)
+    except OSError as error:
+        if not is_transient(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_RESTART)

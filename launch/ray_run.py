@@ -55,17 +55,19 @@ def run(config: RunConfig, stages: Sequence[Stage]) -> int:
     check_resources(config.ray, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     owner = take_run_dir(paths)
     # A job that Ray does not know: seen here, before anything of its folder is changed.
-    refuse_if_held(paths, attempts.DYING_S)
-    write_atomic(paths.config_path, to_yaml(config))
-    attempts.forget(paths)
+    attempts.patiently(lambda: refuse_if_held(paths, attempts.DYING_S))
+    attempts.patiently(lambda: write_atomic(paths.config_path, to_yaml(config)))
+    attempts.patiently(lambda: attempts.forget(paths))
     for stage in stages:
         if stage == REFERENCE and (parts := reference_parts(config.ray)):
             score_in_tasks(config, parts)
         _run_stage(stage, config)
-        outcome = attempts.judge(paths, stage.name)
+        name = stage.name
+        outcome = attempts.patiently(lambda name=name: attempts.judge(paths, name))
         if outcome.verdict != "next":
-            print(f"{stage.name}: {outcome.reason}", file=sys.stderr, flush=True)
-            print(attempts.first_failure(paths.latest_log_link), file=sys.stderr, flush=True)
+            print(f"{name}: {outcome.reason}", file=sys.stderr, flush=True)
+            failure = attempts.patiently(lambda: attempts.first_failure(paths.latest_log_link))
+            print(failure, file=sys.stderr, flush=True)
             return outcome.exit_code or EXIT_RESTART
     del owner
     return 0

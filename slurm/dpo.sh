@@ -35,7 +35,9 @@ job=$SLURM_JOB_ID
 # Slurm runs a copy of this file, so its folder is asked for.
 here=$(scontrol show job "$job" | sed -n 's|^ *Command=\(.*\)/dpo\.sh.*|\1|p')
 IN_ENV=() SRUN_OPTIONS=()
-unset MASTER_ADDR # of an allocation that this was submitted from
+unset MASTER_ADDR      # of an allocation that this was submitted from
+unset SLURM_EXPORT_ENV # a site's or --export's NONE, by which tasks would not get what this exports
+: "${SLURM_NTASKS:=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}" # not every site's sbatch sets it
 # shellcheck source=slurm/site.env
 source "${DPO_DIST_SITE:-$here/site.env}"
 if [ -n "${DPO_SWEEP:-}" ]; then # a point of a sweep: its overrides, one a line
@@ -58,6 +60,12 @@ requeue() {
     scontrol requeue "$job"
     exit
 }
+# What passes (75), as a file server that starts again, is worth being queued, though not for ever.
+give_up() {
+    code=$?
+    [ "$code" != 75 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 50 ] || requeue
+    exit "$code"
+}
 
 number=0 cpus=${SLURM_CPUS_PER_TASK:-1}
 for stage in ${DPO_STAGES:-$every}; do
@@ -65,7 +73,7 @@ for stage in ${DPO_STAGES:-$every}; do
     number=$((number + 1))
     # Jobs that share a node must not share a port, nor steps that follow each other.
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + number) % 20000))
-    plan=$(attempt begin "$stage" "$@") || exit
+    plan=$(attempt begin "$stage" "$@") || give_up
     read -r tasks LOG_DIR <<<"$plan"
     [ "$tasks" != skip ] || continue
     export LOG_DIR
@@ -79,6 +87,6 @@ for stage in ${DPO_STAGES:-$every}; do
     step=$!
     # A signal interrupts `wait`, and the step goes on.
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
-    verdict=$(attempt judge "$stage" "$@") || exit
+    verdict=$(attempt judge "$stage" "$@") || give_up
     [ "$verdict" = next ] || requeue
 done

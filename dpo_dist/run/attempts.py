@@ -9,18 +9,22 @@ import contextlib
 import json
 import os
 import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dpo_dist.config.cluster_section import RestartSection
-from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError
+from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError, is_transient
 from dpo_dist.run.lock import refuse_if_held
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.pipeline import PUSH, STAGES
 from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_failures, rank_log_path
 from dpo_dist.run.status import read_status, update_stage, update_status
 
+T = TypeVar("T")
 Verdict = Literal["next", "restart", "stop"]
 ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
 TAIL_LINES = 30
@@ -29,6 +33,7 @@ LIKELY_CAUSES: dict[int, str] = {
     signal.SIGKILL: ", often out of memory",
     signal.SIGBUS: ", often a full /dev/shm or a file system that went away",
 }
+PAUSES_S = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # four minutes: a file server starts again
 NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
 
 
@@ -133,6 +138,23 @@ def note_end(paths: RunDir, stage: str) -> None:
     failures = _rank_failures(paths, stage)
     if failures and own.get("state") in ("started", "running"):
         update_stage(paths.status_path, stage, "failed", **failures[0])
+
+
+def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES_S) -> T:
+    """What `work` returns, tried again after each pause while its error is one that passes.
+
+    For a launcher, which nobody starts again; a rank leaves with 75 and is. Raises what the last
+    try raises, and what does not pass at once.
+    """
+    for pause in pauses:
+        try:
+            return work()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+    return work()
 
 
 def _rank_failures(paths: RunDir, stage: str) -> list[dict[str, Any]]:

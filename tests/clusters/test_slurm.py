@@ -49,6 +49,7 @@ class Slurm:
             "PATH": search,
             "HF_HUB_OFFLINE": "1",
             "COLUMNS": "1000",
+            "SLURM_EXPORT_ENV": "NONE",  # as some sites have it: srun would hand on nothing
         }
 
     def call(self, *command: str | Path, cwd: Path | None = None) -> str:

@@ -3,13 +3,22 @@
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from support.tiny_run import dpo_dist, succeed
+import pytest
+from support.ranks import started_ranks, wait_until
+from support.tiny_run import as_command, dpo_dist, make_run, succeed, succeed_on
 
-from dpo_dist.run.status import describe_status, read_status, update_stage, update_status
+from dpo_dist.run.status import (
+    age_of,
+    describe_status,
+    read_status,
+    update_stage,
+    update_status,
+)
 
 
 def test_stages_are_noted_beside_each_other(tmp_path: Path) -> None:
@@ -91,3 +100,21 @@ def test_truth_18_a_word_that_is_overdue_is_told(tmp_path: Path) -> None:
     assert "silent" not in shown(1000) and "within 1,800 s" in shown(2000)
     update_stage(path, "export", "finished")
     assert "silent" not in shown(5000)
+
+
+@pytest.mark.slow  # a minute of silence
+@pytest.mark.timeout(400)
+def test_truth_18_a_stopped_rank_is_told_within_its_limit(tmp_path: Path) -> None:
+    """SIGSTOP to one of two ranks of a real training: the other waits for it in a collective."""
+    run_yaml = make_run(tmp_path)
+    succeed_on(1, "prepare", run_yaml)
+    succeed_on(2, "reference", run_yaml)
+    with started_ranks(2, as_command, "train", str(run_yaml), "train.num_epochs=10000") as ranks:
+        path = tmp_path / "out" / "status.json"
+        wait_until(lambda: (read_status(path).get("train") or {}).get("step", 0) >= 3, 120)
+        assert "silent" not in succeed("status", path.parent).stdout
+        os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+        wait_until(lambda: age_of(path) > 61, 120)
+        said = succeed("status", path.parent).stdout
+        assert [process.poll() for process in ranks.processes] == [None, None]
+    assert re.search(r"^silent +no word for 6\d s, expected one within 60 s$", said, re.M), said

@@ -127,12 +127,12 @@ def fail_on(num_ranks: int, *arguments: str | Path) -> str:
 
 
 def _launched(num_ranks: int, arguments: tuple[str | Path, ...]) -> tuple[list[int], str]:
-    with started_ranks(num_ranks, _command, *map(str, arguments)) as ranks:
+    with started_ranks(num_ranks, as_command, *map(str, arguments)) as ranks:
         results = ranks.wait(timeout_s=400, grace_s=15)
     return [result.exit_code for result in results], results[0].output
 
 
-def _command(*arguments: str) -> None:
+def as_command(*arguments: str) -> None:
     from dpo_dist.cli.app import main
 
     sys.argv = ["dpo-dist", *arguments]
