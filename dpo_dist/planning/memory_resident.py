@@ -38,6 +38,13 @@ def resident_sizes(setup: Setup) -> Iterator[Size]:
             count * d * sharding.reduce_bucket,
             f"{count} x {d} bytes x {shortened(sharding.reduce_bucket)} elements",
         )
+        if sharding.reduce_bytes > d:
+            yield Size(
+                "reduced_bucket",
+                sharding.reduce_bytes * sharding.reduce_bucket,
+                f"{sharding.reduce_bytes} bytes x {shortened(sharding.reduce_bucket)} elements, "
+                "the copy that is added up over ranks",
+            )
 
 
 def parameter_sizes(setup: Setup) -> Iterator[Size]:

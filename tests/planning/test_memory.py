@@ -192,12 +192,24 @@ def test_resident_memory_is_what_deepspeed_holds(name: str, dtype: str, adapter:
     )
     setup = setup_of(shape, sharding_config(name, dtype, 2), dtype, 2)
     memory = estimate_memory(setup)
-    # ZeRO-2 gives its buckets back between two backwards, so they may or may not be there.
+    # ZeRO-2 gives its buckets back between two backwards, so they may or may not be there, and the
+    # float32 copy of a bucket lives while it is reduced.
     most = total(memory.resident) + total(memory.host) / 2
-    buckets = sum(size.num_bytes for size in memory.resident if size.name == "reduce_buckets")
+    passing = ("reduce_buckets", "reduced_bucket")
+    buckets = sum(size.num_bytes for size in memory.resident if size.name in passing)
     assert 0.99 * (most - buckets) <= held["resident"] <= 1.01 * most
     if not setup.sharding.offload_optimizer and setup.sharding.secondary_ranks == 1:
         assert held["update"] == pytest.approx(total(memory.update), rel=0.03, abs=10_000)
+
+
+def test_truth_03_the_float32_copy_of_a_bucket_is_counted() -> None:
+    config = sharding_config("zero3", "bfloat16", 2)
+    setup = setup_of(LLAMA_8B, config, "bfloat16", 2)
+    copy = 4 * config["zero_optimization"]["reduce_bucket_size"]
+    assert sizes_of(setup)["reduced_bucket"].num_bytes == copy
+    for other in (config | {"communication_data_type": "bf16"}, config):
+        dtype = "bfloat16" if other is not config else "float32"
+        assert "reduced_bucket" not in sizes_of(setup_of(LLAMA_8B, other, dtype, 2))
 
 
 def pairs_of(seed: int) -> Any:

@@ -110,8 +110,11 @@ def training_config(
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,  # check_optimizer knows which were tested
     }
-    if dtype == "bfloat16" and zero_stage(config) >= 2:  # zero.backward does it below
-        config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+    if dtype == "bfloat16":
+        # over ranks as over micro-batches: each addition in bfloat16 drops what is 1/256 of the sum
+        config.setdefault("communication_data_type", "fp32")
+        if zero_stage(config) >= 2:  # zero.backward does it below
+            config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     if universal:
         config["checkpoint"] = {"load_universal": True}
     return config

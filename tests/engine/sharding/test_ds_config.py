@@ -103,3 +103,14 @@ def test_bad_files(tmp_path: Path) -> None:
         ds_config.read_sharding(write(tmp_path, "{"))
     with pytest.raises(ConfigError, match="has no zero_optimization.stage; expected a ZeRO stage"):
         ds_config.read_sharding(write(tmp_path, {"zero_optimization": {}}))
+
+
+def test_data_types_below_zero2_are_refused(tmp_path: Path) -> None:
+    raw = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    path = write(tmp_path, raw)
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} sets data_types under ZeRO stage 1; expected it under stage 2 or 3 only: below, "
+        "gradients are added up in float32 without it. Remove it there."
+    )
