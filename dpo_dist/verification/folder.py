@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
+from dpo_dist.data.pairs import unmarked
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.checkpoints.commit import find_changed
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.export.weight_streams import export_dtype
 from dpo_dist.engine.forward.generation import Sampling, answer, answer_in_training
+from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.pair_scorer import score_pairs
 from dpo_dist.engine.model.strict_load import stored_specs
 from dpo_dist.engine.weights.safetensors_reader import TensorSpec
 from dpo_dist.errors import DPODistError
@@ -128,7 +131,7 @@ def _tokenizer(exported: Exported, probe: Probe) -> str:
     own = load_tokenizer(exported.base_dir, template, remote)
     found = load_tokenizer(exported.folder, None, remote)
     texts = [
-        own.decode([*prompt, *chosen])
+        own.decode([*prompt, *unmarked(chosen)])
         for prompt, chosen, _ in map(probe.pairs.token_ids, probe.indices.tolist())
     ]
     refuse([f"encodes {t!r} differently" for t in texts if own.encode(t) != found.encode(t)])
@@ -140,13 +143,15 @@ def _tokenizer(exported: Exported, probe: Probe) -> str:
 def _answer(exported: Exported, frozen: FrozenModel, probe: Probe) -> str:
     """Greedy generation runs."""
     tokenizer = load_tokenizer(exported.folder, None, exported.config.model.trust_remote_code)
-    prompts, sampling = (
-        [probe.pairs.token_ids(int(probe.indices[0]))[0]],
-        Sampling(NUM_ANSWER_TOKENS),
-    )
+    pair, sampling = probe.pairs.token_ids(int(probe.indices[0])), Sampling(NUM_ANSWER_TOKENS)
+    prompts = [pair[0]]
     if frozen.engine is None:
         text = answer(frozen.scorer.policy, tokenizer, prompts, sampling)[0].text
     else:
+        # Through the engine once: by that DeepSpeed learns which modules read others' weights, as
+        # DoRA's do, and gathers them from then on.
+        with torch.no_grad():
+            score_pairs(frozen.model, pack_pairs([pair], exported.device), "plain")
         seed = exported.config.run.seed
         (text,) = answer_in_training(
             frozen.engine, tokenizer, prompts, sampling, device=exported.device, seed=seed

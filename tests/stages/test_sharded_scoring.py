@@ -16,6 +16,8 @@ from dpo_dist.stages import export, verify
 pytestmark = pytest.mark.timeout(400)
 KINDS = {
     "full": ("export.dtype=float32",),
+    "dora": ("adapter.rank=3", "adapter.use_dora=true", "export.dtype=float32"),
+    "qlora": ("adapter.rank=3", "model.quantization=nf4"),
     "lora": ("adapter.rank=3", "adapter.modules_to_save=[lm_head]", "export.dtype=float32"),
 }
 
@@ -58,7 +60,13 @@ def share_held(module: torch.nn.Module) -> float:
     return held / whole
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = ("dora", "qlora")  # a minute each
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(An exported run whose reference is there, its overrides.)"""
     overrides = list(KINDS[request.param])
@@ -97,10 +105,12 @@ def test_truth_13_evaluate_holds_its_share_and_gives_the_same_numbers(exported: 
 
 def test_truth_13_verify_holds_its_share_and_passes(exported: Any) -> None:
     run, _ = exported
+    quantized = run.config.model.quantization is not None
     verify.run(run.config)
     alone = json.loads(run.paths.verify_path.read_text())
     for held in on_two_ranks("verify", exported, "zero3"):
-        assert held == pytest.approx([0.5] * len(alone["exports"]), abs=0.02)
+        models = len(alone["exports"]) + quantized  # the adapter on both bases
+        assert held == pytest.approx([0.5] * models, abs=0.02)
     report = json.loads(run.paths.verify_path.read_text())
     assert report["passed"] is True
     for ours, theirs in zip(report["checks"], alone["checks"], strict=True):

@@ -31,8 +31,24 @@ BUILD_S = 600.0  # longer than any of DeepSpeed's extensions takes to build
 def process_group(topology: Topology) -> Iterator[torch.device]:
     """Joins the job's ranks (nccl on GPUs, gloo on CPUs) and leaves them in order at the end.
 
-    Raises ClusterError on every rank when their devices do not fit together.
+    What it sets in the environment is gone after it: a command that this process starts later is no
+    rank. Raises ClusterError on every rank when their devices do not fit together.
     """
+    with _environment_put_back():
+        yield from _joined(topology)
+
+
+@contextlib.contextmanager
+def _environment_put_back() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _joined(topology: Topology) -> Iterator[torch.device]:
     os.environ.update(topology.environment())
     device, meeting = agree_on_device(topology, TIMEOUT)
     if device.type == "cuda":

@@ -59,7 +59,8 @@ def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
         module = wrapper.get_base_layer()
         adapted = {w.parameter_name for w in wrappers if w.get_base_layer() is module}
         own = module.named_parameters(recurse=False, remove_duplicate=False)
-        beside = [name for name, _ in own if name not in adapted]
+        names = [name for name, _ in own if name not in adapted]
+        beside = [name for name in names if name.endswith("bias")]  # other weights are no trouble
         if beside and hasattr(getattr(module, wrapper.parameter_name), "ds_id"):
             raise ConfigError(
                 f"the adapter takes {', '.join(sorted(adapted))} of experts that have "
