@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 MODEL := models/SmolLM2-135M-Instruct
 DATA := runs/quickstart/data
+AGENT := examples/agent_trajectories
 # What `make coverage` runs, all by default, and options of .ci/matrix.py.
 TESTS ?=
 MATRIX ?=
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-slow gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -29,6 +30,14 @@ quickstart: install
 	$(BIN)/dpo-dist evaluate examples/quickstart.yaml run.dir=$(RUN)
 	$(BIN)/dpo-dist generate examples/quickstart.yaml run.dir=$(RUN)
 	$(BIN)/python examples/quickstart/summary.py $(RUN)
+
+# Preferences between an agent's trajectories: the tool's words are read, the agent's are scored.
+agent: install
+	$(BIN)/python examples/quickstart/fetch_model.py --out $(MODEL)
+	$(BIN)/python $(AGENT)/make_rows.py --out runs/agent/data
+	$(BIN)/dpo-dist prepare $(AGENT).yaml --preview 1
+	$(BIN)/dpo-dist run $(AGENT).yaml
+	$(BIN)/dpo-dist evaluate $(AGENT).yaml
 
 test: install
 	$(BIN)/python -m pytest

@@ -61,6 +61,12 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="Variables of the template, e.g. {enable_thinking: false}; a row's win."
     )
+    on_bad_row: Literal["raise", "drop"] = Field(
+        "raise", description="Rows that cannot be read: tell of the first ten, or drop them."
+    )
+    max_bad_rows: Fraction = Field(
+        0.01, description="With on_bad_row drop: fail if more than this share cannot be read."
+    )
     on_lost_text: Policy = Field(
         "raise",
         description="Pairs with text that the template leaves out; raise lets a few be dropped.",

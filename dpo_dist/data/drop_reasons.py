@@ -14,6 +14,7 @@ class Reason:
     remedy: str
 
 
+BAD_ROW: Final = "bad_row"
 UNPAIRED: Final = "unpaired"
 NO_SHARED_PROMPT: Final = "no_shared_prompt"
 LOW_MARGIN: Final = "low_margin"
@@ -30,6 +31,12 @@ OVERLAP: Final = "overlap"
 
 # In the order they are looked at: a pair counts under the first that fits.
 DROP_REASONS = (
+    Reason(
+        BAD_ROW,
+        None,  # data.on_bad_row, while rows are read
+        "a field is missing or of another kind than its format has",
+        "Correct or remove the row.",
+    ),
     Reason(
         UNPAIRED,
         None,
@@ -112,7 +119,7 @@ DROP_REASONS = (
 KEPT: Final = 0
 CODES = {reason.name: code for code, reason in enumerate(DROP_REASONS, start=1)}
 
-CUT_TO_SHARED: Final = "cut_to_shared"
+SEVERAL_TURNS: Final = "several_turns"
 MERGED_BOUNDARY: Final = "merged_boundary"
 REWRITTEN_PROMPT: Final = "rewritten_prompt"
 SPECIAL_IN_TEXT: Final = "special_in_text"
@@ -121,7 +128,7 @@ TRUNCATED: Final = "truncated"
 
 # name -> meaning; a kept pair can have several, bit 1 << index.
 NOTES = {
-    CUT_TO_SHARED: "dialogues differ before the last turn: cut to the shared part",
+    SEVERAL_TURNS: "an answer has several turns: those of the assistant are scored",
     MERGED_BOUNDARY: "tokens would merge across prompt and answer: tokenized apart",
     REWRITTEN_PROMPT: "the template renders the prompt otherwise before an answer: cut there",
     SPECIAL_IN_TEXT: "the text itself holds a special token of the tokenizer",

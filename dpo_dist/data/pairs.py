@@ -6,7 +6,8 @@
         report.json      what was kept, dropped and noted
 
 Columns: prompt_ids, chosen_ids, rejected_ids (lists of int32), pair_key (16 bytes), source,
-origin. N pairs of a split.
+origin. A token of an answer that is read and not scored, such as a tool's, is written ~id.
+N pairs of a split.
 """
 
 # pyright: basic
@@ -65,18 +66,19 @@ class Pairs:
 
     @functools.cached_property
     def chosen_lengths(self) -> IntArray:
-        """(N,) tokens."""
-        return list_lengths(self.table["chosen_ids"])
+        """(N,) scored tokens."""
+        return scored_lengths(self.table["chosen_ids"])
 
     @functools.cached_property
     def rejected_lengths(self) -> IntArray:
-        """(N,) tokens."""
-        return list_lengths(self.table["rejected_ids"])
+        """(N,) scored tokens."""
+        return scored_lengths(self.table["rejected_ids"])
 
     @functools.cached_property
     def packed_lengths(self) -> IntArray:
         """(N,) tokens of prompt | chosen | rejected."""
-        return self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
+        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return np.sum([list_lengths(self.table[part]) for part in parts], axis=0)
 
     @functools.cached_property
     def sources(self) -> npt.NDArray[np.str_]:
@@ -140,6 +142,21 @@ def key_column(array: pa.FixedSizeBinaryArray) -> KeyArray:
 def list_lengths(column: pa.ListArray | pa.ChunkedArray) -> IntArray:
     """(N,) lengths of the lists of an Arrow column."""
     return pc.call_function("list_value_length", [column]).to_numpy().astype(np.int64)
+
+
+def unmarked(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """(T,) ids without the marks of what is not scored."""
+    marked = np.asarray(ids, dtype=np.int32)
+    return np.where(marked < 0, ~marked, marked)
+
+
+def scored_lengths(column: pa.ChunkedArray) -> IntArray:
+    """(N,) how many tokens of each list are scored; the others are negative."""
+    counts = [np.zeros(0, dtype=np.int64)]
+    for chunk in column.chunks:
+        scored = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() >= 0)])
+        counts.append(np.diff(scored[chunk.offsets.to_numpy()]))
+    return np.concatenate(counts)
 
 
 def _damaged(folder: Path, what: str) -> ArtifactError:

@@ -1,11 +1,14 @@
 """The weights of an export folder, streamed from the base model and the checkpoint."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.data.tokens.render import end_of_turn
+from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.engine.checkpoints.shard_reader import ShardedCheckpoint, open_checkpoint
 from dpo_dist.engine.export.weight_changes import adapter_changes, check_adapter, full_changes
 from dpo_dist.engine.export.weight_streams import adapter_weights, model_weights, plan_model
@@ -69,7 +72,24 @@ def _write_model(job: ExportJob, trained: ShardedCheckpoint, folder: Path) -> di
     for pattern in (GENERATION_CONFIG_NAME, *remote_code):
         for path in sorted(base.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+    _stop_at_the_end_of_a_turn(job, folder / GENERATION_CONFIG_NAME)
     return records
+
+
+def _stop_at_the_end_of_a_turn(job: ExportJob, path: Path) -> None:
+    """Lists what the run's chat template writes behind an answer among the tokens that end one.
+
+    A base model's file names its end of text only, and servers would generate to their limit.
+    """
+    remote = job.config.model.trust_remote_code
+    end = end_of_turn(load_tokenizer(job.models.base, job.template, remote))
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    listed = settings.get("eos_token_id", read_model_config(job.models.base).get("eos_token_id"))
+    stops = [
+        token for token in (listed if isinstance(listed, list) else [listed]) if token is not None
+    ]
+    if end is not None and end not in stops:
+        write_json(path, settings | {"eos_token_id": [*stops, end]})
 
 
 def _adapted_skeleton(job: ExportJob) -> Any:

@@ -22,11 +22,17 @@ from rich.text import Text
 
 from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.data.drop_reasons import CODES, DROP_REASONS, KEPT, LOST_TEXT
+from dpo_dist.data.drop_reasons import BAD_ROW, CODES, DROP_REASONS, KEPT, LOST_TEXT
 from dpo_dist.data.pairs import SPLITS, Split, open_pairs
 from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
-from dpo_dist.data.screening.data_report import bias_warnings, print_report, split_report
+from dpo_dist.data.screening.bad_rows import BadRow
+from dpo_dist.data.screening.data_report import (
+    bias_warnings,
+    hints,
+    print_report,
+    split_report,
+)
 from dpo_dist.data.screening.drops import (
     apply_gate,
     check_left_out,
@@ -43,7 +49,7 @@ from dpo_dist.data.screening.tokenizer_pool import (
     tokenize_chunks,
 )
 from dpo_dist.data.screening.write_pairs import write_pairs
-from dpo_dist.data.tokens.templates import resolve_template, split_markers
+from dpo_dist.data.tokens.templates import resolve_template
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
 from dpo_dist.inputs.own_base import make_base
@@ -68,7 +74,9 @@ _logger = logging.getLogger(__name__)
 STAGE = "prepare"
 MAX_AUTO_WORKERS = 16
 # Left out of the settings while they have their default: pairs made before they came stay current.
-LATER_KEYS = ("leave_out", "chat_template_kwargs", "on_lost_text", "allow_lost")
+LATER_KEYS = (
+    "leave_out", "chat_template_kwargs", "on_lost_text", "allow_lost", "on_bad_row", "max_bad_rows",
+)  # fmt: skip
 ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than the work
 
 
@@ -129,7 +137,9 @@ def _preview_rows(
         origin = f"{source.name}, {source.row_format}, {source.rows.origin(row['position'])}"
         if row["reason"] not in (KEPT, CODES[LOST_TEXT]):
             reason = DROP_REASONS[row["reason"] - 1]
-            output.print(Text(f"{origin}\ndropped, {reason.name}: {reason.meaning}\n"))
+            bad = row["reason"] == CODES[BAD_ROW]
+            why = BadRow.parse(row["detail"]).reason if bad else reason.meaning
+            output.print(Text(f"{origin}\ndropped, {reason.name}: {why}\n"))
             continue
         length = max_length if isinstance(max_length, int) else None
         room = None if length is None else max(length - len(row["prompt_ids"]), 0)
@@ -213,7 +223,7 @@ def _prepare(
         num_pairs = report["splits"][split]["pairs"] if columns is not None else 0
         details["splits"][split] = {"num_pairs": num_pairs, "digest": digest}
     check_left_out(tokenized.values(), config.data)
-    report["hints"] = _hints(config, tokenizer, sources)
+    report["hints"] = hints(config.data, tokenizer, sources)
     report["warnings"] = [
         text for split, counts in report["splits"].items() for text in bias_warnings(split, counts)
     ]
@@ -254,6 +264,7 @@ def _tokenize(
             tokenize_chunks(job, tokenizer, chunks, num_workers),
             job.sources,
             {split: _scratch_path(scratch, split) for split in SPLITS},
+            job.settings,
             lambda rows: bar.advance(task, rows),
         )
     seconds, total = time.monotonic() - started, sum(map(len, tokenized.values()))
@@ -279,22 +290,3 @@ def _num_workers(setting: int | str, num_rows: int | None, num_chunks: int | Non
     if num_rows is not None and num_rows < ROWS_FOR_WORKERS:
         return 1
     return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS, most)
-
-
-def _hints(config: RunConfig, tokenizer: PairTokenizer, sources: Sequence[Source]) -> list[str]:
-    """What is allowed, yet seldom meant."""
-    hints: list[str] = []
-    plain = sorted({source.name for source in sources if source.row_format == "standard"})
-    if plain and tokenizer.tokenizer.chat_template:
-        hints.append(
-            f"{', '.join(plain)}: format standard is plain text without the chat template, as in "
-            "TRL; for the template set format: orca and columns: {question: prompt}"
-        )
-    if plain and not tokenizer.tokenizer.eos_token:
-        hints.append(f"{', '.join(plain)}: the tokenizer has no EOS, so answers end without one")
-    if markers := split_markers(tokenizer.tokenizer, config.data.chat_template):
-        hints.append(
-            f"chat template {config.data.chat_template} writes {', '.join(markers)}, which this "
-            "tokenizer has not as one token: the model will hardly learn to stop"
-        )
-    return hints

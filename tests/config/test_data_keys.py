@@ -19,6 +19,7 @@ from dpo_dist.stages import prepare
 
 REPO = "org/prefs"
 MANY_DROPPED = {"data.max_dropped": 0.9}
+BAD = {"data.train": [{"path": "bad.jsonl"}]}
 DEAF = {"data.chat_template": "own.jinja", "data.system_message": "Be brief."}
 OWN_TEMPLATE = """
 {%- for turn in messages if turn.role != 'system' -%}
@@ -119,6 +120,8 @@ FLIPS = [
     Flip(
         "data.chat_template_kwargs", {"loud": True}, pairs_of, {"data.chat_template": "own.jinja"}
     ),
+    Flip("data.on_bad_row", "drop", refusal_of, BAD),
+    Flip("data.max_bad_rows", 0.2, refusal_of, BAD | {"data.on_bad_row": "drop"}),
     Flip("data.on_lost_text", "keep", refusal_of, DEAF),
     Flip("data.allow_lost", ["content"], refusal_of, DEAF),
     Flip("data.on_empty", "keep", pairs_of),
@@ -168,6 +171,8 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             row(first + 12, question="so " * 200),
         ]
         write_jsonl(folder / f"{name}.jsonl", [*plain, *broken, *([row(2)] if first else [])])
+    bad = [row(number, **({"chosen": 1} if number == 3 else {})) for number in range(10)]
+    write_jsonl(folder / "bad.jsonl", bad)
     (folder / "own.jinja").write_text(OWN_TEMPLATE)
     path = folder / "run.yaml"
     sources = {split: [{"path": f"{split}.jsonl"}] for split in SPLITS}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from support.keys.data_settings import data_settings
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.drop_reasons import CODES
@@ -38,7 +39,7 @@ def columns_of(
         for start in range(0, len(rows), batch_rows)
     ]
     scratch_path = folder / "scratch.arrow"
-    found = collect(batches, sources, {"train": scratch_path}, lambda rows: None)
+    found = collect(batches, sources, {"train": scratch_path}, data_settings(), lambda rows: None)
     return found["train"], scratch_path
 
 

@@ -100,7 +100,7 @@ def read_answers(
     rows = index_json(path, str(path), None)
     found: dict[QuestionId, Answered] = {}
     for number, row in enumerate(rows.read(range(len(rows))), start=1):
-        answered = _answered(row, number, questions)
+        answered = _answered(row.sound(), number, questions)
         question_id = answered.question.question_id
         if question_id in found:
             raise row.unusable(f"answers question {question_id!r} again", "a line a question")

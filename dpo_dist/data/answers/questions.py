@@ -75,7 +75,8 @@ def _text_questions(path: Path) -> list[Question]:
 
 def _json_questions(path: Path) -> list[Question]:
     rows = index_json(path, path.name, None)
-    return [_question(row, number) for number, row in enumerate(rows.read(range(len(rows))), 1)]
+    read = enumerate(rows.read(range(len(rows))), start=1)
+    return [_question(row.sound(), number) for number, row in read]
 
 
 def _question(row: Row, number: int) -> Question:

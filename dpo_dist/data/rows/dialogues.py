@@ -10,6 +10,7 @@ from dpo_dist.data.rows.messages import (
     SYSTEM_ROLES,
     Conversation,
     Message,
+    continued,
     dialogue_in,
     message,
     num_repeated,
@@ -22,39 +23,38 @@ from dpo_dist.data.rows.messages import (
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row
 
-NoPair = Literal["no_shared_prompt", "unpaired"]  # the reason a row makes no pair
+NoPair = Literal["no_shared_prompt", "unpaired", "low_margin"]  # the reason a row makes no pair
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def last_turn_pair(
+def shared_prompt_pair(
     row: Row, chosen: Conversation, rejected: Conversation, source: str
 ) -> Pair | NoPair:
-    """Splits two dialogues before their last assistant turn, or where they part.
+    """Splits two dialogues where they part: the prompt is what they share, the answers the rest.
 
-    Dialogues that part earlier are cut to what they share and the two assistant turns that
-    follow; when those are not assistant turns there is no common prompt to answer.
+    An answer begins with an assistant's message: where dialogues part in what a tool or a user
+    says, with the last one before that. Without any there is no common prompt to answer.
     """
     chosen, rejected = (_with_system(row, dialogue) for dialogue in (chosen, rejected))
-    last = len(chosen) - 1
-    at_the_end = len(rejected) - 1 == last == num_shared(chosen[:-1], rejected[:-1])
-    turn = last if at_the_end else num_shared(chosen, rejected)
-    if not 0 < turn < min(len(chosen), len(rejected)):
+    # dialogues that are the same have one answer, the last turn
+    turn = min(num_shared(chosen, rejected), max(len(chosen), len(rejected)) - 1)
+    if turn >= min(len(chosen), len(rejected)):
         return NO_SHARED_PROMPT
-    answers = chosen[turn], rejected[turn]
-    for answer in answers:
+    for answer in (chosen[turn], rejected[turn]):
         if answer["role"] not in ROLES:
             found = f"an answer has the role {answer['role']!r}"
             raise row.unusable(found, "assistant (gpt, model, bot and ai are read as it)")
-        if answer["role"] != "assistant":
-            return NO_SHARED_PROMPT
+    while turn and not chosen[turn]["role"] == rejected[turn]["role"] == "assistant":
+        turn -= 1
+    if turn == 0:
+        return NO_SHARED_PROMPT
     return Pair(
         prompt=chosen[:turn],
-        chosen=answers[0],
-        rejected=answers[1],
+        chosen=chosen[turn:],
+        rejected=rejected[turn:],
         source=source,
         origin=row.origin,
         tools=read_tools(row),
-        cut_to_shared=not at_the_end,
     )
 
 
@@ -77,21 +77,24 @@ def dialogue_pair(row: Row, source: str) -> Pair | NoPair:
     """The pair of two dialogues, whether the prompt stands in them, beside them, or both."""
     chosen, rejected = (read_messages(row, name) for name in ("chosen", "rejected"))
     if row.fields.get("prompt") is None:
-        return last_turn_pair(row, chosen, rejected, source)
+        return shared_prompt_pair(row, chosen, rejected, source)
     if isinstance(row.fields["prompt"], str) and not dialogue_of(row, "prompt"):
         # beside full dialogues this column only repeats a part of them, as in UltraFeedback
         repeated = any(turn["role"] == "user" for turn in chosen + rejected)
         opening = [] if repeated else [message("user", row.text("prompt"))]
-        return last_turn_pair(row, opening + chosen, opening + rejected, source)
+        return shared_prompt_pair(row, opening + chosen, opening + rejected, source)
     opening = read_messages(row, "prompt")
     if any(len(d) == len(opening) == num_repeated(opening, d) for d in (chosen, rejected)):
-        return last_turn_pair(row, chosen, rejected, source)  # an answer is no prompt
+        return shared_prompt_pair(row, chosen, rejected, source)  # an answer is no prompt
     begun = opening.pop() if opening[-1]["role"] == "assistant" else None
     dialogues = [_beyond(opening, begun, dialogue) for dialogue in (chosen, rejected)]
-    pair = last_turn_pair(row, opening + dialogues[0], opening + dialogues[1], source)
-    if begun is None or isinstance(pair, str) or pair.cut_to_shared:
+    pair = shared_prompt_pair(row, opening + dialogues[0], opening + dialogues[1], source)
+    if begun is None or isinstance(pair, str):
         return pair
-    return replace(pair, prompt=[*pair.prompt, begun], continues_turn=True)
+    if len(pair.prompt) == len(opening):
+        return replace(pair, prompt=[*pair.prompt, begun], continues_turn=True)
+    whole = [[*opening, continued(begun, first), *rest] for first, *rest in dialogues]
+    return shared_prompt_pair(row, whole[0], whole[1], source)
 
 
 def _beyond(opening: Conversation, begun: Message | None, dialogue: Conversation) -> Conversation:

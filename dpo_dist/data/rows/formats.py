@@ -3,8 +3,8 @@
 1. `detect_format` looks at the columns of a source's first row, once per source.
 2. `read_pair` turns a row into a `Pair`: a prompt and two answers, as text or as messages.
 
-In a conversation everything but the last assistant turn is the prompt. The few lines TRL has for
-an implicit prompt are written here anew: importing trl doubles the start of this stage.
+The prompt of a conversation is what both sides share. The few lines TRL has for an implicit prompt
+are written here anew: importing trl doubles the start of this stage.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from dpo_dist.data.rows.dialogues import (
     dialogue_of,
     dialogue_pair,
     hh_dialogue,
-    last_turn_pair,
+    shared_prompt_pair,
     system_of,
 )
 from dpo_dist.data.rows.messages import Conversation, message, read_template_kwargs
@@ -136,7 +136,7 @@ def _read(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
             return _single_turn_pair(row, prompt, "response_j", "response_k", source)
         case "hh":
             chosen, rejected = (hh_dialogue(row, name) for name in ("chosen", "rejected"))
-            return last_turn_pair(row, chosen, rejected, source)
+            return shared_prompt_pair(row, chosen, rejected, source)
         case "ultrafeedback" | "conversational":
             return dialogue_pair(row, source)
         case "auto" | "labelled":
@@ -179,7 +179,7 @@ def _alpaca_prompt(row: Row) -> Conversation:
 def _single_turn_pair(
     row: Row, prompt: Conversation, chosen: str, rejected: str, source: str
 ) -> Pair:
-    better, worse = (message("assistant", row.text(name)) for name in (chosen, rejected))
+    better, worse = ([message("assistant", row.text(name))] for name in (chosen, rejected))
     return Pair(prompt, better, worse, source, row.origin)
 
 

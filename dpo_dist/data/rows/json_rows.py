@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpo_dist.data.rows.row import Row, as_object, type_name
+from dpo_dist.data.rows.row import Row, RowError, as_object, type_name
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
 
@@ -39,10 +39,13 @@ class JsonRows:
         return len(self.starts)
 
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
-        """The rows at these positions; raises DataError at one that is no JSON object."""
+        """The rows at these positions; one that is no JSON object has a fault."""
         with self.path.open("rb") as stream:
             for position in positions:
-                yield self._read_one(stream, int(position))
+                try:
+                    yield self._read_one(stream, int(position))
+                except RowError as error:
+                    yield Row({}, self.origin(int(position)), fault=error)
 
     def origin(self, position: int) -> str:
         """`file:line` of a row."""
@@ -55,7 +58,7 @@ class JsonRows:
         try:
             value = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise DataError(
+            raise RowError(
                 f"{origin} is not UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start + 1})",
                 "UTF-8 text",
                 "Convert the file, for example with iconv.",
@@ -64,7 +67,7 @@ class JsonRows:
             raise _not_json(origin, error) from None
         fields = as_object(value)
         if fields is None:
-            raise DataError(
+            raise RowError(
                 f"{origin} holds {type_name(value)}",
                 "a JSON object with the fields of a preference row",
                 "Correct or remove the row.",
@@ -165,8 +168,8 @@ def _skip(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _not_json(origin: str, error: ValueError) -> DataError:
+def _not_json(origin: str, error: ValueError) -> RowError:
     where = (
         f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
     )
-    return DataError(f"{origin} is not JSON ({where})", "a JSON object", "Correct or remove it.")
+    return RowError(f"{origin} is not JSON ({where})", "a JSON object", "Correct or remove it.")

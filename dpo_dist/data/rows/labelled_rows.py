@@ -15,7 +15,7 @@ import numpy as np
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.rows.formats import LABELLED_COLUMNS, detect_format, rename_columns
 from dpo_dist.data.rows.json_rows import JsonRows
-from dpo_dist.data.rows.row import Row, type_name
+from dpo_dist.data.rows.row import Row, RowError, type_name
 from dpo_dist.data.rows.table_rows import TableRows
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
@@ -45,15 +45,17 @@ class LabelledRows:
         return len(self.good)
 
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
-        """The pairs at these positions; a row without a partner says so."""
+        """The pairs at these positions; a row without a partner says so, or has a fault."""
         order = list(map(int, positions))
         needed = [int(side[at]) for at in order for side in (self.good, self.bad)]
         numbers = sorted({number for number in needed if number != NONE})
         read = dict(zip(numbers, self.rows.read(numbers), strict=True))
         for at in order:
             good, bad = (read.get(int(side[at])) for side in (self.good, self.bad))
+            alone = good or bad
             if good is None or bad is None:
-                yield Row({}, self.origin(at), lacks_partner=True)
+                fault = None if alone is None else _fault_of(alone, self.columns)
+                yield Row({}, self.origin(at), lacks_partner=True, fault=fault)
             else:
                 good, bad = (rename_columns(row, self.columns) for row in (good, bad))
                 yield _joined(good, bad, self.origin(at))
@@ -71,22 +73,23 @@ def pair_labels(
 ) -> tuple[LabelledRows, PreferenceFormat]:
     """Pairs all rows of a source; also the format that its pairs have.
 
-    Raises DataError at a row without completion, label or prompt; `where` is the source's key.
+    One that cannot be read has no partner. Raises DataError when none can be read; `where` is the
+    source's key.
     """
     waiting: dict[tuple[str, bool], deque[int]] = defaultdict(deque)
     starts: list[int] = []  # row of each pair's first answer
     partners: list[int] = []
     labels: list[bool] = []
     row_format: PreferenceFormat | None = None
+    first_fault: RowError | None = None
     for position, row in enumerate(_all_rows(rows)):
+        if fault := _fault_of(row, columns):
+            first_fault = first_fault or fault
+            starts.append(position)
+            labels.append(True)
+            partners.append(NONE)
+            continue
         row = rename_columns(row, columns)
-        missing = LABELLED_COLUMNS - row.fields.keys()
-        if missing and position == 0:
-            raise DataError(
-                f"{row.origin} has the columns {', '.join(row.fields) or '(none)'}",
-                "prompt, completion and label, because the format is labelled",
-                f"Map the file's names, for example {where}.columns={{completion: answer}}.",
-            )
         row_format = row_format or detect_format(_joined(row, row, row.origin), where)
         label, prompt = _label(row), _prompt_of(row)
         others = waiting[prompt, not label]
@@ -97,11 +100,37 @@ def pair_labels(
         starts.append(position)
         labels.append(label)
         partners.append(NONE)
-    assert row_format is not None, "the source has rows"
+    if row_format is None:
+        assert first_fault is not None, "the source has rows"
+        _refuse_columns(rows, columns, where)
+        raise first_fault
     is_good = np.array(labels)
     first, second = np.array(starts, dtype=np.int64), np.array(partners, dtype=np.int64)
     good, bad = np.where(is_good, first, second), np.where(is_good, second, first)
     return LabelledRows(rows, columns, good, bad), row_format
+
+
+def _refuse_columns(rows: JsonRows | TableRows, columns: dict[str, str], where: str) -> None:
+    """Raises DataError when it is columns that a source of unusable rows lacks."""
+    first = rename_columns(next(rows.read([0])).sound(), columns)
+    if LABELLED_COLUMNS - first.fields.keys():
+        raise DataError(
+            f"{first.origin} has the columns {', '.join(first.fields) or '(none)'}",
+            "prompt, completion and label, because the format is labelled",
+            f"Map the file's names, for example {where}.columns={{completion: answer}}.",
+        )
+
+
+def _fault_of(row: Row, columns: dict[str, str]) -> RowError | None:
+    """Why a row makes no half of a pair."""
+    try:
+        row = rename_columns(row.sound(), columns)
+        row.field("completion")
+        _label(row)
+        _prompt_of(row)
+    except RowError as fault:
+        return fault
+    return None
 
 
 def _all_rows(rows: JsonRows | TableRows) -> Iterator[Row]:

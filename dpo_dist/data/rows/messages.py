@@ -112,6 +112,11 @@ def text_of(part: str | Message) -> str:
     return part if isinstance(part, str) else str(part.get("content") or "")
 
 
+def continued(begun: Message, rest: Message) -> Message:
+    """The turn that begins with `begun` and goes on with `rest`."""
+    return {**begun, **rest, "content": text_of(begun) + text_of(rest)}
+
+
 def num_shared(dialogue: Conversation, other: Conversation) -> int:
     """How many messages two dialogues have in common from the start."""
     for index, (ours, theirs) in enumerate(zip(dialogue, other, strict=False)):

@@ -7,6 +7,10 @@ from typing import Any, cast
 from dpo_dist.errors import DataError
 
 
+class RowError(DataError):
+    """A single row is not usable; others of its source may be."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Named values and where they lie, `file:line`."""
@@ -14,11 +18,18 @@ class Row:
     fields: Mapping[str, Any]
     origin: str
     lacks_partner: bool = False  # a labelled answer without one of the other label
+    fault: RowError | None = None  # what kept it from being read; there are no fields then
+
+    def sound(self) -> "Row":
+        """The row itself; raises its fault if it has one."""
+        if self.fault is not None:
+            raise self.fault
+        return self
 
     def field(self, name: str) -> Any:
         """A field that is there and not null; raises DataError otherwise."""
         if name not in self.fields:
-            raise DataError(
+            raise RowError(
                 f"{self.origin} has no field {name!r} (it has {', '.join(self.fields) or 'none'})",
                 f"a field {name!r} in every row",
                 "Correct or remove the row, or map the column with `columns`.",
@@ -43,9 +54,9 @@ class Row:
             raise self.unusable(f"{name} holds half a character ({half})", "whole ones") from None
         return value
 
-    def unusable(self, found: str, expected: str) -> DataError:
+    def unusable(self, found: str, expected: str) -> RowError:
         """The error of a row that has to be fixed."""
-        return DataError(f"{self.origin}: {found}", expected, "Correct or remove the row.")
+        return RowError(f"{self.origin}: {found}", expected, "Correct or remove the row.")
 
 
 def without_padding(value: Any) -> Any:

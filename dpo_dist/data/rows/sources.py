@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import itertools
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from dpo_dist.data.rows.formats import (
 )
 from dpo_dist.data.rows.json_rows import JsonRows, index_json
 from dpo_dist.data.rows.labelled_rows import LabelledRows, pair_labels
-from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.row import Row, RowError
 from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream
 from dpo_dist.data.rows.table_rows import (
     TableRows,
@@ -50,6 +50,7 @@ SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".csv": "csv",
 }
+_LOOK_AT_ROWS = 100  # for one that tells the format
 FOLDER_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 
 
@@ -83,8 +84,7 @@ def open_sources(
         key = f"data.{split}.{index}"
         check_column_map(section.columns, key)
         rows = _open_rows(section, key, scratch_dir / f"{split}-{index}.arrow")
-        first = _first_row(rows)
-        if first is None:
+        if next(_first_rows(rows), None) is None:
             raise DataError(f"{key}: {rows.label} has no rows", "preference rows", "Fill it.")
         columns, row_format = section.columns, section.format
         if row_format == "labelled":
@@ -92,8 +92,7 @@ def open_sources(
             rows, row_format = pair_labels(rows, columns, key)
             columns = {}
         elif row_format == "auto":
-            columns = columns | implied_columns(rename_columns(first, columns))
-            row_format = detect_format(rename_columns(first, columns), key)
+            columns, row_format = _detected(rows, columns, key)
         name = _unique_name(section, [*taken_names, *(source.name for source in sources)])
         margin = section.min_score_margin
         sources.append(Source(name, split, rows, row_format, columns, section.weight, margin))
@@ -156,10 +155,26 @@ def _stream(kind: Kind, section: SourceSection, path: Path, key: str) -> StreamR
     return StreamRows(name, section.config, section.split, revision, section.limit, key)
 
 
-def _first_row(rows: JsonRows | TableRows | StreamRows) -> Row | None:
+def _first_rows(rows: JsonRows | TableRows | StreamRows) -> Iterator[Row]:
     if isinstance(rows, StreamRows):
-        return next(iter(rows), None)
-    return next(iter(rows.read([0])), None) if len(rows) else None
+        return itertools.islice(iter(rows), _LOOK_AT_ROWS)
+    return rows.read(range(min(len(rows), _LOOK_AT_ROWS)))
+
+
+def _detected(
+    rows: JsonRows | TableRows | StreamRows, columns: dict[str, str], key: str
+) -> tuple[dict[str, str], PreferenceFormat]:
+    """Columns and format by the first row that can be read; raises the first error if none can."""
+    first: RowError | None = None
+    for row in _first_rows(rows):
+        try:
+            row = rename_columns(row.sound(), columns)
+            implied = implied_columns(row)
+            return columns | implied, detect_format(rename_columns(row, implied), key)
+        except RowError as error:
+            first = first or error
+    assert first is not None, "the source has rows"
+    raise first
 
 
 def _kind(section: SourceSection, path: Path, key: str) -> Kind:

@@ -9,8 +9,8 @@ scratch folder, so that any process can read any row.
 
 import csv
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_dist.data.rows.row import Row, without_padding
+from dpo_dist.data.rows.row import Row, RowError, without_padding
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
 from dpo_dist.wording import first_line
@@ -35,6 +35,7 @@ class TableRows:
     dataset: Any
     label: str
     lines: npt.NDArray[np.int64] | None = None
+    faults: Mapping[int, RowError] = field(default_factory=dict[int, RowError])  # by position
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -51,7 +52,8 @@ class TableRows:
         columns = self.dataset[order]
         for index, position in enumerate(order):
             fields = {name: without_padding(values[index]) for name, values in columns.items()}
-            yield Row(fields, self.origin(position))
+            fault = self.faults.get(position)
+            yield Row({} if fault else fields, self.origin(position), fault=fault)
 
     def origin(self, position: int) -> str:
         """`file:line` in a CSV file, else `name:row` with rows counted from 1."""
@@ -78,6 +80,7 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
     """Streams the first `limit` rows of a CSV file, all columns as text, into an Arrow file."""
     csv.field_size_limit(_CSV_FIELD_BYTES)
     lines: list[int] = []
+    faults: dict[int, RowError] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
@@ -89,7 +92,7 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
                     "Rename one.",
                 )
             schema = pa.schema([(name, pa.string()) for name in names])
-            rows = itertools.islice(_csv_rows(reader, names, label, lines), limit)
+            rows = itertools.islice(_csv_rows(reader, names, label, lines, faults), limit)
             batches = (
                 pa.record_batch(dict(zip(names, zip(*group, strict=True), strict=True)), schema)
                 for group in iter(lambda: list(itertools.islice(rows, SPOOL_ROWS)), [])
@@ -108,7 +111,7 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
             "comma-separated columns, fields with line breaks in double quotes",
             "Correct it.",
         ) from None
-    return TableRows(_from_file(scratch_path), label, np.array(lines, dtype=np.int64))
+    return TableRows(_from_file(scratch_path), label, np.array(lines, dtype=np.int64), faults)
 
 
 def open_folder(path: Path, label: str, split: str) -> TableRows:
@@ -156,17 +159,20 @@ def digest_of_table(rows: TableRows) -> str:
     return digest_of([files, rows.dataset._fingerprint if not files else len(rows)])
 
 
-def _csv_rows(reader: Any, names: list[str], label: str, lines: list[int]) -> Iterator[list[str]]:
-    """The rows; the line each begins on is appended to `lines`."""
+def _csv_rows(
+    reader: Any, names: list[str], label: str, lines: list[int], faults: dict[int, RowError]
+) -> Iterator[list[str]]:
+    """The rows; the line each begins on is appended to `lines`, what is wrong goes to `faults`."""
     line = reader.line_num + 1
     for values in reader:
         if values:  # a blank line has no fields
             if len(values) != len(names):
-                raise DataError(
+                faults[len(lines)] = RowError(
                     f"{label}:{line} has {len(values)} fields",
                     f"{len(names)}, as in the header ({', '.join(names)})",
                     "Put fields with commas or line breaks in double quotes.",
                 )
+                values = [""] * len(names)
             lines.append(line)
             yield values
         line = reader.line_num + 1

@@ -3,6 +3,9 @@
 `report/data_section.py` shows the same as a page.
 """
 
+# pyright: basic
+# (transformers' types are partial)
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import (
     CODES,
     DROP_REASONS,
@@ -20,8 +24,13 @@ from dpo_dist.data.drop_reasons import (
     NOTES,
     TEMPLATE,
 )
+from dpo_dist.data.rows.sources import Source
+from dpo_dist.data.screening.bad_rows import MOST_TOLD, bad_rows, by_reason
 from dpo_dist.data.screening.distributions import describe_bias, histograms, is_biased, length_bias
 from dpo_dist.data.screening.tokenized_rows import PairColumns
+from dpo_dist.data.tokens.render import end_of_turn
+from dpo_dist.data.tokens.templates import split_markers
+from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.reference.arrays import IntArray
 
 PERCENTILES = (50, 90, 99, 100)
@@ -51,6 +60,10 @@ def split_report(columns: PairColumns) -> dict[str, Any]:
         },
         "first": _first_origins(columns),
         "refusals": list(columns.details.get(TEMPLATE, ())[:NUM_DETAILS]),
+        "bad_rows": [
+            {"found": found, "rows": count, "first": origin}
+            for found, count, origin in by_reason(bad_rows(columns.details))[:MOST_TOLD]
+        ],
         "lost_text": list(columns.details.get(LOST_TEXT, ())[:NUM_DETAILS]),
         "lengths": {
             "prompt": _percentiles(prompt),
@@ -73,6 +86,39 @@ def bias_warnings(split: str, report: dict[str, Any]) -> list[str]:
         for name, counts in report["sources"].items()
         if is_biased(counts["length_bias"], counts["pairs"])
     ]
+
+
+def hints(section: DataSection, tokenizer: PairTokenizer, sources: Sequence[Source]) -> list[str]:
+    """What is allowed, yet seldom meant."""
+    found: list[str] = []
+    plain = sorted({source.name for source in sources if source.row_format == "standard"})
+    if plain and tokenizer.tokenizer.chat_template:
+        found.append(
+            f"{', '.join(plain)}: format standard is plain text without the chat template, as in "
+            "TRL; for the template set format: orca and columns: {question: prompt}"
+        )
+    if len(plain) < len({source.name for source in sources}):
+        found += _end_hints(tokenizer.tokenizer)
+    if plain and not tokenizer.tokenizer.eos_token:
+        found.append(f"{', '.join(plain)}: the tokenizer has no EOS, so answers end without one")
+    if markers := split_markers(tokenizer.tokenizer, section.chat_template):
+        found.append(
+            f"chat template {section.chat_template} writes {', '.join(markers)}, which this "
+            "tokenizer has not as one token: the model will hardly learn to stop"
+        )
+    return found
+
+
+def _end_hints(tokenizer: Any) -> list[str]:
+    """What to know of the token that ends an answer, after which a model stops."""
+    end = end_of_turn(tokenizer)
+    if end is None:
+        return ["the chat template ends an answer in no special token: the model will hardly learn "
+                "to stop"]  # fmt: skip
+    if end == tokenizer.eos_token_id:
+        return []
+    name, eos = tokenizer.convert_ids_to_tokens(end), tokenizer.eos_token
+    return [f"answers end in {name}, not in the tokenizer's EOS {eos}: the export stops at both"]
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -175,6 +221,10 @@ def _lines(split: str, report: dict[str, Any]) -> list[str]:
                 f"{split}: {number:,} dropped, {reason.name}: {reason.meaning} "
                 f"(first {first[reason.name]})"
             )
+    lines += [
+        f"{split}: cannot read {bad['rows']:,}: {bad['found']} (first {bad['first']})"
+        for bad in report.get("bad_rows", [])
+    ]
     lines += [f"{split}: refused {refusal}" for refusal in report["refusals"]]
     lines += [f"{split}: lost {text}" for text in report.get("lost_text", [])]
     for name, meaning in NOTES.items():

@@ -1,7 +1,7 @@
 """A pair as text, with the tokens that are scored marked.
 
 Every scored token stands in square brackets, so that the marks are there without color too; a
-line break inside a token is written as the sign for it.
+line break inside a token is written as the sign for it. What is only read has no brackets.
 """
 
 # pyright: basic
@@ -9,6 +9,7 @@ line break inside a token is written as the sign for it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,16 @@ def preview_pair(
     text.append(f"prompt, {len(prompt_ids)} tokens\n", style="underline")
     text.append(_shorten(str(tokenizer.decode(list(prompt_ids)))) + "\n", style="dim")
     for name, ids, color in (("chosen", chosen_ids, "green"), ("rejected", rejected_ids, "red")):
-        text.append(f"{name}, {len(ids)} scored tokens\n", style="underline")
-        text.append(marked_tokens(tokenizer, ids) + "\n", style=color)
+        scored = sum(token >= 0 for token in ids)
+        read = f", {len(ids) - scored} read" if scored < len(ids) else ""
+        text.append(f"{name}, {scored} scored tokens{read}\n", style="underline")
+        for is_scored, run in itertools.groupby(ids, lambda token: token >= 0):
+            if is_scored:
+                text.append(marked_tokens(tokenizer, list(run)), style=color)
+            else:
+                said = str(tokenizer.decode([~token for token in run]))
+                text.append(_shorten(said), style="dim")
+        text.append("\n")
     return text
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTE_BITS, TRUNCATED
 from dpo_dist.data.pairs import Split, key_column, list_lengths
 from dpo_dist.data.rows.sources import Source, count_copies
+from dpo_dist.data.screening.bad_rows import bad_rows, refuse_bad_rows
 from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
 
@@ -57,7 +59,7 @@ class PairColumns:
     swapped_keys: KeyArray
     prompt_keys: KeyArray
     score_margins: npt.NDArray[np.float64]  # (N,) NaN: no scores
-    details: Mapping[str, tuple[str, ...]]  # reason -> `file:line: words`, in row order
+    details: Mapping[str, Sequence[str]]  # reason -> `file:line: words`, in row order
 
     def __len__(self) -> int:
         return len(self.source)
@@ -76,14 +78,16 @@ def collect(
     batches: Iterable[pa.RecordBatch],
     sources: Sequence[Source],
     scratch_paths: Mapping[Split, Path],
+    settings: DataSection,
     advance: Callable[[int], None],
 ) -> dict[Split, PairColumns]:
     """Streams batches of SCHEMA to a scratch file a split and keeps their columns.
 
     `advance` is called with the number of rows of each batch. A split without rows is left out.
+    Raises DataError for rows that cannot be read, unless `settings` allow them.
     """
     parts: dict[Split, list[dict[str, npt.NDArray]]] = {split: [] for split in scratch_paths}
-    details: dict[Split, list[tuple[int, str]]] = {split: [] for split in scratch_paths}
+    details: dict[Split, dict[str, list[str]]] = {split: {} for split in scratch_paths}
     with contextlib.ExitStack() as stack:
         writers: dict[Split, Any] = {
             split: stack.enter_context(
@@ -98,18 +102,20 @@ def collect(
                 if part.num_rows:
                     writer.write_batch(part)
                     parts[split].append(_columns_of(part))
-                    said = part.filter(part["detail"].is_valid())
-                    details[split] += zip(
-                        said["reason"].to_pylist(), said["detail"].to_pylist(), strict=True
-                    )
+                    _add_details(details[split], part)
+                    if settings.on_bad_row == "raise":
+                        num_rows = sum(len(part["source"]) for part in parts[split])
+                        bad = bad_rows(details[split])
+                        refuse_bad_rows(bad, num_rows, split, settings, at_end=False)
             advance(batch.num_rows)
     found: dict[Split, PairColumns] = {}
     for split, columns in parts.items():
         if columns:
             joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
             copies = _copies(sources, split, joined["source"], joined["position"])
+            refuse_bad_rows(bad_rows(details[split]), len(copies), split, settings, at_end=True)
             found[split] = PairColumns(
-                sources=tuple(sources), copies=copies, details=_by_reason(details[split]), **joined
+                sources=tuple(sources), copies=copies, details=details[split], **joined
             )
     return found
 
@@ -150,12 +156,10 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
     )
 
 
-def _by_reason(details: Iterable[tuple[int, str]]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for code, text in details:
-        name = DROP_REASONS[code - 1].name
-        found[name] = (*found.get(name, ()), text)
-    return found
+def _add_details(details: dict[str, list[str]], batch: pa.RecordBatch) -> None:
+    said = batch.filter(batch["detail"].is_valid())
+    for code, text in zip(said["reason"].to_pylist(), said["detail"].to_pylist(), strict=True):
+        details.setdefault(DROP_REASONS[code - 1].name, []).append(text)
 
 
 def _copies(

@@ -26,14 +26,16 @@ from pathlib import Path
 import pyarrow as pa
 
 from dpo_dist.config.data_section import DataSection
-from dpo_dist.data.drop_reasons import CODES, EMPTY, KEPT, LOST_TEXT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.drop_reasons import BAD_ROW, CODES, EMPTY, KEPT, LOST_TEXT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.rows.dialogues import NoPair
 from dpo_dist.data.rows.formats import read_pair, rename_columns
 from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.rows.row import Row
+from dpo_dist.data.rows.row import Row, RowError
 from dpo_dist.data.rows.scores import score_margin
 from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.rows.stream_rows import StreamRows
+from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.held_out import is_held_out
 from dpo_dist.data.screening.tokenized_rows import SCHEMA
 from dpo_dist.data.tokens.render import TemplateRefusal
@@ -85,7 +87,7 @@ class ChunkTokenizer:
     job: TokenizeJob
     tokenizer: PairTokenizer
 
-    def read(self, chunk: Chunk) -> list[tuple[Pair | str, float | None]]:
+    def read(self, chunk: Chunk) -> list[tuple[Pair | NoPair | BadRow, float | None]]:
         """The pairs of a chunk, or a reason to drop the row, and their score margins."""
         source = self.job.sources[chunk.source]
         if chunk.streamed is not None:
@@ -93,7 +95,7 @@ class ChunkTokenizer:
         else:
             assert not isinstance(source.rows, StreamRows), "a stream is read by one process only"
             rows = source.rows.read(chunk.positions)
-        return [_read_one(rename_columns(row, source.columns), source) for row in rows]
+        return [_read_one(row, source) for row in rows]
 
     def tokenize(self, chunk: Chunk) -> pa.RecordBatch:
         """The batch of a chunk: one row for every row read, dropped or not."""
@@ -101,7 +103,7 @@ class ChunkTokenizer:
         encoded = iter(self.tokenizer.encode([pair for pair, _ in read if isinstance(pair, Pair)]))
         rows: list[dict[str, object]] = []
         for (pair, margin), position in zip(read, chunk.positions, strict=True):
-            row = _dropped(pair) if isinstance(pair, str) else _outcome(pair, next(encoded))
+            row = _outcome(pair, next(encoded)) if isinstance(pair, Pair) else _without_pair(pair)
             held_out = self._is_held_out(pair, chunk.source)
             row.update(
                 source=chunk.source, position=position, held_out=held_out, score_margin=margin
@@ -109,11 +111,11 @@ class ChunkTokenizer:
             rows.append(row)
         return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
-    def _is_held_out(self, pair: Pair | str, source: int) -> bool:
+    def _is_held_out(self, pair: Pair | NoPair | BadRow, source: int) -> bool:
         if self.job.sources[source].split == "eval":
             return True
         fraction, seed = self.job.settings.eval_fraction, self.job.settings.eval_seed
-        if isinstance(pair, str) or not fraction:
+        if not isinstance(pair, Pair) or not fraction:
             return False
         return is_held_out(pair.prompt_words, fraction, seed)
 
@@ -213,12 +215,22 @@ def _dropped(reason: str, detail: str | None = None) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _read_one(row: Row, source: Source) -> tuple[Pair | str, float | None]:
-    pair = read_pair(row, source.row_format, source.name)
-    if isinstance(pair, str):
-        return pair, None
+def _without_pair(reason: NoPair | BadRow) -> dict[str, object]:
+    if isinstance(reason, BadRow):
+        return _dropped(BAD_ROW, str(reason))
+    return _dropped(reason)
+
+
+def _read_one(row: Row, source: Source) -> tuple[Pair | NoPair | BadRow, float | None]:
     least = source.min_score_margin
-    margin = score_margin(row, required=least is not None)
+    try:
+        row = rename_columns(row.sound(), source.columns)
+        pair = read_pair(row, source.row_format, source.name)
+        if isinstance(pair, str):
+            return pair, None
+        margin = score_margin(row, required=least is not None)
+    except RowError as error:
+        return BadRow.of(error, row.origin), None
     # 7.3 - 7.2 is 0.0999..., which nobody means to be below 0.1
     is_low = least is not None and margin is not None and margin < least - 1e-9
     return (LOW_MARGIN if is_low else pair), margin

@@ -42,8 +42,8 @@ def lost_text(pair: Pair, text: RenderedPair, settings: DataSection) -> str | No
         return None
     prompt = with_system_message(pair.prompt, settings.system_message)
     for answer, rendered in ((pair.chosen, text.chosen), (pair.rejected, text.rejected)):
-        assert isinstance(answer, dict), pair
-        for part, where in lost_parts([*prompt, answer], pair.tools, rendered):
+        assert isinstance(answer, list), pair
+        for part, where in lost_parts([*prompt, *answer], pair.tools, rendered):
             if part not in settings.allow_lost:
                 return where
     return None

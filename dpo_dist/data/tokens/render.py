@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -23,11 +23,12 @@ from dpo_dist.data.rows.messages import (
     SYSTEM_ROLES,
     Conversation,
     Message,
+    continued,
     message,
-    text_of,
 )
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.tokens.templates import BUILTIN_TEMPLATES
+from dpo_dist.data.tokens.trajectory import RewrittenTurnsError, Span, context_spans
 from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -40,11 +41,21 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """The texts that are tokenized: the prompt, and the prompt with each answer."""
+    """The texts that are tokenized: the prompt, and the prompt with each answer.
+
+    Of an answer of several turns the spans are read and not scored.
+    """
 
     prompt: str
     chosen: str
     rejected: str
+    chosen_context: list[Span] = field(default_factory=list[Span])
+    rejected_context: list[Span] = field(default_factory=list[Span])
+
+    @property
+    def answers(self) -> tuple[tuple[str, list[Span]], tuple[str, list[Span]]]:
+        """Chosen and rejected, each with its spans."""
+        return (self.chosen, self.chosen_context), (self.rejected, self.rejected_context)
 
     @property
     def begin_with_prompt(self) -> bool:
@@ -70,7 +81,7 @@ def render_pair(
             pair.prompt + chosen.removesuffix(eos) + eos,
             pair.prompt + rejected.removesuffix(eos) + eos,
         )
-    assert isinstance(pair.chosen, dict) and isinstance(pair.rejected, dict), pair
+    assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list), pair
     if not tokenizer.chat_template:
         raise DataError(
             f"{pair.origin} is a conversation, and the tokenizer has no chat template",
@@ -80,11 +91,22 @@ def render_pair(
     prompt = with_system_message(pair.prompt, settings.system_message)
     kwargs = {**settings.chat_template_kwargs, **pair.template_kwargs, "tools": pair.tools}
     begun = prompt[-1] if pair.continues_turn else None
-    answers = (_continued(begun, answer) for answer in (pair.chosen, pair.rejected))
     before = prompt[:-1] if begun else prompt
-    chosen, rejected = (_render(tokenizer, [*before, answer], kwargs) for answer in answers)
+    answers = [
+        [continued(begun, answer[0]), *answer[1:]] if begun else answer
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    chosen, rejected = (_render(tokenizer, [*before, *answer], kwargs) for answer in answers)
     end: dict[str, Any] = {"continue_final_message" if begun else "add_generation_prompt": True}
-    return RenderedPair(_render(tokenizer, prompt, kwargs | end), chosen, rejected)
+
+    def render(turns: Conversation, waits: bool) -> str:
+        return _render(tokenizer, turns, {**kwargs, "add_generation_prompt": waits})
+
+    try:
+        contexts = [context_spans(render, before, a) if len(a) > 1 else [] for a in answers]
+    except RewrittenTurnsError:
+        raise TemplateRefusal("it renders a turn of an answer otherwise than alone") from None
+    return RenderedPair(_render(tokenizer, prompt, kwargs | end), chosen, rejected, *contexts)
 
 
 def render_prompt(
@@ -110,18 +132,28 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that a template writes behind an answer; None without one."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        turns = [message("user", "?"), message("assistant", "wxyzzy")]
+        behind = _render(tokenizer, turns, {}).rpartition("wxyzzy")[2]
+    except TemplateRefusal:
+        return None
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token_id for token_id, token in added if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    ids = tokenizer.encode(behind, add_special_tokens=False)
+    return next((token_id for token_id in ids if token_id in special), None)
+
+
 def with_system_message(prompt: Conversation, system_message: str | None) -> Conversation:
     """The prompt, after the default system message unless it has one."""
     if not system_message or (prompt and prompt[0]["role"] in SYSTEM_ROLES):
         return prompt
     return [message("system", system_message), *prompt]
-
-
-def _continued(begun: Message | None, answer: Message) -> Message:
-    """The turn that begins with `begun` and goes on with the answer."""
-    if begun is None:
-        return answer
-    return {**begun, **answer, "content": text_of(begun) + text_of(answer)}
 
 
 def _render(

@@ -14,6 +14,7 @@ there. In the third case, as in TRL, what the generation prompt adds is left out
 
 A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenized
 behind the end of the prompt only, from its last `<|im_start|>` or the like, not behind all of it.
+The turns of an answer are found in its ids by the ids of the text up to their edges.
 """
 
 # pyright: basic
@@ -29,10 +30,10 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import (
     ANSWER_IS_PROMPT,
-    CUT_TO_SHARED,
     MERGED_BOUNDARY,
     NOTE_BITS,
     REWRITTEN_PROMPT,
+    SEVERAL_TURNS,
     SPECIAL_IN_TEXT,
 )
 from dpo_dist.data.rows.messages import Conversation
@@ -45,6 +46,7 @@ from dpo_dist.data.tokens.render import (
     render_pair,
     render_prompt,
 )
+from dpo_dist.data.tokens.trajectory import Span, pieces
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +56,10 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Token ids of a pair, not truncated, and the notes on it (bits of NOTE_BITS)."""
+    """Token ids of a pair, not truncated, and the notes on it (bits of NOTE_BITS).
+
+    A token of an answer that is not scored is written ~id.
+    """
 
     prompt_ids: Ids
     chosen_ids: Ids
@@ -101,13 +106,22 @@ class PairTokenizer:
         (ids,) = self._ids([prompt])
         return ids if self._writes_bos(prompt) else self._bos_ids + ids
 
-    def _texts(self, text: RenderedPair) -> tuple[str, ...]:
-        """The texts whose ids `_split` needs: prompt, its end, its end with each answer."""
+    def _start(self, text: RenderedPair) -> int:
+        """Where the end of the prompt begins, behind which answers are tokenized."""
         if not text.begin_with_prompt:
-            return text.prompt, text.prompt, text.chosen, text.rejected
-        start = text.prompt.rfind(self._anchor) if self._anchor else 0
-        start = max(start, 0)
-        return text.prompt, text.prompt[start:], text.chosen[start:], text.rejected[start:]
+            return 0
+        return max(text.prompt.rfind(self._anchor), 0) if self._anchor else 0
+
+    def _texts(self, text: RenderedPair) -> list[str]:
+        """The texts whose ids `_split` needs: prompt, its end, its end with each answer, and up to
+        the edges of what is not scored."""
+        start = self._start(text)
+        answers = [
+            answer[start:edge]
+            for answer, context in text.answers
+            for edge in (None, *(edge for span in context for edge in span))
+        ]
+        return [text.prompt, text.prompt[start:], *answers]
 
     def _encoded(
         self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]
@@ -120,26 +134,40 @@ class PairTokenizer:
     def _split(
         self, pair: Pair, text: RenderedPair, ids: Mapping[str, Ids]
     ) -> TokenPair | TemplateRefusal:
-        notes = self._notes_on_text(pair)
-        prompt, end, chosen, rejected = (ids[part] for part in self._texts(text))
-        if not text.begin_with_prompt:
-            cut = min(_num_shared(prompt, chosen), _num_shared(prompt, rejected))
+        notes, start = self._notes_on_text(pair), self._start(text)
+        prompt, end = ids[text.prompt], ids[text.prompt[start:]]
+        if text.begin_with_prompt:
+            skipped = len(end)
+        else:
+            whole = (ids[answer] for answer, _ in text.answers)
+            skipped = min(_num_shared(prompt, answer) for answer in whole)
             notes |= NOTE_BITS[REWRITTEN_PROMPT]
-            if cut == 0:
+            if skipped == 0:
                 return TemplateRefusal("it renders the prompt otherwise before an answer")
-            return TokenPair(prompt[:cut], chosen[cut:], rejected[cut:], notes)
-        start = len(text.prompt)
+            prompt = end = prompt[:skipped]
         answers: list[Ids] = []
-        for answer, answer_ids in ((text.chosen, chosen), (text.rejected, rejected)):
-            if answer_ids[: len(end)] == end:
-                answers.append(answer_ids[len(end) :])
-            else:
+        for answer, context in text.answers:
+            edges = [[ids[answer[start:edge]] for edge in span] for span in context]
+            marked = _marked(ids[answer[start:]], end, edges)
+            if marked is None and not text.begin_with_prompt:
+                return TemplateRefusal("it renders the prompt otherwise before an answer")
+            if marked is None:
                 notes |= NOTE_BITS[MERGED_BOUNDARY]
-                answers.append(self._continuation_ids(answer[start:]))
+                answers.append(self._ids_by_piece(answer, len(text.prompt), context))
+            else:
+                answers.append(marked[skipped:])
         if isinstance(pair.prompt, str) and not self._writes_bos(text.prompt):
             # a template writes its own BOS; plain text gets what the tokenizer would add
             prompt = self._bos_ids + prompt
         return TokenPair(prompt, answers[0], answers[1], notes)
+
+    def _ids_by_piece(self, answer: str, start: int, context: list[Span]) -> Ids:
+        """Ids of an answer whose turns are tokenized apart."""
+        found: Ids = []
+        for piece, scored in pieces(answer, start, context):
+            ids = self._continuation_ids(piece)
+            found += ids if scored else [~token for token in ids]
+        return found
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not texts:
@@ -161,12 +189,25 @@ class PairTokenizer:
         return bool(bos) and prompt.startswith(str(bos))
 
     def _notes_on_text(self, pair: Pair) -> int:
-        notes = NOTE_BITS[CUT_TO_SHARED] if pair.cut_to_shared else 0
+        notes = NOTE_BITS[SEVERAL_TURNS] if pair.has_several_turns else 0
         if pair.answer_repeats_prompt:
             notes |= NOTE_BITS[ANSWER_IS_PROMPT]
         if any(map(self._special.search, pair.texts())):
             notes |= NOTE_BITS[SPECIAL_IN_TEXT]
         return notes
+
+
+def _marked(ids: Ids, prompt_end: Ids, edges: Sequence[Sequence[Ids]]) -> Ids | None:
+    """Ids with ~id between the edges, which are ids up to there; None: tokens merge across one."""
+    marked = ids.copy()
+    if ids[: len(prompt_end)] != prompt_end:
+        return None
+    for first, last in edges:
+        if ids[: len(first)] != first or ids[: len(last)] != last:
+            return None
+        for place in range(len(first), len(last)):
+            marked[place] = ~ids[place]
+    return marked
 
 
 def _num_shared(ids: Ids, others: Ids) -> int:

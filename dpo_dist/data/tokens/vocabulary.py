@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.data.pairs import Pairs
+from dpo_dist.data.pairs import Pairs, unmarked
 from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.errors import DataError
 from dpo_dist.model_files.files import vocab_size_of
@@ -53,7 +53,7 @@ def check_vocabulary(pairs: Pairs, model_dir: Path, trust_remote_code: bool = Fa
     if vocab_size is None or not len(pairs):
         return
     largest = max(
-        int(chunk.values.to_numpy().max(initial=0))
+        int(unmarked(chunk.values.to_numpy()).max(initial=0))
         for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         for chunk in pairs.table[name].chunks
     )

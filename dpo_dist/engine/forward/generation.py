@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpo_dist.config.output_section import GenerateSection
+from dpo_dist.data.tokens.render import end_of_turn
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
 
@@ -130,13 +131,15 @@ def stop_when(asked: Callable[[], bool]) -> Any:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: those of the model's generation config, and the tokenizer's EOS.
+    """Tokens that end an answer: those of the model's generation config, the tokenizer's EOS, and
+    what its chat template writes behind an answer.
 
-    A base model that was trained with a chat template ends its turns in the tokenizer's, which
-    its generation config need not know.
+    A base model that was trained with a chat template ends its turns in the latter two, which its
+    generation config need not know.
     """
     own = model.generation_config.eos_token_id
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    listed = own if isinstance(own, list) else [own]
+    found = {*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)}
     return sorted(token for token in found if token is not None)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 
-PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt, chosen, rejected
+# prompt, chosen, rejected; a completion's token that is read and not scored is written ~id
+PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -40,6 +41,8 @@ class PackedPairs:
     prompt_lengths: tuple[int, ...]  # B of each
     chosen_lengths: tuple[int, ...]
     rejected_lengths: tuple[int, ...]
+    completion_lengths: tuple[int, ...]  # 2B counts of scored tokens: chosen, rejected of each pair
+    scored_offsets: Tensor  # (C,) place of each completion's target in it; stays on the host
     terms: Terms = COMPLETIONS  # what is to be summed over the tokens of a pair
 
     @property
@@ -47,14 +50,8 @@ class PackedPairs:
         return len(self.prompt_lengths)
 
     @property
-    def completion_lengths(self) -> tuple[int, ...]:
-        """2B counts of scored tokens: chosen, rejected of each pair in turn."""
-        both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
-        return tuple(length for pair in both for length in pair)
-
-    @property
     def lengths(self) -> Tensor:  # (B, 2)
-        """The same by pair, int64: how many tokens of chosen and of rejected are scored."""
+        """`completion_lengths` by pair, int64: tokens of chosen and of rejected that are scored."""
         return torch.tensor(self.completion_lengths, device=self.input_ids.device).view(-1, 2)
 
     @property
@@ -99,8 +96,10 @@ def pack_pairs(
 ) -> PackedPairs:
     """Pack (prompt_ids, chosen_ids, rejected_ids) of B pairs into one row.
 
-    Every token of chosen_ids and rejected_ids is scored; the last token of the prompt predicts the
-    first one of both. So a prompt needs one token at least, and so does either completion.
+    Every token of chosen_ids and rejected_ids is scored but those written `~id`, which are read
+    only: what a tool or a user says between the turns of an answer. The last token of the prompt
+    predicts the first one of both. So a prompt needs one token at least, and so does either
+    completion, one that is scored.
 
     >>> packed = pack_pairs([([5, 6, 7], [8, 9], [4]), ([5], [9], [8, 4])])
     >>> packed.input_ids.tolist()  # prompt | chosen | rejected, twice
@@ -111,36 +110,34 @@ def pack_pairs(
     [8, 9, 4, 9, 8, 4]
     >>> packed.score_positions.tolist()  # token 2 predicts both 8 (chosen) and 4 (rejected)
     [2, 3, 2, 6, 6, 8]
-    >>> packed.completion_lengths
-    (2, 1, 1, 2)
-    >>> packed.lengths.tolist()  # chosen, rejected of each pair
-    [[2, 1], [1, 2]]
-    >>> packed.num_tokens, packed.num_tokens_unshared
-    (10, 14)
+    >>> packed.lengths.tolist(), packed.num_tokens, packed.num_tokens_unshared
+    ([[2, 1], [1, 2]], 10, 14)
+    >>> pack_pairs([([5, 6, 7], [8, ~9, ~2, 3], [4])]).targets.tolist()
+    [8, 3, 4]
     """
     assert pairs, "expected one pair at least, found none"
+    completions = [ids for _, *both in pairs for ids in both]
+    offsets = [[at for at, token in enumerate(ids) if token >= 0] for ids in completions]
     input_ids: list[int] = []
     position_ids: list[int] = []
     score_positions: list[int] = []
-    targets: list[int] = []
     prompt_positions: list[int] = []
-    prompt_targets: list[int] = []
-    for index, (prompt, chosen, rejected) in enumerate(pairs):
-        lengths = (len(prompt), len(chosen), len(rejected))
-        assert min(lengths) > 0, f"pair {index} has an empty part: {lengths}"
+    for index, (prompt, *both) in enumerate(pairs):
+        scored = offsets[2 * index : 2 * index + 2]
+        counts = (len(prompt), *map(len, scored))
+        assert min(counts) > 0, f"pair {index} has an empty part or nothing to score: {counts}"
         last_of_prompt = len(input_ids) + len(prompt) - 1
         if terms.prompt:
             prompt_positions.extend(range(len(input_ids), last_of_prompt))
-            prompt_targets.extend(prompt[1:])
         input_ids.extend(prompt)
         position_ids.extend(range(len(prompt)))
-        for ids in (chosen, rejected):
-            start = len(input_ids)
-            input_ids.extend(ids)
+        for ids, scored_here in zip(both, scored, strict=True):
+            before = len(input_ids) - 1
+            input_ids.extend(token if token >= 0 else ~token for token in ids)
             position_ids.extend(range(len(prompt), len(prompt) + len(ids)))
-            score_positions.append(last_of_prompt)
-            score_positions.extend(range(start, start + len(ids) - 1))
-            targets.extend(ids)
+            score_positions.extend(before + at if at else last_of_prompt for at in scored_here)
+    targets = [ids[at] for ids, of in zip(completions, offsets, strict=True) for at in of]
+    prompt_targets = [token for prompt, *_ in pairs for token in prompt[1:] if terms.prompt]
     packed = PackedPairs(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
@@ -149,6 +146,8 @@ def pack_pairs(
         prompt_lengths=tuple(len(prompt) for prompt, _, _ in pairs),
         chosen_lengths=tuple(len(chosen) for _, chosen, _ in pairs),
         rejected_lengths=tuple(len(rejected) for _, _, rejected in pairs),
+        completion_lengths=tuple(map(len, offsets)),
+        scored_offsets=torch.tensor([at for of in offsets for at in of]),
         terms=terms,
     )
     return packed.to(device)
@@ -203,11 +202,10 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
     width = input_ids.shape[1]
     num_tokens = upload(torch.tensor([len(sequence) for sequence in sequences]), device)
     attention_mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
-    ends = [index * width + len(sequence) for index, sequence in enumerate(sequences)]
-    spans = [
-        torch.arange(end - length - 1, end - 1)
-        for end, length in zip(ends, packed.completion_lengths, strict=True)
-    ]
+    # the token before the one that is scored, which for the first is the prompt's last
+    firsts = [i * width + packed.prompt_lengths[i // 2] - 1 for i in range(len(sequences))]
+    offsets = packed.scored_offsets.split(packed.completion_lengths)
+    spans = [first + of for first, of in zip(firsts, offsets, strict=True)]
     if packed.terms.prompt:
         starts = range(0, 2 * width * packed.num_pairs, 2 * width)
         spans += [

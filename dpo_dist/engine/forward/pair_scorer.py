@@ -146,14 +146,14 @@ class PairScorer(nn.Module):
         assert packed.terms.num_columns == 2, f"{packed.terms} has more than completions"
         self._divide(Parts(0, [1]))
         sequences, logps = unpack_sequences(packed), []
-        for index, (ids, length) in enumerate(
-            zip(sequences, packed.completion_lengths, strict=True)
-        ):
-            end, behind = len(ids), max(0, len(sequences[index ^ 1]) - len(ids))
+        scored = packed.scored_offsets.split(packed.completion_lengths)
+        for index, (ids, offsets) in enumerate(zip(sequences, scored, strict=True)):
+            behind = max(0, len(sequences[index ^ 1]) - len(ids))
             row = torch.cat((ids, ids[-1:].expand(behind)))
             logits = self.policy(input_ids=row[None], use_cache=False).logits[0]
-            all_logps = logits[end - length - 1 : end - 1].float().log_softmax(-1)
-            logps.append(all_logps.gather(1, ids[-length:, None]).squeeze(1))
+            places = upload(packed.prompt_lengths[index // 2] + offsets, ids.device)
+            all_logps = logits[places - 1].float().log_softmax(-1)
+            logps.append(all_logps.gather(1, ids[places, None]).squeeze(1))
         return torch.cat(logps)
 
     def _divide(self, parts: Parts | None) -> None:

@@ -44,7 +44,12 @@ def pair_of(row_format: PreferenceFormat | None = None, **fields: Any) -> Pair:
 
 
 def parts_of(pair: Pair) -> tuple[Any, Any, Any]:
-    return pair.prompt, pair.chosen, pair.rejected
+    """The prompt, and answers without their list where they are one message."""
+    answers = (pair.chosen, pair.rejected)
+    chosen, rejected = (
+        answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers
+    )
+    return pair.prompt, chosen, rejected
 
 
 def error_of(row_format: PreferenceFormat | None = None, **fields: Any) -> str:
@@ -132,7 +137,7 @@ def test_every_format_is_detected_and_read(
     assert detect_format(row(**fields), "k") == row_format
     pair = pair_of(**fields)
     assert parts_of(pair) == parts
-    assert (pair.source, pair.origin, pair.cut_to_shared) == ("source", "rows.jsonl:7", False)
+    assert (pair.source, pair.origin, pair.has_several_turns) == ("source", "rows.jsonl:7", False)
 
 
 @pytest.mark.parametrize(
@@ -162,22 +167,21 @@ def test_hh_dialogues_of_several_turns() -> None:
     assert pair.prompt == [user("Hi\n\nthere"), assistant("Hello."), user("Q")]
 
 
-def test_dialogues_that_part_early_are_cut_to_the_shared_part() -> None:
+def test_dialogues_that_part_early_have_answers_of_several_turns() -> None:
     chosen = [user("1"), assistant("A"), user("3"), assistant("C")]
     rejected = [user("1"), assistant("B"), user("4"), assistant("D")]
     pair = pair_of(chosen=chosen, rejected=rejected)
-    assert parts_of(pair) == ([user("1")], assistant("A"), assistant("B"))
-    assert pair.cut_to_shared
+    assert parts_of(pair) == ([user("1")], chosen[1:], rejected[1:])
+    assert pair.has_several_turns
     shorter = pair_of(chosen=chosen, rejected=rejected[:2])
-    assert parts_of(shorter) == parts_of(pair) and shorter.cut_to_shared
+    assert parts_of(shorter) == ([user("1")], chosen[1:], assistant("B"))
+    assert shorter.has_several_turns
 
 
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
     [
         ([user("1"), assistant("A")], [user("2"), assistant("A")]),  # nothing shared
-        ([user("1"), assistant("A"), user("3"), assistant("C")],
-         [user("1"), assistant("A"), user("4"), assistant("D")]),  # part at a user turn
         ([user("1"), assistant("A")], [user("1"), assistant("A"), user("3"), assistant("D")]),
         ([user("1"), user("2")], [user("1"), user("3")]),  # no assistant turn at the end
         ([assistant("A")], [assistant("B")]),  # no prompt at all

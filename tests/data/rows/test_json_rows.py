@@ -16,7 +16,7 @@ def written(folder: Path, content: bytes | str, name: str = "rows.jsonl") -> Pat
 
 
 def rows_of(rows: JsonRows) -> list[tuple[object, str]]:
-    return [(dict(row.fields), row.origin) for row in rows.read(range(len(rows)))]
+    return [(dict(row.sound().fields), row.origin) for row in rows.read(range(len(rows)))]
 
 
 def indexed(folder: Path, content: bytes | str, name: str = "rows.jsonl") -> JsonRows:

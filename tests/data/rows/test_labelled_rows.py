@@ -12,6 +12,7 @@ import pytest
 from support.prepared import make_config, pairs_of, report_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
+from dpo_dist.data.rows.row import Row
 from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
@@ -39,7 +40,7 @@ def read(path: Path, **settings: Any) -> list[tuple[Any, ...]]:
     return [
         (*(row.fields.get(name) for name in ("prompt", "chosen", "rejected")),
          row.origin.removeprefix(f"{path}:"))
-        for row in source.rows.read(source.positions())  # pyright: ignore
+        for row in map(Row.sound, source.rows.read(source.positions()))  # pyright: ignore
     ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_an_answer_of_an_unknown_role_is_named() -> None:
 )
 def test_tool_calls_have_one_shape(turn: dict[str, Any]) -> None:
     pair = pair_of(prompt=[user("Q")], chosen=[turn], rejected=[assistant("B")])
-    assert pair.chosen == {"role": "assistant", "tool_calls": [call_of("f", {"city": "SF"})]}
+    assert pair.chosen == [{"role": "assistant", "tool_calls": [call_of("f", {"city": "SF"})]}]
 
 
 def test_tool_calls_without_a_function() -> None:
@@ -90,9 +90,9 @@ def test_tool_calls_without_a_function() -> None:
 def test_a_dialogue_as_json_text_is_a_dialogue() -> None:
     texts = {name: json.dumps([user("Q"), assistant(name)]) for name in ("chosen", "rejected")}
     pair = pair_of(**texts)
-    assert pair.prompt == [user("Q")] and pair.chosen == assistant("chosen")
+    assert pair.prompt == [user("Q")] and pair.chosen == [assistant("chosen")]
     pair = pair_of(prompt=json.dumps([user("R")]), chosen="[1] is right", rejected="no")
-    assert pair.prompt == [user("R")] and pair.chosen == assistant("[1] is right")
+    assert pair.prompt == [user("R")] and pair.chosen == [assistant("[1] is right")]
     assert error_of(chosen="[{'role': 'user', 'content': 'Q'}]", rejected="no") == (
         "rows.jsonl:7: field 'chosen' looks like a list of messages and is not JSON (Expecting "
         "property name enclosed in double quotes: line 1 column 3 (char 2)); expected messages as "
@@ -107,7 +107,7 @@ def test_a_list_that_holds_the_answer_is_no_prompt() -> None:
         "prompt": "messages"
     }
     pair = pair_of(prompt=good, chosen=good, rejected=bad)
-    assert pair.prompt == [user("Q")] and pair.chosen == assistant("good")
+    assert pair.prompt == [user("Q")] and pair.chosen == [assistant("good")]
 
 
 @pytest.mark.parametrize("space", ["", " "])
@@ -119,7 +119,7 @@ def test_turns_of_the_prompt_that_an_answer_repeats_stand_once(space: str) -> No
         pair = pair_of(
             prompt=prompt, chosen=[*turns, assistant("A")], rejected=[*turns, assistant("B")]
         )
-        assert pair.prompt == prompt and pair.rejected == assistant("B")
+        assert pair.prompt == prompt and pair.rejected == [assistant("B")]
 
 
 @pytest.mark.parametrize("shown", ["beyond", "own turn", "whole turn"])
@@ -135,7 +135,7 @@ def test_a_prompt_that_ends_in_the_beginning_of_the_answer(shown: str) -> None:
 
     pair = pair_of(prompt=[user("Q"), begun], chosen=answer("yes"), rejected=answer("no"))
     assert pair.prompt == [user("Q"), begun] and pair.continues_turn
-    assert (pair.chosen, pair.rejected) == (assistant("yes"), assistant("no"))
+    assert (pair.chosen, pair.rejected) == ([assistant("yes")], [assistant("no")])
 
 
 def test_a_system_column_beside_dialogues() -> None:

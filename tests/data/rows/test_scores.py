@@ -92,7 +92,7 @@ def test_a_margin_without_scores(tmp_path: Path) -> None:
         f"{path}:1 has no field 'chosen_score' (it has system, question, chosen, rejected); "
         "expected "
         "a field 'chosen_score' in every row. Correct or remove the row, or map the column with "
-        "`columns`."
+        "`columns`. Or set data.on_bad_row=drop."
     )
 
 

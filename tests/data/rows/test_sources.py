@@ -191,5 +191,5 @@ def test_a_dialogue_under_another_trainers_name_is_the_prompt(tmp_path: Path, na
     pair = read_pair(rename_columns(row, source.columns), source.row_format, "source")
     assert isinstance(pair, Pair)
     assert (pair.prompt, pair.chosen) == (
-        [{"role": "user", "content": "Q"}], {"role": "assistant", "content": "A"},
+        [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "A"}],
     )  # fmt: skip

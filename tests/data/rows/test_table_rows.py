@@ -20,7 +20,7 @@ from dpo_dist.errors import DataError
 
 
 def rows_of(rows: TableRows) -> list[tuple[object, str]]:
-    return [(dict(row.fields), row.origin) for row in rows.read(range(len(rows)))]
+    return [(dict(row.sound().fields), row.origin) for row in rows.read(range(len(rows)))]
 
 
 def csv_of(folder: Path, content: bytes | str, limit: int | None = None) -> TableRows:
@@ -31,7 +31,7 @@ def csv_of(folder: Path, content: bytes | str, limit: int | None = None) -> Tabl
 
 def error_of_csv(folder: Path, content: bytes | str) -> str:
     with pytest.raises(DataError) as caught:
-        csv_of(folder, content)
+        rows_of(csv_of(folder, content))
     return str(caught.value)
 
 

@@ -28,7 +28,7 @@ def test_columns_are_those_of_the_batches(tmp_path: Path) -> None:
     assert columns.longest.tolist() == [5, 3, 5, 6, 5]
     assert columns.position.tolist() == [0, 1, 2, 3, 4]
     assert columns.origin(3) == f"{tmp_path}/rows.jsonl:4"
-    assert columns.details == {"template": ("rows.jsonl:2: no system role",)}
+    assert columns.details == {"template": ["rows.jsonl:2: no system role"]}
     assert (columns.pair_keys == as_key_array([pair_key(*row) for row in ROWS])).all()
     written = [row for batch in read_scratch(scratch_path) for row in batch.to_pylist()]
     assert [row["chosen_ids"] for row in written] == [row[1] for row in ROWS]

@@ -15,9 +15,10 @@ from support.keys.data_settings import data_settings
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config.data_section import SourceSection
-from dpo_dist.data.drop_reasons import CODES
+from dpo_dist.data.drop_reasons import BAD_ROW, CODES
 from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.data.screening import tokenizer_pool as worker
+from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.tokenizer_pool import Chunk, TokenizeJob, make_chunks, tokenize_chunks
 from dpo_dist.errors import DataError
 
@@ -115,11 +116,14 @@ def test_processes_give_what_one_process_gives(
     together = [batch.to_pylist() for batch in tokenize_chunks(job, tokenizer, chunks, 2)]
     assert together == alone and len(alone) == 14
 
-    # the first damaged row is the one reported, though a later one may be read before
+    # a damaged row costs itself only, and comes in its place
     job = job_of(tmp_path, write_rows(tmp_path / "b.jsonl", broken=4))
-    with pytest.raises(DataError) as caught:
-        list(tokenize_chunks(job, tokenizer, make_chunks(job.sources), 2))
-    assert str(caught.value).startswith(f"{tmp_path}/b.jsonl:5 has no field 'chosen'")
+    batches = tokenize_chunks(job, tokenizer, make_chunks(job.sources), 2)
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    assert [n for n, row in enumerate(rows) if row["reason"] == CODES[BAD_ROW]] == [4]
+    assert BadRow.parse(rows[4]["detail"]).found.startswith(
+        f"{tmp_path}/b.jsonl:5 has no field 'chosen'"
+    )
 
     # a process that is killed, as for want of memory
     job = job_of(tmp_path, write_rows(tmp_path / "c.jsonl", 3000))

@@ -4,19 +4,19 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.keys.data_settings import data_settings
+from support.oracles.shipped_templates import templates
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.data.rows.formats import detect_format, read_pair
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row
 from dpo_dist.data.tokens.render import TemplateRefusal
-from dpo_dist.data.tokens.templates import BUILTIN_TEMPLATES, load_tokenizer
+from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 
 TOOLS = [{
@@ -26,17 +26,6 @@ TOOLS = [{
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }]  # fmt: skip
-
-
-def templates() -> dict[str, str]:
-    """Every template that TRL ships, and ours."""
-    shipped = {
-        path.name.removesuffix(".jinja"): path.read_text()
-        for path in files("trl").joinpath("chat_templates").iterdir()
-        if path.name.endswith(".jinja")
-    }
-    assert len(shipped) > 15
-    return shipped | {name: builtin.text for name, builtin in BUILTIN_TEMPLATES.items()}
 
 
 TEMPLATES = templates()

@@ -8,7 +8,7 @@ from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.data.rows.messages import message
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.tokens.render import RenderedPair, TemplateRefusal, render_pair
+from dpo_dist.data.tokens.render import RenderedPair, TemplateRefusal, end_of_turn, render_pair
 from dpo_dist.data.tokens.templates import (
     BUILTIN_TEMPLATES,
     load_tokenizer,
@@ -21,7 +21,7 @@ TURNS = [message("user", "Q"), message("assistant", "P"), message("user", "R")]
 
 
 def conversation(*turns: dict[str, str]) -> Pair:
-    answers = message("assistant", "A"), message("assistant", "B")
+    answers = [message("assistant", "A")], [message("assistant", "B")]
     return Pair(list(turns), *answers, "source", "rows.jsonl:7")
 
 
@@ -180,3 +180,17 @@ def test_markers_that_the_tokenizer_would_split(tmp_path: Path) -> None:
     assert split_markers(tokenizer, "chatml") == []
     assert split_markers(tokenizer, "llama3") == list(BUILTIN_TEMPLATES["llama3"].markers)
     assert split_markers(tokenizer, None) == split_markers(tokenizer, "mine.jinja") == []
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [("chatml", "<|im_end|>"), ("zephyr", "<|im_end|>"), ("llama3", None), (None, None)],
+)
+def test_the_special_token_at_the_end_of_a_turn(
+    template: str | None, end: str | None, tmp_path: Path
+) -> None:
+    """llama3's marks are text to this tokenizer, and without a template there is no turn."""
+    folder = make_tokenizer(tmp_path / "model", chat_template=None)
+    tokenizer = load_tokenizer(folder, resolve_template(template))
+    found = end_of_turn(tokenizer)
+    assert found == (None if end is None else tokenizer.convert_tokens_to_ids(end))

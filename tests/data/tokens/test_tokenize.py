@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.data.drop_reasons import (
     ANSWER_IS_PROMPT,
-    CUT_TO_SHARED,
     MERGED_BOUNDARY,
     NOTE_BITS,
     REWRITTEN_PROMPT,
+    SEVERAL_TURNS,
     SPECIAL_IN_TEXT,
 )
 from dpo_dist.data.rows.messages import message
@@ -43,7 +43,7 @@ def sentencepiece_like(prepend_scheme: str) -> PreTrainedTokenizerFast:
 
 
 def chat(chosen: str = "The sky is blue.", rejected: str = "No.", question: str = QUESTION) -> Pair:
-    answers = message("assistant", chosen), message("assistant", rejected)
+    answers = [message("assistant", chosen)], [message("assistant", rejected)]
     return Pair([message("user", question)], *answers, "source", "rows.jsonl:7")
 
 
@@ -191,9 +191,9 @@ def test_notes_on_the_text(tmp_path: Path) -> None:
     assert inside.notes == NOTE_BITS[SPECIAL_IN_TEXT]
     echo = encoded(tokenizer, chat(QUESTION, "No."))
     assert echo.notes == NOTE_BITS[ANSWER_IS_PROMPT]
-    answers = message("assistant", "A"), message("assistant", "B")
-    cut = Pair([message("user", "Q")], *answers, "s", "o", cut_to_shared=True)
-    assert encoded(tokenizer, cut).notes == NOTE_BITS[CUT_TO_SHARED]
+    one, other = [message("assistant", "A")], [message("assistant", "B")]
+    longer = Pair([message("user", "Q")], one, [*other, message("user", "R"), *one], "s", "o")
+    assert encoded(tokenizer, longer).notes == NOTE_BITS[SEVERAL_TURNS]
 
 
 def test_ids_equal_those_of_trl_where_nothing_merges(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_ids_equal_those_of_trl_where_nothing_merges(tmp_path: Path) -> None:
         message("assistant", "Hello,"),
         message("user", QUESTION),
     ]
-    pair = Pair(turns, message("assistant", "A"), message("assistant", "B"), "s", "o")
+    pair = Pair(turns, [message("assistant", "A")], [message("assistant", "B")], "s", "o")
     ours = encoded(tokenizer, pair)
     prompt = _tokenize(tokenizer, turns, add_generation_prompt=True)["input_ids"]
     for answer, ids in ((pair.chosen, ours.chosen_ids), (pair.rejected, ours.rejected_ids)):
-        whole = _tokenize(tokenizer, [*turns, answer])["input_ids"]
+        whole = _tokenize(tokenizer, [*turns, *answer])["input_ids"]
         shared = common_prefix_length(prompt, whole)
         assert (ours.prompt_ids, ids) == (whole[:shared], whole[shared:])

@@ -19,22 +19,33 @@ PADDED = ("mamba", "falcon_h1", "lfm2", "recurrent_gemma", "bloom", "stablelm", 
 
 
 def pairs() -> list[PairIds]:
-    """Prompts longer and shorter than the models' window of 7, completions down to one token."""
+    """Prompts longer and shorter than the models' window of 7, completions down to one token.
+
+    Two completions have tokens in their middle that are read and not scored.
+    """
     rng = random.Random(0)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(3, 128) for _ in range(count)]
 
-    return [(ids(21), ids(9), ids(14)), (ids(4), ids(12), ids(1)), (ids(1), ids(2), ids(10))]
+    def read(completion: list[int], *offsets: int) -> list[int]:
+        return [~token if at in offsets else token for at, token in enumerate(completion)]
+
+    return [
+        (ids(21), ids(9), read(ids(14), 2, 3, 4, 5, 8)),
+        (ids(4), read(ids(12), 4, 5, 6, 7, 8, 11), ids(1)),
+        (ids(1), ids(2), ids(10)),
+    ]
 
 
 def plain_scores(model: nn.Module, rows: list[PairIds]) -> Tensor:
     """(B, 2) from the model's own logits, one sequence at a time."""
 
     def logp(prompt: Any, completion: Any) -> Tensor:
-        ids = torch.tensor([[*prompt, *completion]])
+        scored = torch.tensor([token >= 0 for token in completion])
+        ids = torch.tensor([[*prompt, *(t if t >= 0 else ~t for t in completion)]])
         logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+        return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0][scored].sum()
 
     return torch.stack([torch.stack([logp(prompt, ids) for ids in both]) for prompt, *both in rows])
 
