@@ -76,7 +76,8 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
     names = row.fields.keys()
     if {"question", "response_j", "response_k"} <= names:
         return "stack_exchange"
-    if not {"chosen", "rejected"} <= names and names >= LABELLED_COLUMNS:
+    labelled = names >= LABELLED_COLUMNS or names >= {"messages", "label"}
+    if not {"chosen", "rejected"} <= names and labelled:
         raise DataError(
             f"{row.origin} has the columns {', '.join(names)}: one answer and a label, as for KTO",
             "two answers to a prompt, chosen and rejected",

@@ -172,4 +172,7 @@ def _not_json(origin: str, error: ValueError) -> RowError:
     where = (
         f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
     )
-    return RowError(f"{origin} is not JSON ({where})", "a JSON object", "Correct or remove it.")
+    remedy = "Correct or remove it."
+    if isinstance(error, json.JSONDecodeError) and error.doc[error.pos : error.pos + 1] == "'":
+        remedy = "JSON has double quotes: write rows with json.dumps(row), not with str(row)."
+    return RowError(f"{origin} is not JSON ({where})", "a JSON object", remedy)

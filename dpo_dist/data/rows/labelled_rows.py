@@ -15,6 +15,7 @@ import numpy as np
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.rows.formats import LABELLED_COLUMNS, detect_format, rename_columns
 from dpo_dist.data.rows.json_rows import JsonRows
+from dpo_dist.data.rows.messages import read_messages
 from dpo_dist.data.rows.row import Row, RowError, type_name
 from dpo_dist.data.rows.table_rows import TableRows
 from dpo_dist.errors import DataError
@@ -57,7 +58,7 @@ class LabelledRows:
                 fault = None if alone is None else _fault_of(alone, self.columns)
                 yield Row({}, self.origin(at), lacks_partner=True, fault=fault)
             else:
-                good, bad = (rename_columns(row, self.columns) for row in (good, bad))
+                good, bad = (_halved(rename_columns(row, self.columns)) for row in (good, bad))
                 yield _joined(good, bad, self.origin(at))
 
     def origin(self, position: int) -> str:
@@ -89,7 +90,7 @@ def pair_labels(
             labels.append(True)
             partners.append(NONE)
             continue
-        row = rename_columns(row, columns)
+        row = _halved(rename_columns(row, columns))
         row_format = row_format or detect_format(_joined(row, row, row.origin), where)
         label, prompt = _label(row), _prompt_of(row)
         others = waiting[prompt, not label]
@@ -110,9 +111,20 @@ def pair_labels(
     return LabelledRows(rows, columns, good, bad), row_format
 
 
+def _halved(row: Row) -> Row:
+    """A row that holds a whole dialogue, as prompt and completion."""
+    if "completion" in row.fields or "messages" not in row.fields:
+        return row
+    *prompt, answer = read_messages(row, "messages")
+    if not prompt or answer["role"] != "assistant":
+        raise row.unusable("field 'messages' ends in no answer", "a question and an answer")
+    fields = {name: value for name, value in row.fields.items() if name != "messages"}
+    return Row({**fields, "prompt": prompt, "completion": [answer]}, row.origin)
+
+
 def _refuse_columns(rows: JsonRows | TableRows, columns: dict[str, str], where: str) -> None:
     """Raises DataError when it is columns that a source of unusable rows lacks."""
-    first = rename_columns(next(rows.read([0])).sound(), columns)
+    first = _halved(rename_columns(next(rows.read([0])).sound(), columns))
     if LABELLED_COLUMNS - first.fields.keys():
         raise DataError(
             f"{first.origin} has the columns {', '.join(first.fields) or '(none)'}",
@@ -124,7 +136,7 @@ def _refuse_columns(rows: JsonRows | TableRows, columns: dict[str, str], where: 
 def _fault_of(row: Row, columns: dict[str, str]) -> RowError | None:
     """Why a row makes no half of a pair."""
     try:
-        row = rename_columns(row.sound(), columns)
+        row = _halved(rename_columns(row.sound(), columns))
         row.field("completion")
         _label(row)
         _prompt_of(row)

@@ -31,7 +31,9 @@ from dpo_dist.data.rows.row import Row, RowError
 from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream
 from dpo_dist.data.rows.table_rows import (
     TableRows,
+    decompress,
     digest_of_table,
+    open_arrow,
     open_csv,
     open_folder,
     open_hub,
@@ -42,14 +44,17 @@ from dpo_dist.reference.arrays import IntArray
 from dpo_dist.run.manifest import digest_of_file
 
 Rows = JsonRows | TableRows | LabelledRows | StreamRows
-Kind = Literal["json", "parquet", "csv", "folder", "hub"]
+Kind = Literal["json", "parquet", "csv", "arrow", "folder", "hub"]
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
     ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
 }
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # by a further suffix
 _LOOK_AT_ROWS = 100  # for one that tells the format
 FOLDER_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 
@@ -132,6 +137,7 @@ def _open_rows(
     if section.streaming:
         return _stream(kind, section, path, key)
     with _readable(section, key):
+        path = _decompressed(path, section.path, scratch_path)
         match kind:
             case "json":
                 return index_json(path, section.path, section.limit)
@@ -139,6 +145,8 @@ def _open_rows(
                 return open_parquet(path, section.path, scratch_path, section.limit)
             case "csv":
                 return open_csv(path, section.path, scratch_path, section.limit)
+            case "arrow":
+                return open_arrow(path, section.path).first(section.limit)
             case "folder" | "hub":
                 return _open_data_set(kind, section, path, key).first(section.limit)
 
@@ -180,7 +188,7 @@ def _detected(
 def _kind(section: SourceSection, path: Path, key: str) -> Kind:
     if path.is_dir():
         return "folder" if any((path / mark).is_file() for mark in FOLDER_MARKS) else "hub"
-    suffix = path.suffix.lower()
+    suffix = _inner(path).suffix.lower()
     if not path.exists():
         if section.path.startswith((".", "/", "~")) or section.path.count("/") > 1:
             raise _missing(path, key)
@@ -190,10 +198,26 @@ def _kind(section: SourceSection, path: Path, key: str) -> Kind:
     if suffix not in SUFFIXES:
         raise DataError(
             f"{key}.path {section.path} ends in {suffix or 'no suffix'}",
-            f"a file that ends in {', '.join(SUFFIXES)}",
+            f"a file that ends in {', '.join(SUFFIXES)}, or one of them and "
+            f"{', '.join(COMPRESSIONS)}",
             "Rename or convert it.",
         )
     return SUFFIXES[suffix]
+
+
+def _inner(path: Path) -> Path:
+    """The name without the suffix of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+
+
+def _decompressed(path: Path, label: str, scratch_path: Path) -> Path:
+    """The file, or a copy of what is compressed in it, whose rows can be read by position."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path
+    copy = scratch_path.with_suffix(_inner(path).suffix)
+    decompress(path, copy, label, compression)
+    return copy
 
 
 def _open_data_set(kind: Kind, section: SourceSection, path: Path, key: str) -> TableRows:

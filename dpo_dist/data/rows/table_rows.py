@@ -9,6 +9,7 @@ scratch folder, so that any process can read any row.
 
 import csv
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,8 +84,10 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
     faults: dict[int, RowError] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+            separator = "\t" if path.suffix == ".tsv" else ","
+            reader = csv.reader(stream, strict=True, delimiter=separator)
             names = next(reader, [])
+            _check_separator(names, label)
             if len(set(names)) != len(names):
                 raise DataError(
                     f"{label}:1 names a column twice ({', '.join(names)})",
@@ -112,6 +115,33 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
             "Correct it.",
         ) from None
     return TableRows(_from_file(scratch_path), label, np.array(lines, dtype=np.int64), faults)
+
+
+def open_arrow(path: Path, label: str) -> TableRows:
+    """Maps an Arrow stream, the file that `datasets` writes."""
+    try:
+        return TableRows(_from_file(path), label)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{label} is not readable as an Arrow stream ({first_line(error)})",
+            "a file that `datasets` wrote",
+            "Write it with save_to_disk, or as Parquet.",
+        ) from None
+
+
+def decompress(path: Path, copy: Path, label: str, compression: str) -> None:
+    """Writes what a compressed file holds."""
+    try:
+        with pa.input_stream(str(path), compression=compression) as source, copy.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise DataError(
+            f"{label} is not readable as {compression} ({first_line(error)})",
+            f"a whole file of {compression}",
+            "Copy it again, or give it its right suffix.",
+        ) from None
 
 
 def open_folder(path: Path, label: str, split: str) -> TableRows:
@@ -157,6 +187,17 @@ def digest_of_table(rows: TableRows) -> str:
     """Identity of a data set's content: its Arrow files, and which rows of them are taken."""
     files = [digest_of_file(Path(file["filename"])) for file in rows.dataset.cache_files]
     return digest_of([files, rows.dataset._fingerprint if not files else len(rows)])
+
+
+def _check_separator(names: list[str], label: str) -> None:
+    """Raises DataError at a header that other signs than the suffix says divide."""
+    others = [sign for sign in ";\t|" if len(names) == 1 and sign in names[0]]
+    if others:
+        raise DataError(
+            f"{label}:1 has one column, {names[0]!r}",
+            "columns divided by commas, or by tabs in a .tsv",
+            f"They look divided by {others[0]!r}: convert the file, or rename it to .tsv for tabs.",
+        )
 
 
 def _csv_rows(

@@ -147,7 +147,8 @@ def test_an_unknown_suffix(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.txt")
     assert error_of(tmp_path, section(path)) == (
         f"data.train.0.path {path} ends in .txt; expected a file that ends in .jsonl, .ndjson, "
-        ".json, .parquet, .csv. Rename or convert it."
+        ".json, .parquet, .csv, .tsv, .arrow, or one of them and .gz, .zst, .bz2. Rename or "
+        "convert it."
     )
 
 

@@ -114,6 +114,22 @@ def test_without_a_group_a_process_is_alone() -> None:
     assert collectives.is_first()
 
 
+def environments() -> list[bool]:
+    """Whether the environment is the same behind a group as before, and whether it was inside."""
+    topology = from_environment()
+    for name in topology.environment():
+        del os.environ[name]
+    before = dict(os.environ)
+    with collectives.process_group(topology):
+        inside = dict(os.environ) == before
+    return [dict(os.environ) == before, inside]
+
+
+def test_a_group_leaves_the_environment_as_it_was() -> None:
+    """With RANK in it, a command that this process starts would take itself for a rank."""
+    assert run_ranks(1, environments) == [[True, False]]
+
+
 def test_killed_ranks_leave_no_shared_memory_behind(tmp_path: Path) -> None:
     before = buffers()
     with started_ranks(2, wait_for_ever, str(tmp_path)) as ranks:
