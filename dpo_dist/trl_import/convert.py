@@ -7,6 +7,7 @@ from dpo_dist.config.objective_section import SMOOTHED
 from dpo_dist.errors import ConfigError
 from dpo_dist.trl_import import keys
 from dpo_dist.trl_import.convert_train import put_every
+from dpo_dist.trl_import.handbook import convert_handbook
 from dpo_dist.trl_import.settings import Run
 
 # PEFT's own choice for llama, mistral, mixtral, gemma, gemma2, qwen2, qwen3, opt and more
@@ -130,14 +131,17 @@ def convert_data(run: Run) -> None:
     """data and eval."""
     settings = run.settings
     mixture, name = settings.get("datasets"), settings.get("dataset_name")
-    if not mixture and name is None:
+    handbook = settings.given("dataset_mixture") or settings.given("dataset_mixer")
+    if not mixture and name is None and not handbook:
         raise ConfigError(
             "neither dataset_name nor datasets is there",
             "the preference rows that TRL read",
             "Put dataset_name=NAME behind the file.",
         )
     evaluated = settings.get("eval_strategy") != "no"
-    if mixture:
+    if handbook:
+        convert_handbook(run, evaluated)
+    elif mixture:
         sources = _mixture(run, mixture)
         if settings.get("streaming"):
             sources = [source | {"streaming": True} for source in sources]
@@ -149,6 +153,7 @@ def convert_data(run: Run) -> None:
     else:
         config = settings.get("dataset_config")
         train, test = settings.get("dataset_train_split"), settings.get("dataset_test_split")
+        name = str(name)
         streamed = {"streaming": True} if settings.get("dataset_streaming") else {}
         source = _source(name, config, train) | streamed
         run.put("data.train", [source], "dataset_name, dataset_train_split")

@@ -116,13 +116,20 @@ def _steps(run: Run) -> None:
     elif warmup < 1:
         run.put(key, float(warmup), settings.why("warmup_steps"))
     elif limit > 0:
-        run.put(key, warmup / limit, f"warmup_steps {warmup} / max_steps {limit}")
+        run.put(key, _ratio(warmup, limit), f"warmup_steps {warmup} / max_steps {limit}")
     else:
         run.put(key, 0.1, "not TRL's, see below")
         run.differs.append(
             f"warmup_steps: {warmup}; set train.warmup_ratio to {warmup} / the steps that "
             "`dpo-dist plan` shows once the pairs are prepared"
         )
+
+
+def _ratio(warmup: int, steps: int) -> float:
+    """The largest ratio of which training makes `warmup` steps: it rounds up, and 7 / 25 x 25 is
+    7.000000000000001."""
+    ratio = warmup / steps
+    return math.nextafter(ratio, 0.0) if math.ceil(steps * ratio) > warmup else ratio
 
 
 def put_every(run: Run, ours: str, strategy_key: str, *names: str) -> None:

@@ -176,8 +176,11 @@ RENAMED: dict[str, str] = {
     "torch_dtype": "dtype",
     "preprocessing_num_workers": "dataset_num_proc",
 }
-# a key of earlier versions that is converted still -> its default
-CONVERTED_FORMER: dict[str, Default] = {"warmup_ratio": 0.0, "generate_during_eval": False}
+# a key of earlier versions, or of the alignment-handbook, that is converted still -> its default
+CONVERTED_FORMER: dict[str, Default] = {
+    "warmup_ratio": 0.0, "generate_during_eval": False,
+    "dataset_mixture": None, "dataset_mixer": None, "dataset_splits": None,
+}  # fmt: skip
 # keys of earlier versions, or of scripts around TRL -> what to do
 FORMER: dict[str, str] = {
     "max_prompt_length": "there is one limit, data.max_length; answers are cut, prompts are not",
@@ -193,9 +196,6 @@ FORMER: dict[str, str] = {
     "is_encoder_decoder": "models are causal language models",
     "use_logits_to_keep": "only completions meet the vocabulary anyway",
     "tools": "a row brings its own in the column tools",
-    "dataset_mixer": "name the data sets in data.train, with their weight",
-    "dataset_splits": "name the splits in data.train and data.eval",
-    "dataset_mixture": "name the data sets in data.train, with their weight",
     "group_by_length": "batches are packed by token count",
     "logging_dir": "TensorBoard files lie in run.dir/tensorboard",
     "overwrite_output_dir": "a run folder is gone on with; remove it to start anew",

@@ -1,6 +1,7 @@
 """`dpo-dist import-trl`: every key of TRL is known, and the result is a run config."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,75 @@ def test_a_mixture(tmp_path: Path) -> None:
     assert any(note.startswith("datasets.2.data_dir: data/rl") for note in imported.differs)
     with pytest.raises(ConfigError, match=r"datasets.0: pth; expected a path, and of path, name"):
         convert(tmp_path, datasets=[{"pth": "a"}])
+
+
+HANDBOOK = {
+    "datasets": [
+        {"id": "a/b", "config": "c", "split": "train_prefs", "columns": ["chosen", "rejected"],
+         "weight": 0.5},
+        {"id": "d/e"},
+    ],
+}  # fmt: skip
+
+
+def test_the_handbooks_mixture(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"dataset_name": None, "eval_strategy": "steps"}
+    mixture = HANDBOOK | {"test_split_size": 0.05, "seed": 3}
+    config, imported = convert(tmp_path, dataset_mixture=mixture, **given)
+    assert [(s.path, s.config, s.split, s.weight) for s in config.data.train] == [
+        ("a/b", "c", "train_prefs", 0.5), ("d/e", None, "train", 1.0),
+    ]  # fmt: skip
+    assert (config.data.eval_fraction, config.data.eval_seed) == (0.05, 3)
+    assert imported.differs == []
+    rows, imported = convert(tmp_path, dataset_mixture=HANDBOOK | {"test_split_size": 900}, **given)
+    assert rows.data.eval_fraction == 0 and imported.differs == [
+        "dataset_mixture.test_split_size: 900; set data.eval_fraction to 900 / the rows of the "
+        "mixture"
+    ]
+    unread, _ = convert(tmp_path, dataset_name=None, dataset_mixture=mixture)
+    assert unread.data.eval_fraction == 0, "nothing is evaluated"
+
+
+def test_the_mixer_of_earlier_handbooks(tmp_path: Path) -> None:
+    mixer = {"HuggingFaceH4/ultrafeedback_binarized": 1.0, "x/y": 0.25}
+    config, imported = convert(
+        tmp_path, dataset_name=None, dataset_mixer=mixer, evaluation_strategy="steps",
+        dataset_splits=["train_prefs", "test_prefs"],
+    )  # fmt: skip
+    assert [(s.path, s.split, s.weight) for s in config.data.train] == [
+        ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", 1.0), ("x/y", "train_prefs", 0.25),
+    ]  # fmt: skip
+    assert [(s.path, s.split) for s in config.data.eval] == [
+        ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"), ("x/y", "test_prefs"),
+    ]  # fmt: skip
+    assert imported.differs == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_mixture": {"datasets": []}},
+         "dataset_mixture: {'datasets': []}; expected datasets, a list of id, config, split, "
+         "columns, weight. Correct the YAML."),
+        ({"dataset_mixture": {"datasets": [{"id": "a", "splt": "b"}]}},
+         "dataset_mixture.datasets.0: splt; expected an id, and of id, config, split, columns, "
+         "weight. Correct the YAML."),
+        ({"dataset_mixer": ["a"]},
+         "dataset_mixer: ['a']; expected {data set: share}. Correct the YAML."),
+    ],
+)  # fmt: skip
+def test_a_handbooks_data_that_cannot_be_read(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert(tmp_path, dataset_name=None, **values)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(7, 25), (1, 3), (50, 200), (29, 100), (3, 3)])
+def test_a_warm_up_of_so_many_steps_has_so_many(tmp_path: Path, warmup: int, steps: int) -> None:
+    config, _ = convert(tmp_path, max_steps=steps, warmup_steps=warmup)
+    assert math.ceil(steps * config.train.warmup_ratio) == warmup
 
 
 def test_streaming_and_a_share_held_out(tmp_path: Path) -> None:
