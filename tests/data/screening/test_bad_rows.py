@@ -63,8 +63,9 @@ def test_the_first_ten_are_told_at_once(tmp_path: Path) -> None:
     assert lines[0].endswith(":3: field 'chosen' is a boolean; expected a string")
     assert end == (
         "expected none, because data.on_bad_row is raise. Correct or remove the row. Correct or "
-        "remove the row, or map the column with `columns`. Correct or remove it. Convert the file, "
-        "for example with iconv. Or set data.on_bad_row=drop."
+        "remove the row, or map the column with `columns`. JSON has double quotes: write rows with "
+        "json.dumps(row), not with str(row). Convert the file, for example with iconv. Or set "
+        "data.on_bad_row=drop."
     )
 
 
