@@ -97,8 +97,6 @@ def hints(section: DataSection, tokenizer: PairTokenizer, sources: Sequence[Sour
             f"{', '.join(plain)}: format standard is plain text without the chat template, as in "
             "TRL; for the template set format: orca and columns: {question: prompt}"
         )
-    if len(plain) < len({source.name for source in sources}):
-        found += _end_hints(tokenizer.tokenizer)
     if plain and not tokenizer.tokenizer.eos_token:
         found.append(f"{', '.join(plain)}: the tokenizer has no EOS, so answers end without one")
     if markers := split_markers(tokenizer.tokenizer, section.chat_template):
@@ -106,6 +104,8 @@ def hints(section: DataSection, tokenizer: PairTokenizer, sources: Sequence[Sour
             f"chat template {section.chat_template} writes {', '.join(markers)}, which this "
             "tokenizer has not as one token: the model will hardly learn to stop"
         )
+    elif len(plain) < len({source.name for source in sources}):
+        found += _end_hints(tokenizer.tokenizer)
     return found
 
 
