@@ -252,13 +252,12 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 def test_a_process_killed_while_it_appends_leaves_a_whole_store(tmp_path: Path) -> None:
     done = 0
     for attempt in range(4):
-        process = start_python(APPENDER, tmp_path, done)
-        assert process.stdout is not None
-        first = process.stdout.readline()
-        time.sleep(0.03 + 0.017 * attempt)
-        os.kill(process.pid, signal.SIGKILL)
-        acknowledged = (first + process.stdout.read()).split()
-        process.wait()
+        with start_python(APPENDER, tmp_path, done) as process:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            time.sleep(0.03 + 0.017 * attempt)
+            os.kill(process.pid, signal.SIGKILL)
+            acknowledged = (first + process.stdout.read()).split()
         store = open_store(tmp_path, CONTRACT)
         assert store.num_rows >= int(acknowledged[-1]) > done
         assert store.lookup(some_keys(0, store.num_rows)).tolist() == (

@@ -10,7 +10,7 @@ import torch
 from support.oracles.plain_forward import plain_scores
 from support.tiny_models import tiny_model
 
-from dpo_dist.engine.forward.layout_choice import check_neighbors, settle
+from dpo_dist.engine.forward.layout_choice import NO_LEAK, check_neighbors, settle
 from dpo_dist.engine.forward.packing import PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.errors import ConfigError
@@ -71,7 +71,8 @@ def test_truth_02_the_self_check_sees_what_it_allows(
     settled = settle(scorer, layout=asked)
     layout = "padded" if asked == "padded" or family == "stablelm_dynamic" else "packed"
     assert settled.layout == scorer.layout == layout
-    assert check_neighbors(scorer, CPU) == 0.0
+    # Not zero where experts take tokens of both pairs into one product, whose size then changes.
+    assert check_neighbors(scorer, CPU) <= NO_LEAK[torch.float32]
     for module in scorer._rotary:
         monkeypatch.setattr(module, "_forward_hooks", {})  # as transformers has it
     with pytest.raises(ConfigError) as caught:
