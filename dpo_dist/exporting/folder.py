@@ -1,7 +1,6 @@
 """One export folder: weights, and what a user of them needs beside."""
 
 import json
-import shutil
 from pathlib import Path
 
 from dpo_dist.engine.checkpoints.commit import record_files
@@ -9,7 +8,7 @@ from dpo_dist.exporting.job import ExportJob
 from dpo_dist.exporting.weights import write_weights
 from dpo_dist.metrics.curves import QUALITY_PLOTS
 from dpo_dist.metrics.writer import read_lines
-from dpo_dist.model_files.files import TOKENIZER_FILES
+from dpo_dist.model_files.files import BESIDE_TOKENIZER, TOKENIZER_FILES, copy_files
 from dpo_dist.report.charts import write_pictures
 from dpo_dist.report.model_card import Training, model_card
 from dpo_dist.run.exports import ExportKind
@@ -25,23 +24,24 @@ PLOTS_NAME = "plots"
 def write_folder(job: ExportJob, kind: ExportKind, folder: Path) -> dict[str, FileRecord]:
     """Writes everything of one folder but its manifest; the records of all its files."""
     weights = write_weights(job, kind, folder)
-    _copy_tokenizer(job.models.base, folder, job.template)
+    copy_tokenizer(job.models.base, folder, job.template)
     _write_card(job, kind, folder)
     return record_files(folder, weights)
 
 
-def _copy_tokenizer(base_dir: Path, folder: Path, template: str | None) -> None:
-    """The base model's tokenizer, with the chat template that the run was trained with."""
-    for name in TOKENIZER_FILES:
-        if (base_dir / name).is_file():
-            shutil.copyfile(base_dir / name, folder / name)
+def copy_tokenizer(base_dir: Path, folder: Path, template: str | None) -> None:
+    """The base model's tokenizer; a `template` of the run stands in for all that it has."""
+    copied = (*TOKENIZER_FILES, *BESIDE_TOKENIZER)
     if template is None:
+        copy_files(base_dir, folder, copied)
         return
+    copy_files(base_dir, folder, [name for name in copied if "chat_template" not in name])
     (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
     config_path = folder / TOKENIZER_CONFIG_NAME
-    settings = json.loads(config_path.read_text())
-    settings.pop("chat_template", None)
-    write_json(config_path, settings)
+    if config_path.is_file():
+        settings = json.loads(config_path.read_text())
+        settings.pop("chat_template", None)
+        write_json(config_path, settings)
 
 
 def _write_card(job: ExportJob, kind: ExportKind, folder: Path) -> None:

@@ -18,7 +18,7 @@ from dpo_dist.engine.weights.safetensors_writer import Advance, write_file, writ
 from dpo_dist.errors import ArtifactError
 from dpo_dist.exporting.job import ExportJob
 from dpo_dist.model_files.adapter import ADAPTER_WEIGHTS_NAME
-from dpo_dist.model_files.files import CONFIG_NAME, model_config, read_model_config
+from dpo_dist.model_files.files import CONFIG_NAME, copy_files, model_config, read_model_config
 from dpo_dist.model_files.of_run import makes_base
 from dpo_dist.run.exports import ExportKind
 from dpo_dist.run.logs import progress_bar
@@ -69,9 +69,7 @@ def _write_model(job: ExportJob, trained: ShardedCheckpoint, folder: Path) -> di
     config = model_config(read_model_config(base.folder), job.dtype_name("full"), plan.breaks_ties)
     write_json(folder / CONFIG_NAME, config)
     remote_code = ["*.py"] if job.config.model.trust_remote_code else []
-    for pattern in (GENERATION_CONFIG_NAME, *remote_code):
-        for path in sorted(base.folder.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
+    copy_files(base.folder, folder, (GENERATION_CONFIG_NAME, *remote_code))
     _stop_at_the_end_of_a_turn(job, folder / GENERATION_CONFIG_NAME)
     return records
 

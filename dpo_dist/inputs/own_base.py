@@ -9,9 +9,15 @@ from pathlib import Path
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.tokens.vocabulary import extended_tokenizer
-from dpo_dist.engine.export.own_base import check_new_tokens_train, lengthen, merge_start
+from dpo_dist.engine.export.own_base import lengthen, merge_start
 from dpo_dist.model_files.adapter import digest_of_adapter
-from dpo_dist.model_files.files import TOKENIZER_FILES, digest_of_tokenizer, digest_of_weights
+from dpo_dist.model_files.files import (
+    BESIDE_TOKENIZER,
+    TOKENIZER_FILES,
+    copy_files,
+    digest_of_tokenizer,
+    digest_of_weights,
+)
 from dpo_dist.model_files.of_run import (
     BASE,
     RunModels,
@@ -28,7 +34,7 @@ def make_base(models: RunModels) -> None:
     """Writes the run's own base model unless it is current, or none is needed.
 
     Raises ArtifactError when one made from other settings or files stands there, ModelFilesError
-    when model or adapter are not usable, ConfigError when added tokens would stay untrained.
+    when model or adapter are not usable.
     """
     config = models.config
     if not makes_base(config):
@@ -53,14 +59,11 @@ def make_base(models: RunModels) -> None:
             remote = model.trust_remote_code
             merge_start(longer, partial, config.adapter, merged, model.dtype, remote)
             _logger.info("prepare: %s merged, as %s", merged, model.dtype)
-        for name in TOKENIZER_FILES:
-            if (longer / name).is_file() and longer != partial:
-                shutil.copyfile(longer / name, partial / name)
+        if longer != partial:
+            copy_files(longer, partial, TOKENIZER_FILES)
+        copy_files(source, partial, BESIDE_TOKENIZER)
         if longer not in (source, partial):
             shutil.rmtree(longer)
-        if model.add_tokens and config.adapter is not None:
-            start = models.start_adapter
-            check_new_tokens_train(partial, config.adapter, start, model.trust_remote_code)
         write_manifest(partial, Manifest(BASE, settings, inputs))
     _logger.info("prepare: base model in %s", folder)
 
@@ -73,9 +76,7 @@ def _lengthen(config: RunConfig, source: Path, folder: Path) -> None:
     if vocabulary.new_ids:
         tokenizer.save_pretrained(folder)
     else:
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_files(source, folder, TOKENIZER_FILES)
     num_tokens, new_ids = vocabulary.num_tokens, vocabulary.new_ids
     multiple, remote = model.pad_vocab_to_multiple, model.trust_remote_code
     size = lengthen(source, folder, num_tokens, new_ids, multiple, remote)

@@ -56,13 +56,13 @@ def count_shape(
         return count_model(_config_dir(path, None), adapter, remote, quantized=quantized)
     model_dir = _config_dir(config.model.path, config.model.revision)
     start = RunModels(config).start_adapter if adapter is not None else None
-    vocab_size = _vocab_size(config, model_dir)
+    vocab_size = own_vocab_size(config, model_dir)
     return count_model(
         model_dir, adapter, remote, start=start, vocab_size=vocab_size, quantized=quantized
     )
 
 
-def _vocab_size(config: RunConfig, model_dir: Path) -> int | None:
+def own_vocab_size(config: RunConfig, model_dir: Path) -> int | None:
     """Rows of lengthened embeddings; without a tokenizer here as if every added token were new."""
     model, num_rows = config.model, vocab_size_of(model_dir)
     if num_rows is None or not (model.add_tokens or model.pad_vocab_to_multiple):

@@ -38,9 +38,19 @@ def checked_work(config: RunConfig) -> Work:
     """The prepared pairs, once nothing is left that training would refuse without a model.
 
     The reference pass asks too: what comes after hours of it is found before them. Raises
-    ArtifactError without pairs, DataError when they do not suffice, ConfigError when the
-    sharding or the optimizer is wrong or an optional package is missing, CheckpointError when a
-    checkpoint could not be written, or not as this user's.
+    ArtifactError without pairs, DataError when they do not suffice, and as `check_settings`.
+    """
+    check_settings(config)
+    work = _open_work(config)
+    _check_held_out(config, work.held_out)
+    return work
+
+
+def check_settings(config: RunConfig) -> None:
+    """What training would refuse without a model or pairs.
+
+    Raises ConfigError when the sharding or the optimizer is wrong or an optional package is
+    missing, CheckpointError when a checkpoint could not be written, or not as this user's.
     """
     settings, model = config.train, config.model
     check_optimizer(settings, model.dtype, read_sharding(settings.deepspeed))
@@ -53,9 +63,6 @@ def checked_work(config: RunConfig) -> Work:
     run, trusted = RunDir(config.run.dir), config.checkpoint.trusted_owners
     for folder in filter(Path.is_dir, (run.root, run.checkpoints_dir)):
         check_new_files(folder, trusted)
-    work = _open_work(config)
-    _check_held_out(config, work.held_out)
-    return work
 
 
 def _open_work(config: RunConfig) -> Work:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model",
+)  # fmt: skip
+# what else belongs to a tokenizer where a folder has it, and is copied with it
+BESIDE_TOKENIZER = (
+    "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "tokenization_*.py",
 )  # fmt: skip
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -117,6 +124,39 @@ def vocab_size_of(model_dir: Path) -> int | None:
     return None
 
 
+def position_limit(model_dir: Path) -> int | None:
+    """Positions that the model was made for, its scaled rotary embeddings included, None: unknown.
+
+    Under a rope of `factor` these are `factor` times those it was trained with, which older
+    config.json files do not put into max_position_embeddings.
+    """
+    config = read_model_config(model_dir)
+    for section in (config, config.get("text_config") or {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(section.get(name), int):
+                return max(section[name], *_scaled_positions(section, section[name]))
+    return None
+
+
+def _scaled_positions(section: dict[str, Any], positions: int) -> list[int]:
+    ropes = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    outer = section.get("original_max_position_embeddings") or positions
+    return [0] + [
+        int((rope.get("original_max_position_embeddings") or outer) * (rope.get("factor") or 1))
+        for rope in by_layer or [ropes]
+    ]
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copies what a model folder has of these names or patterns, folders of theirs included."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
 def weight_files(model_dir: Path, allow_pickle: bool = False) -> list[Path]:
     """The weight files of a folder, sorted; safetensors only unless pickles are allowed.
 
@@ -204,6 +244,7 @@ def _is_same_model(one: str, other: str) -> bool:
 def digest_of_tokenizer(model_dir: Path) -> str:
     """Identity of a tokenizer with its chat template: names and SHA-256 of its files."""
     files = [model_dir / name for name in TOKENIZER_FILES if (model_dir / name).is_file()]
+    files += sorted(model_dir.glob(BESIDE_TOKENIZER[0]))
     if not files:
         raise ModelFilesError(
             f"{model_dir} has no tokenizer files", "tokenizer.json", "Copy the tokenizer there."

@@ -30,14 +30,9 @@ def push_folder(
 
     `revision` is a branch, made from main when it is missing. Raises HubError.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if get_token() is None:
-        raise HubError(
-            f"no token to push to {repo_id} with",
-            "a token that may write there",
-            "Set HF_TOKEN or run `hf auth login`.",
-        )
+    require_token(repo_id)
     api = HfApi(library_name="dpo-dist")
     branch = revision or "main"
     with _explained(repo_id, api.endpoint):
@@ -59,6 +54,18 @@ def push_folder(
         # not upload_folder, which makes several commits of a large folder
         done = api.create_commit(repo_id, [*added, *stale], commit_message=message, revision=branch)
     return str(done.commit_url)
+
+
+def require_token(repo_id: str) -> None:
+    """Raises HubError when this user has no token at all to push with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError(
+            f"no token to push to {repo_id} with",
+            "a token that may write there",
+            "Set HF_TOKEN or run `hf auth login`.",
+        )
 
 
 @contextlib.contextmanager

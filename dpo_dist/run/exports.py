@@ -16,3 +16,9 @@ def export_folders(config: RunConfig) -> dict[ExportKind, Path]:
         return {"full": paths.model_dir(merged=False)}
     merged: dict[ExportKind, Path] = {"merged": paths.model_dir(merged=True)}
     return {"adapter": paths.adapter_dir, **(merged if config.export.merge else {})}
+
+
+def pushed_kind(config: RunConfig) -> ExportKind:
+    """The whole model unless the config names a folder or there is only an adapter."""
+    asked = config.export.hub_folder
+    return list(export_folders(config))[-1] if asked == "auto" else asked

@@ -2,7 +2,7 @@
 
 1. Every rank writes what it sees into RUN/doctor: the run folder must be there and writable.
 2. Rank 0 waits for all of these files and names the nodes that wrote none.
-3. Rank 0 compares versions, GPUs, attention kernels and free disk.
+3. Rank 0 compares versions, GPUs, attention kernels and free disk, and tries what an export needs.
 4. All ranks join a process group and time one all-reduce.
 """
 
@@ -27,6 +27,7 @@ from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.devices import device_of
 from dpo_dist.engine.forward.backend_choice import BACKENDS, device_obstacle, import_obstacle
 from dpo_dist.errors import ClusterError
+from dpo_dist.exporting.preflight import preflight_here
 from dpo_dist.inputs.disk import disk_sizes
 from dpo_dist.inputs.setup import make_setup
 from dpo_dist.inputs.work import prepared_work
@@ -49,7 +50,10 @@ Facts = dict[str, Any]
 
 
 def run(config: RunConfig) -> Path:
-    """Looks at every node of the job; raises ClusterError naming what is wrong and where."""
+    """Looks at every node of the job; raises ClusterError naming what is wrong and where.
+
+    Raises what `preflight` raises of a model that is here.
+    """
     paths, topology = RunDir(config.run.dir), from_environment()
     started = time.time()
     own = _arrival_path(paths, topology.rank)
@@ -65,6 +69,7 @@ def run(config: RunConfig) -> Path:
     if topology.rank == 0:
         facts = await_all(paths, topology, started)
         refuse_differences(facts)
+        preflight_here(config)
         disk = check_disk(config, topology)
     with collectives.process_group(topology) as device:
         seconds = collectives.time_all_reduce(REDUCED_MIB, device)

@@ -52,8 +52,10 @@ from dpo_dist.data.screening.write_pairs import write_pairs
 from dpo_dist.data.tokens.templates import resolve_template
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
+from dpo_dist.exporting.preflight import preflight
 from dpo_dist.inputs.own_base import make_base
-from dpo_dist.model_files.files import digest_of_tokenizer, read_model_config
+from dpo_dist.inputs.work import checked_work
+from dpo_dist.model_files.files import digest_of_tokenizer, position_limit
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.report.data_section import report_page
 from dpo_dist.run.logs import console, progress_bar
@@ -83,11 +85,12 @@ ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than 
 def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 
-    Raises DataError for unusable rows or settings, and ArtifactError when a folder made from
-    other settings or data stands there.
+    Raises DataError for unusable rows or settings, ArtifactError when a folder made from other
+    settings or data stands there, and what `preflight` and `checked_work` raise of the stages to come.
     """
     folder = RunDir(config.run.dir).pairs_dir
     models = RunModels(config)
+    preflight(models)
     make_base(models)
     model_dir = models.base
     template = resolve_template(config.data.chat_template)
@@ -96,6 +99,7 @@ def run(config: RunConfig) -> Path:
         splits = read_manifest(folder).details["splits"]
         counts = ", ".join(f"{splits[split]['num_pairs']:,} {split}" for split in SPLITS)
         _logger.info("prepare: current, %s pairs in %s", counts, folder)
+        checked_work(config)
         return folder
     with atomic_dir(folder) as partial:
         scratch = partial / "scratch"
@@ -106,6 +110,7 @@ def run(config: RunConfig) -> Path:
         for split in SPLITS:
             check_vocabulary(open_pairs(partial, split), model_dir, config.model.trust_remote_code)
     _logger.info("prepare: pairs in %s", folder)
+    checked_work(config)
     return folder
 
 
@@ -163,7 +168,7 @@ def _identity(
     for key in LATER_KEYS:
         if settings[key] == DataSection.model_fields[key].get_default(call_default_factory=True):
             del settings[key]
-    settings["model_limit"] = _model_limit(model_dir)
+    settings["model_limit"] = position_limit(model_dir)
     inputs = {"tokenizer": digest_of_tokenizer(model_dir)}
     if template is not None:
         inputs["chat_template"] = digest_of(template)
@@ -182,16 +187,6 @@ def _sections(config: RunConfig) -> dict[str, list[SourceSection]]:
     return {"train": config.data.train, "eval": config.data.eval}
 
 
-def _model_limit(model_dir: Path) -> int | None:
-    """The number of positions the model was made for, when its config tells."""
-    config = read_model_config(model_dir)
-    for section in (config, config.get("text_config") or {}):
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(section.get(name), int):
-                return section[name]
-    return None
-
-
 def _prepare(
     config: RunConfig, model_dir: Path, template: str | None, partial: Path, scratch: Path
 ) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def _prepare(
     held_out = describe_split(tokenized, config.data)
 
     max_length, reason = choose_max_length(
-        tokenized["train"], config.data.max_length, _model_limit(model_dir)
+        tokenized["train"], config.data.max_length, position_limit(model_dir)
     )
     details: dict[str, Any] = {"max_length": max_length, "max_length_reason": reason, "splits": {}}
     report: dict[str, Any] = details | {"held_out": held_out, "splits": {}}

@@ -15,7 +15,7 @@ from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
 from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME
 from dpo_dist.model_files.hub import push_folder
-from dpo_dist.run.exports import ExportKind, export_folders
+from dpo_dist.run.exports import ExportKind, export_folders, pushed_kind
 from dpo_dist.run.manifest import digest_of_file, read_manifest, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 
@@ -35,7 +35,8 @@ def run(config: RunConfig) -> Path:
             "the repository to push to",
             "For example dpo-dist push run.yaml export.push_to_hub=me/my-model.",
         )
-    kind, folder = _choose(config)
+    kind = pushed_kind(config)
+    folder = export_folders(config)[kind]
     files = _verified_files(paths, kind, folder)
     if kind == "adapter":
         _check_base_name(folder)
@@ -57,14 +58,6 @@ def run(config: RunConfig) -> Path:
         },
     )
     return paths.push_path
-
-
-def _choose(config: RunConfig) -> tuple[ExportKind, Path]:
-    """The whole model unless the config names a folder or there is only an adapter."""
-    folders = export_folders(config)
-    expected = config.export.hub_folder
-    kind = list(folders)[-1] if expected == "auto" else expected
-    return kind, folders[kind]
 
 
 def _verified_files(paths: RunDir, kind: ExportKind, folder: Path) -> list[str]:

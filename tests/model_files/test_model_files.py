@@ -1,6 +1,9 @@
+"""A model folder: its files, its identity, how long its pairs may be."""
+
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +110,47 @@ def test_tokenizer_digest(tmp_path: Path) -> None:
     before = model_files.digest_of_tokenizer(folder)
     (folder / "chat_template.jinja").write_text("x")
     assert model_files.digest_of_tokenizer(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"max_position_embeddings": 128}, 128),
+        ({"max_position_embeddings": 128, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 512),
+        (
+            {
+                "max_position_embeddings": 512,
+                "rope_scaling": {
+                    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                },
+            },
+            512,
+        ),
+        (  # Llama 3.1
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0},
+                    "sliding_attention": {"rope_type": "default"},
+                },
+            },
+            512,
+        ),
+        ({"text_config": {"n_positions": 77}}, 77),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_lengths_reach_as_far_as_scaled_rotary_embeddings(
+    tmp_path: Path, changes: dict[str, Any], limit: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    assert model_files.position_limit(tmp_path) == limit

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_tokenizer import make_tokenizer
+from support.tiny_models import tiny_model
+from support.tiny_tokenizer import MAX_VOCAB_SIZE, make_tokenizer
 
 from dpo_dist.config.run_config import RunConfig, parse_config
 from dpo_dist.data.pairs import Pairs, open_pairs
@@ -32,8 +33,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def make_model(folder: Path, **settings: int) -> Path:
+    """A tokenizer and a random model for it, with more in its config.json."""
     model_dir = make_tokenizer(folder / "model")
-    (model_dir / "config.json").write_text(json.dumps(settings))
+    tiny_model("llama", vocab_size=MAX_VOCAB_SIZE).save_pretrained(model_dir)
+    config_path = model_dir / "config.json"
+    config = json.loads(config_path.read_text())
+    del config["max_position_embeddings"]
+    config_path.write_text(json.dumps(config | settings))
     return model_dir
 
 
@@ -46,7 +52,12 @@ def make_config(folder: Path, **data: Any) -> RunConfig:
         if (path := folder / f"{split}.jsonl").exists():
             data.setdefault(split, [{"path": str(path)}])
     return parse_config(
-        {"run": {"dir": str(folder / "out")}, "model": {"path": str(model_dir)}, "data": data}
+        {
+            "run": {"dir": str(folder / "out")},
+            "model": {"path": str(model_dir)},
+            "data": data,
+            "train": {"global_batch_size": 1, "micro_batch_tokens": 1 << 20},
+        }
     )
 
 

@@ -7,7 +7,6 @@ Both stream, one tensor in memory at a time, and write the same bytes whenever t
 V vocabulary, D hidden.
 """
 
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from dpo_dist.engine.weights.safetensors_writer import TensorStream, write_shard
 from dpo_dist.errors import ConfigError
 from dpo_dist.model_files.files import (
     CONFIG_NAME,
+    copy_files,
     model_config,
     read_model_config,
     with_vocab_size,
@@ -80,7 +80,7 @@ def lengthen(
     )
     write_shards(folder, TensorStream(specs, tensors), MAX_SHARD_BYTES)
     write_json(folder / CONFIG_NAME, with_vocab_size(read_model_config(source), size))
-    _copy_beside(source, folder)
+    copy_files(source, folder, COPIED)
     open_base(folder, trust_remote_code)  # raises if config and tensors no longer fit
     return size
 
@@ -106,7 +106,7 @@ def merge_start(
     write_shards(folder, model_weights(plan, trained), MAX_SHARD_BYTES)
     config = read_model_config(source)
     write_json(folder / CONFIG_NAME, model_config(config, dtype, plan.breaks_ties))
-    _copy_beside(source, folder)
+    copy_files(source, folder, COPIED)
 
 
 def check_new_tokens_train(
@@ -168,9 +168,3 @@ def _lengthened(table: torch.Tensor, size: int, fresh: Collection[int]) -> torch
     total = torch.stack([rows[kept].double().sum(dim=0) for rows, kept in parts]).sum(dim=0)
     longer[~known] = (total / known.sum()).to(table.dtype)
     return longer
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    for pattern in COPIED:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)

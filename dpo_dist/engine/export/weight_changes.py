@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dpo_dist.engine.forward.model_parts import text_parameters
 from dpo_dist.engine.weights.adapter_file import ADAPTER_NAME
 from dpo_dist.engine.weights.base_weights import StoredModel
 from dpo_dist.errors import CheckpointError, ConfigError
@@ -48,14 +49,17 @@ Changes = Mapping[str, Replaced | Adapted]  # by name in the module
 
 
 def full_changes(base: StoredModel, trained: TrainedWeights) -> Changes:
-    """After full training: every parameter comes from the checkpoint.
+    """After full training: every parameter that a text passes through comes from the checkpoint.
 
     Tied parameters are in it under one of their names. Raises CheckpointError when a parameter
     is missing, has another shape, or is none of this model.
     """
     changes: dict[str, Replaced | Adapted] = {}
     expected: dict[str, tuple[int, ...]] = {}
+    text = text_parameters(base.skeleton)
     for name, parameter in base.skeleton.named_parameters(remove_duplicate=False):
+        if text.isdisjoint((name, *base.tied_to(name))):
+            continue
         names = [POLICY + n for n in (name, *base.tied_to(name))]
         source = next((n for n in names if n in trained.names_and_shapes), names[0])
         changes[name] = Replaced(source)

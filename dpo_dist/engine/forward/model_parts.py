@@ -56,6 +56,23 @@ def output_module(policy: nn.Module) -> Any:
     return head
 
 
+def text_parameters(model: Any) -> set[str]:
+    """Names of what a text passes through: of a vision-language model, its language model.
+
+    What is left gets no gradient, and weight decay would wear it down.
+    """
+    parts = (backbone_of(model), output_module(model))
+    reached = {id(p) for part in parts for p in part.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in reached}
+
+
+def train_text(model: nn.Module) -> None:
+    """Leaves `text_parameters` to training and freezes the others."""
+    text = text_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in text)
+
+
 def num_experts(policy: nn.Module) -> int:
     """Experts of a layer; raises ConfigError for a model that has no routers to balance."""
     config = base_of(policy).config.get_text_config()

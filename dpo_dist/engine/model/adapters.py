@@ -42,11 +42,11 @@ def add_adapter(
     policy.peft_config[ADAPTER_NAME].base_model_name_or_path = base_model_path
     if start is None:
         _check_patterns(policy, adapter)
-    _refuse_partitions_beside_adapted(policy)
+    refuse_partitions_beside_adapted(policy)
     return policy
 
 
-def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
+def refuse_partitions_beside_adapted(policy: nn.Module, *, all_partitioned: bool = False) -> None:
     """Raises ConfigError where ZeRO-3 would end with a tracing error at the second forward.
 
     Peft takes an adapted parameter off its module during a forward, and DeepSpeed then looks in
@@ -61,7 +61,8 @@ def _refuse_partitions_beside_adapted(policy: nn.Module) -> None:
         own = module.named_parameters(recurse=False, remove_duplicate=False)
         names = [name for name, _ in own if name not in adapted]
         beside = [name for name in names if name.endswith("bias")]  # other weights are no trouble
-        if beside and hasattr(getattr(module, wrapper.parameter_name), "ds_id"):
+        partitioned = all_partitioned or hasattr(getattr(module, wrapper.parameter_name), "ds_id")
+        if beside and partitioned:
             raise ConfigError(
                 f"the adapter takes {', '.join(sorted(adapted))} of experts that have "
                 f"{', '.join(beside)} beside, in the partitions of ZeRO-3",

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from dpo_dist.config.training_section import AdapterSection
-from dpo_dist.engine.forward.model_parts import EXPERT_COUNTS, base_of, output_module
+from dpo_dist.engine.forward.model_parts import EXPERT_COUNTS, base_of, output_module, train_text
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.quantized import count_quantized
 from dpo_dist.engine.sharding.optimizers import split_for_muon
-from dpo_dist.errors import ModelFilesError
-from dpo_dist.model_files.files import read_model_config
+from dpo_dist.engine.weights.base_weights import build_skeleton
 from dpo_dist.planning.setup import ModelShape
 
 
@@ -33,28 +32,13 @@ def count_model(
     `vocab_size` the tokens of lengthened embeddings. Raises ModelFilesError when transformers
     cannot build a causal LM from it, and ConfigError when the adapter does not suit the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    read_model_config(model_dir)
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-        if vocab_size is not None:
-            config.get_text_config().vocab_size = vocab_size
-        with torch.device("meta"):
-            policy: Any = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # each family complains of a bad config in its own way
-        raise ModelFilesError(
-            f"{model_dir / 'config.json'} is of no model that transformers can build "
-            f"({' '.join(str(error).split())[:200]})",
-            "a causal language model",
-            "Check model.path, or upgrade transformers.",
-        ) from None
+    policy: Any = build_skeleton(model_dir, trust_remote_code, vocab_size)
     packed = count_quantized(policy) if quantized else (0, 0)
     if adapter is not None:
         with torch.device("meta"):
             policy = add_adapter(policy, adapter, str(model_dir), start)
+    else:
+        train_text(policy)
     shape = shape_of(policy)
     return replace(shape, num_quantized=packed[0], largest_quantized=packed[1])
 

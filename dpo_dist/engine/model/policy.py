@@ -13,6 +13,7 @@ from torch import nn
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.layout_choice import settle
+from dpo_dist.engine.forward.model_parts import train_text
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.dropout import check_no_dropout
@@ -77,6 +78,7 @@ def load_policy(
     """
     policy = load_model(parts.base, parts.model, device=device, zero3=zero3)
     if parts.adapter is None:
+        train_text(policy)
         return policy
     with partitioned_loading(None if parts.model.quantization else zero3):
         policy = add_adapter(policy, parts.adapter, str(parts.base), parts.start)

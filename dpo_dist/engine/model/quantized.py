@@ -5,6 +5,7 @@ a scale, 256 scales share one of their own, and every product unpacks the weight
 dtype first. Embeddings, norms and the output head stay as they are.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -46,8 +47,18 @@ def settle_quantized(model: nn.Module) -> None:
 
 def refuse_trained_quantized(policy: nn.Module) -> None:
     """Raises ConfigError when packed bits would be trained as if they were numbers."""
+    packed = {
+        name
+        for name, parameter in policy.named_parameters()
+        if getattr(parameter, "quant_state", None) is not None
+    }
+    refuse_trained_in(policy, packed)
+
+
+def refuse_trained_in(policy: nn.Module, packed: Collection[str]) -> None:
+    """The same, where the parameters of these names are packed."""
     for name, parameter in policy.named_parameters():
-        if parameter.requires_grad and getattr(parameter, "quant_state", None) is not None:
+        if parameter.requires_grad and name in packed:
             raise ConfigError(
                 f"adapter.modules_to_save trains {name}, which model.quantization has packed",
                 "modules that stay unquantized: embeddings, norms, the output head",
@@ -57,18 +68,23 @@ def refuse_trained_quantized(policy: nn.Module) -> None:
 
 def count_quantized(model: Any) -> tuple[int, int]:
     """(elements, those of the largest layer) that loading in NF4 would pack; any device."""
+    sizes = [module.weight.numel() for module in quantized_layers(model)]
+    return sum(sizes), max(sizes, default=0)
+
+
+def quantized_layers(model: Any) -> list[Any]:
+    """The linear layers that loading in NF4 would pack; any device."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     left_out = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    sizes = [
-        module.weight.numel()
+    return [
+        module
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D))
         and should_convert_module(name, left_out)
     ]
-    return sum(sizes), max(sizes, default=0)
 
 
 def true_numel(parameter: nn.Parameter) -> int:

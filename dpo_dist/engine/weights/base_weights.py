@@ -86,14 +86,7 @@ class StoredModel:
 
 def open_base(model_dir: Path, trust_remote_code: bool = False) -> StoredModel:
     """Reads the headers of a base folder; raises ModelFilesError when they do not fit its model."""
-    quantization = read_model_config(model_dir).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown method")
-        raise ModelFilesError(
-            f"{model_dir} holds quantized weights ({method})",
-            "weights in float32, bfloat16 or float16",
-            "Export from the original of the model.",
-        )
+    refuse_quantized(model_dir)
     files = weight_files(model_dir, allow_pickle=True)
     if files[0].suffix != ".safetensors":
         raise ModelFilesError(
@@ -114,13 +107,43 @@ def open_base(model_dir: Path, trust_remote_code: bool = False) -> StoredModel:
     return StoredModel(model_dir, skeleton, places, groups, unread, ties)
 
 
-def build_skeleton(model_dir: Path, trust_remote_code: bool = False) -> Any:
-    """The causal LM of a folder on the meta device: modules, names and shapes without weights."""
+def refuse_quantized(model_dir: Path) -> None:
+    """Raises ModelFilesError for a base whose files hold quantized weights."""
+    quantization = read_model_config(model_dir).get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown method")
+        raise ModelFilesError(
+            f"{model_dir} holds quantized weights ({method})",
+            "weights in float32, bfloat16 or float16",
+            "Set model.path to the original of the model; model.quantization=nf4 packs it while "
+            "it is loaded.",
+        )
+
+
+def build_skeleton(
+    model_dir: Path, trust_remote_code: bool = False, vocab_size: int | None = None
+) -> Any:
+    """The causal LM of a folder on the meta device: modules, names and shapes without weights.
+
+    The folder may hold config.json alone; `vocab_size` is that of lengthened embeddings. Raises
+    ModelFilesError when transformers cannot build a causal LM from it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    read_model_config(model_dir)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        if vocab_size is not None:
+            config.get_text_config().vocab_size = vocab_size
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each family complains of a bad config in its own way
+        raise ModelFilesError(
+            f"{model_dir / 'config.json'} is of no model that transformers can build "
+            f"({' '.join(str(error).split())[:200]})",
+            "a causal language model",
+            "Check model.path, or upgrade transformers.",
+        ) from None
 
 
 def _match(
