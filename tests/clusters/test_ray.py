@@ -18,6 +18,8 @@ from ray_cluster import RAY, RayCluster, ray_cluster
 from support.ranks import wait_until
 from support.tiny_run import metrics_of, succeed
 
+from dpo_dist.run.attempts import died_of
+
 WORKERS = ("ray.workers=2", "ray.gpus_per_worker=0")
 JOB_S = 240
 
@@ -152,7 +154,7 @@ def test_the_reference_in_independent_tasks(
     os.kill(processes(lambda arguments, _: first <= set(arguments))[0], signal.SIGKILL)
     output = ended(job, out)
     assert "reference: 3 independent tasks" in output
-    assert "of the reference pass ended with -9; left to the stage" in output
+    assert f"of the reference pass was {died_of(signal.SIGKILL)}; left to the stage" in output
     report = json.loads((out / "reference.json").read_text())
     assert report["num_scored_now"] == 14 + 4  # every third of 40 and of 10 pairs
     logs = {path.name for path in (out / "logs" / "reference-01").iterdir()}

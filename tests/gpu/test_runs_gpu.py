@@ -3,6 +3,7 @@
 DPO_DIST_GPU_DEVICE=cpu takes the same way on the CPU, to try these tests themselves.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -44,7 +45,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("sharding", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "sharding", ["zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_offload_param"]
+)
 def test_sharded_runs_equal_the_cpu(
     sharding: str,
     workers: int,
@@ -54,8 +57,15 @@ def test_sharded_runs_equal_the_cpu(
     if workers > 1 and torch.cuda.device_count() < workers and not DRY:
         pytest.skip(f"needs {workers} GPUs, and this machine has {torch.cuda.device_count()}")
     run_yaml, expected = on_cpu
+    if sharding == "zero3_offload_param":
+        path = run_yaml.parent / "offload_param.json"
+        zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+        zero |= {"offload_optimizer": {"device": "cpu"}}
+        sharded = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+        path.write_text(json.dumps(sharded))
+        sharding = str(path)
     settings = f"train.deepspeed={sharding}", f"local.workers={workers}"
-    found = losses(run(run_yaml, f"{sharding}-{workers}", *settings))
+    found = losses(run(run_yaml, f"{Path(sharding).stem}-{workers}", *settings))
     away = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     record_property("largest difference of a loss", f"{away:.1e}")
     assert away < 1e-3
@@ -83,6 +93,22 @@ def test_bitsandbytes_trains_and_exports(
     found = losses(run(on_cpu[0], name, "train.deepspeed=zero2", "local.workers=1", *settings))
     record_property("first and last loss", f"{found[0]:.4f}, {found[-1]:.4f}")
     assert found[-1] < found[0]
+
+
+def test_nf4_gives_the_numbers_of_the_cpu(
+    on_cpu: tuple[Path, list[float]],
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The same packed bits, unpacked by another kernel."""
+    pytest.importorskip("bitsandbytes")
+    settings = ("model.quantization=nf4", "adapter.rank=4", "local.workers=1")
+    found = losses(run(on_cpu[0], "nf4-here", *settings))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    expected = losses(run(on_cpu[0], "nf4-cpu", *settings))
+    away = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    record_property("largest difference of a loss", f"{away:.1e}")
+    assert away < 5e-3
 
 
 def test_stopped_by_a_signal_and_resumed_equals_unbroken(
