@@ -209,7 +209,9 @@ def test_a_template_that_leaves_text_out(
     write_jsonl(path, [*calls, *good])
     config = make_config(tmp_path, train=[{"path": str(path)}])
     prepare.preview(config, 1)
-    assert f"lost: {path}:1: tool_calls of the answer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("[scored] [token][s]; read and not scored; {lost}: in the row, and in")
+    assert "leaves it out\ntool_calls of the answer: {weather}\n" in shown
     with pytest.raises(DataError) as caught:
         prepare.run(config)
     assert str(caught.value) == (

@@ -188,7 +188,9 @@ def _source_table(splits: dict[str, dict[str, Any]]) -> Table:
 
 
 def _length_table(splits: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="tokens a pair, truncated; of an answer those that are scored", title_justify="left")
+    table = Table(
+        title="tokens a pair, truncated; of an answer those that are scored", title_justify="left"
+    )
     for name in ("split", "part"):
         table.add_column(name)
     for percent in PERCENTILES:
