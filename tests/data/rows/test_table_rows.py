@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_dist.data.rows.formats import READ_COLUMNS
+from dpo_dist.config.data_section import SourceSection
+from dpo_dist.data.rows.formats import READ_COLUMNS, read_pair
+from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.data.rows.stream_rows import open_hub
 from dpo_dist.data.rows.table_rows import (
     SPOOL_ROWS,
@@ -118,6 +120,26 @@ def test_columns_of_a_data_set_that_no_format_reads_are_not_decoded(tmp_path: Pa
     assert time.process_time() - start < 0.1
     (last,) = rows.first(1).read([0])
     assert last.fields["user_notes"] == "Why 0?"
+
+
+def test_what_is_refused_by_the_names_of_columns_is_refused_in_tables_too(tmp_path: Path) -> None:
+    def error_of(**columns: list[Any]) -> str:
+        pq.write_table(pa.table({"chosen": [" a"], "rejected": [" b"], **columns}), path)
+        section = SourceSection.model_validate({"path": str(path)})
+        with pytest.raises(DataError) as caught:
+            (source,) = open_sources([section], "train", tmp_path)
+            for row in source.rows.read([0]):
+                read_pair(row, source.row_format, source.name)
+        return str(caught.value)
+
+    path = tmp_path / "rows.parquet"
+    for name in ("query", "user_notes"):
+        assert error_of(**{name: ["Why?"]}).startswith(
+            f"{path}:1 has no prompt, and a column {name!r} that would not be read"
+        )
+    assert error_of(prompt=["P"], images=[[b"png"]]).startswith(
+        f"{path}:1: field 'images' holds media; expected text only"
+    )
 
 
 def test_a_table_without_any_column_of_ours_has_its_rows_and_names(tmp_path: Path) -> None:
