@@ -17,7 +17,10 @@ LosablePart = Literal["content", "thought", "earlier_thought", "tool_calls", "to
 
 
 class SourceSection(Section):
-    path: str = Field(description="JSONL, JSON, Parquet or CSV file, datasets folder, or hub id.")
+    path: str = Field(
+        description="JSONL, JSON, Parquet or CSV file, a pattern of files, datasets folder, or "
+        "hub id."
+    )
     name: str | None = Field(None, description="Name in reports; defaults to the file's stem.")
     format: PreferenceFormat = Field(
         "auto", description="Row format; auto infers it from the columns."

@@ -67,12 +67,12 @@ class Pairs:
     @functools.cached_property
     def chosen_lengths(self) -> IntArray:
         """(N,) scored tokens."""
-        return scored_lengths(self.table["chosen_ids"])
+        return self._scored_lengths("chosen_ids")
 
     @functools.cached_property
     def rejected_lengths(self) -> IntArray:
         """(N,) scored tokens."""
-        return scored_lengths(self.table["rejected_ids"])
+        return self._scored_lengths("rejected_ids")
 
     @functools.cached_property
     def packed_lengths(self) -> IntArray:
@@ -89,6 +89,10 @@ class Pairs:
     def digest(self) -> str:
         """Hex SHA-256 of all keys in order: the identity of these pairs."""
         return digest_of_keys(self.keys)
+
+    def _scored_lengths(self, name: str) -> IntArray:
+        counts = [scored_lengths(chunk) for chunk in self.table[name].chunks]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
 
     def origin(self, index: int) -> str:
         """Where a pair came from, `file:line`."""
@@ -150,13 +154,10 @@ def unmarked(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
     return np.where(marked < 0, ~marked, marked)
 
 
-def scored_lengths(column: pa.ChunkedArray) -> IntArray:
+def scored_lengths(lists: pa.ListArray) -> IntArray:
     """(N,) how many tokens of each list are scored; the others are negative."""
-    counts = [np.zeros(0, dtype=np.int64)]
-    for chunk in column.chunks:
-        scored = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() >= 0)])
-        counts.append(np.diff(scored[chunk.offsets.to_numpy()]))
-    return np.concatenate(counts)
+    scored = np.concatenate([[0], np.cumsum(lists.values.to_numpy() >= 0)])
+    return np.diff(scored[lists.offsets.to_numpy()])
 
 
 def _damaged(folder: Path, what: str) -> ArtifactError:

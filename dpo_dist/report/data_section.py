@@ -72,7 +72,8 @@ def _split(counts: Mapping[str, Any]) -> Iterator[Html]:
     yield grid(_charts(counts))
     lengths = [(part, *values.values()) for part, values in counts["lengths"].items() if values]
     if lengths:
-        yield table(("tokens, truncated", "p50", "p90", "p99", "max"), lengths)
+        title = "tokens, truncated; of an answer those that are scored"
+        yield table((title, "p50", "p90", "p99", "max"), lengths)
     for kind, meanings in (("dropped", MEANINGS), ("noted", NOTES)):
         rows = [
             (name, meanings[name], number, counts["first"].get(name, ""))

@@ -9,6 +9,7 @@ import yaml
 
 from dpo_dist import __version__
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.rows.joined_rows import is_pattern
 from dpo_dist.metrics.curves import Line, displacement, spread
 from dpo_dist.run.exports import ExportKind
 
@@ -103,7 +104,11 @@ def _front_matter(config: RunConfig, kind: ExportKind, base: str) -> dict[str, A
         "tags": tags,
     }
     paths = {source.path for source in config.data.train}
-    hub_ids = sorted(path for path in paths if path.count("/") == 1 and not Path(path).exists())
+    hub_ids = sorted(
+        path
+        for path in paths
+        if path.count("/") == 1 and not is_pattern(path) and not Path(path).exists()
+    )
     return front | ({"datasets": hub_ids} if hub_ids else {})
 
 

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.data.drop_reasons import BAD_ROW, CODES, DROP_REASONS, KEPT, LOST_TEXT
+from dpo_dist.data.drop_reasons import KEPT
 from dpo_dist.data.pairs import SPLITS, Split, open_pairs
 from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
-from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.data_report import (
     bias_warnings,
     hints,
@@ -39,7 +37,7 @@ from dpo_dist.data.screening.drops import (
     choose_max_length,
     describe_split,
 )
-from dpo_dist.data.screening.preview import preview_pair
+from dpo_dist.data.screening.preview import LEGEND, preview_rows
 from dpo_dist.data.screening.tokenized_rows import PairColumns, collect, truncate
 from dpo_dist.data.screening.tokenizer_pool import (
     Chunk,
@@ -115,7 +113,7 @@ def run(config: RunConfig) -> Path:
 
 
 def preview(config: RunConfig, num_pairs: int) -> None:
-    """Prints the first pairs of the training sources with the scored tokens marked.
+    """Prints the first pairs of the training sources: what is scored, read, and lost.
 
     Nothing is written. The pairs are shared out among the sources; `max_length: auto` needs all
     rows, so with it they are shown untruncated.
@@ -123,6 +121,8 @@ def preview(config: RunConfig, num_pairs: int) -> None:
     output = Console(highlight=False, soft_wrap=True)
     model_dir = RunModels(config).base
     template = resolve_template(config.data.chat_template)
+    max_length = None if config.data.max_length == "auto" else int(config.data.max_length)
+    output.print(LEGEND)
     with tempfile.TemporaryDirectory() as scratch:
         sources = open_sources(config.data.train, "train", Path(scratch))
         job = _job(config, model_dir, template, sources)
@@ -131,33 +131,8 @@ def preview(config: RunConfig, num_pairs: int) -> None:
             share = len(range(index, num_pairs, len(sources)))
             for chunk in itertools.islice(make_chunks([source]), min(share, 1)):
                 first = replace(chunk.first(share), source=index)
-                _preview_rows(chunks, first, config.data.max_length, output)
-
-
-def _preview_rows(
-    chunks: ChunkTokenizer, chunk: Chunk, max_length: int | str, output: Console
-) -> None:
-    source = chunks.job.sources[chunk.source]
-    for row in chunks.tokenize(chunk).to_pylist():
-        origin = f"{source.name}, {source.row_format}, {source.rows.origin(row['position'])}"
-        if row["reason"] not in (KEPT, CODES[LOST_TEXT]):
-            reason = DROP_REASONS[row["reason"] - 1]
-            bad = row["reason"] == CODES[BAD_ROW]
-            why = BadRow.parse(row["detail"]).reason if bad else reason.meaning
-            output.print(Text(f"{origin}\ndropped, {reason.name}: {why}\n"))
-            continue
-        length = max_length if isinstance(max_length, int) else None
-        room = None if length is None else max(length - len(row["prompt_ids"]), 0)
-        shown = preview_pair(
-            chunks.tokenizer.tokenizer,
-            origin,
-            row["prompt_ids"],
-            row["chosen_ids"][:room],
-            row["rejected_ids"][:room],
-        )
-        if row["detail"]:
-            shown.append(f"lost: {row['detail']}\n", style="bold yellow")
-        output.print(shown)
+                for shown in preview_rows(chunks, first, max_length):
+                    output.print(shown)
 
 
 def _identity(

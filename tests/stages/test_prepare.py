@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -210,7 +209,9 @@ def test_a_template_that_leaves_text_out(
     write_jsonl(path, [*calls, *good])
     config = make_config(tmp_path, train=[{"path": str(path)}])
     prepare.preview(config, 1)
-    assert f"lost: {path}:1: tool_calls of the answer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("[scored] [token][s]; read and not scored; {lost}: in the row, and in")
+    assert "leaves it out\ntool_calls of the answer: {weather}\n" in shown
     with pytest.raises(DataError) as caught:
         prepare.run(config)
     assert str(caught.value) == (
@@ -314,42 +315,3 @@ def test_real_rows_of_all_formats(tmp_path: Path) -> None:
     assert (pairs.chosen_lengths > 0).all() and (pairs.rejected_lengths > 0).all()
     for index in range(0, len(pairs), 50):
         pairs.token_ids(index)
-
-
-@needs_real
-def test_real_ids_are_those_of_trls_trainer(tmp_path: Path) -> None:
-    assert REAL_DATA is not None and REAL_MODEL is not None
-    import torch
-    from datasets import Dataset
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from trl import DPOConfig, DPOTrainer
-
-    lines = (Path(REAL_DATA) / "ultrafeedback_binarized.jsonl").read_text().splitlines()[:60]
-    rows = [json.loads(line) for line in lines]
-    trl_rows = [{name: row[name] for name in ("chosen", "rejected")} for row in rows]
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
-    tiny = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1,
-    )  # fmt: skip
-    arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, max_length=None, report_to=[],
-        activation_checkpointing=False,
-    )  # fmt: skip
-    trainer = DPOTrainer(
-        LlamaForCausalLM(tiny),
-        ref_model=LlamaForCausalLM(tiny),
-        args=arguments,
-        train_dataset=Dataset.from_list(trl_rows),
-        processing_class=tokenizer,
-    )
-    theirs = [
-        (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset
-    ]
-    write_jsonl(tmp_path / "train.jsonl", rows)
-    shutil.copytree(REAL_MODEL, tmp_path / "model", copy_function=os.symlink)
-    config = make_config(tmp_path, max_length=8192, on_duplicate="keep")
-    pairs = pairs_of(config)
-    # TRL splits at the first turn that differs, which here is always the last
-    assert [pairs.token_ids(index) for index in range(len(pairs))] == theirs

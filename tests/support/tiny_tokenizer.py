@@ -1,8 +1,8 @@
-"""A real byte-level BPE tokenizer of less than 1000 tokens, trained in a moment."""
+"""Real tokenizers of less than 1000 tokens, trained in a moment: byte-level, and Llama 2's kind."""
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.data.tokens.templates import CHATML
@@ -41,3 +41,21 @@ def make_tokenizer(directory: Path, chat_template: str | None = CHATML) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def sentencepiece_like(prepend_scheme: str, adds: str = "bos") -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind, which writes a space before the text it is given.
+
+    It adds "bos", "eos" or nothing ("").
+    """
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    texts = ["The sky is blue.\nuser: yes", "<|user|> <|assistant|>", "The answer is no. answer"]
+    backend.train_from_iterator(texts * 3, trainer)
+    pattern = {"bos": "<s> $A", "eos": "$A </s>", "": "$A"}[adds]
+    special_ids = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(pattern, special_tokens=special_ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

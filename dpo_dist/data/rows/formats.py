@@ -2,16 +2,19 @@
 
 1. `detect_format` looks at the columns of a source's first row, once per source.
 2. `read_pair` turns a row into a `Pair`: a prompt and two answers, as text or as messages.
+3. `score_margin` reads the scores of the two answers, where a source has them.
 
 The prompt of a conversation is what both sides share. The few lines TRL has for an implicit prompt
 are written here anew: importing trl doubles the start of this stage.
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.drop_reasons import UNPAIRED
@@ -38,7 +41,13 @@ QUESTION_COLUMNS = frozenset((
     "user_prompt", "user_input", "user_message", "prompt_text", "question_text",
 ))  # fmt: skip
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+# Our name -> the name in UltraFeedback and in data made from it.
+SCORE_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
 LABELLED_COLUMNS = frozenset(("completion", "label"))
+# all that rows are read for; what media columns hold is not looked at
+READ_COLUMNS = frozenset(
+    (*COLUMNS, *DIALOGUE_COLUMNS, "instruction", "input", "history", *SCORE_NAMES.values())
+)
 _HH_START = re.compile(r"\s*Human:")
 
 
@@ -123,6 +132,27 @@ def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoP
     return replace(pair, template_kwargs=kwargs) if kwargs and isinstance(pair, Pair) else pair
 
 
+def score_margin(row: Row, required: bool) -> float | None:
+    """chosen_score - rejected_score; None for a row without usable scores.
+
+    Raises DataError for such a row when scores are `required`.
+    """
+    scores: list[float] = []
+    for ours, known in SCORE_NAMES.items():
+        name = known if ours not in row.fields and known in row.fields else ours
+        if required and name not in row.fields:
+            row.field(name)  # raises with the columns that there are
+        value = row.fields.get(name)
+        number = _number(value)
+        if not math.isfinite(number):
+            if not required:
+                return None
+            found = repr(value) if isinstance(value, str | float) else type_name(value)
+            raise row.unusable(f"field {name!r} is {found}", "a number")
+        scores.append(number)
+    return scores[0] - scores[1]
+
+
 def _read(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
     match row_format:
         case "standard":
@@ -196,3 +226,13 @@ def _refuse_unread_question(row: Row, where: str) -> None:
                 "a prompt, or answers that hold it",
                 f"Map it with {where}.columns={{prompt: {name}}}, or remove the column.",
             )
+
+
+def _number(value: Any) -> float:
+    """The number in a field, also written as text (CSV); NaN when it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -51,6 +51,10 @@ class JsonRows:
         """`file:line` of a row."""
         return f"{self.label}:{self.lines[position]}"
 
+    def num_bytes(self, position: int) -> int:
+        """The length of a row in the file."""
+        return int(self.stops[position] - self.starts[position])
+
     def _read_one(self, stream: BinaryIO, position: int) -> Row:
         origin, start = self.origin(position), int(self.starts[position])
         stream.seek(start)

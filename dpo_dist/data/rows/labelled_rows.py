@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.rows.formats import LABELLED_COLUMNS, detect_format, rename_columns
+from dpo_dist.data.rows.joined_rows import JoinedRows
 from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.messages import read_messages
 from dpo_dist.data.rows.row import Row, RowError, type_name
@@ -32,7 +33,7 @@ _READ_ROWS = 1024
 class LabelledRows:
     """Pairs of rows, in the order of their earlier row, as rows with `chosen` and `rejected`."""
 
-    rows: JsonRows | TableRows
+    rows: JsonRows | TableRows | JoinedRows
     columns: dict[str, str]
     good: IntArray  # (N,) rows of the good answers, NONE where there is none
     bad: IntArray  # (N,)
@@ -62,15 +63,20 @@ class LabelledRows:
                 yield _joined(good, bad, self.origin(at))
 
     def origin(self, position: int) -> str:
-        """`file:line+line` of the good and the bad answer, or `file:line` of a single one."""
+        """`file:line+line` of the good and the bad answer, or `file:line` of a single one.
+
+        Of answers in two files, `file:line+file:line`.
+        """
         good, bad = int(self.good[position]), int(self.bad[position])
         if NONE in (good, bad):
             return self.rows.origin(max(good, bad))
-        return f"{self.rows.origin(good)}+{self.rows.origin(bad).rpartition(':')[2]}"
+        first, second = self.rows.origin(good), self.rows.origin(bad)
+        (file, _, _), (other, _, line) = first.rpartition(":"), second.rpartition(":")
+        return f"{first}+{line if file == other else second}"
 
 
 def pair_labels(
-    rows: JsonRows | TableRows, columns: dict[str, str], where: str
+    rows: JsonRows | TableRows | JoinedRows, columns: dict[str, str], where: str
 ) -> tuple[LabelledRows, PreferenceFormat]:
     """Pairs all rows of a source; also the format that its pairs have.
 
@@ -122,7 +128,9 @@ def _halved(row: Row) -> Row:
     return Row({**fields, "prompt": prompt, "completion": [answer]}, row.origin)
 
 
-def _refuse_columns(rows: JsonRows | TableRows, columns: dict[str, str], where: str) -> None:
+def _refuse_columns(
+    rows: JsonRows | TableRows | JoinedRows, columns: dict[str, str], where: str
+) -> None:
     """Raises DataError when it is columns that a source of unusable rows lacks."""
     first = _halved(rename_columns(next(rows.read([0])).sound(), columns))
     if LABELLED_COLUMNS - first.fields.keys():
@@ -145,7 +153,7 @@ def _fault_of(row: Row, columns: dict[str, str]) -> RowError | None:
     return None
 
 
-def _all_rows(rows: JsonRows | TableRows) -> Iterator[Row]:
+def _all_rows(rows: JsonRows | TableRows | JoinedRows) -> Iterator[Row]:
     for start in range(0, len(rows), _READ_ROWS):
         yield from rows.read(range(start, min(start + _READ_ROWS, len(rows))))
 

@@ -6,9 +6,7 @@
 """
 
 import contextlib
-import difflib
 import itertools
-import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,30 +18,37 @@ import numpy.typing as npt
 from dpo_dist.config.data_section import PreferenceFormat, SourceSection
 from dpo_dist.data.pairs import Split
 from dpo_dist.data.rows.formats import (
+    READ_COLUMNS,
     check_column_map,
     detect_format,
     implied_columns,
     rename_columns,
 )
+from dpo_dist.data.rows.joined_rows import (
+    JoinedRows,
+    decompress,
+    is_pattern,
+    matching_files,
+    missing_file,
+    name_of,
+)
 from dpo_dist.data.rows.json_rows import JsonRows, index_json
 from dpo_dist.data.rows.labelled_rows import LabelledRows, pair_labels
 from dpo_dist.data.rows.row import Row, RowError
-from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream
+from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream, open_hub
 from dpo_dist.data.rows.table_rows import (
     TableRows,
-    decompress,
     digest_of_table,
     open_arrow,
     open_csv,
     open_folder,
-    open_hub,
     open_parquet,
 )
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
-from dpo_dist.run.manifest import digest_of_file
+from dpo_dist.run.manifest import digest_of, digest_of_file
 
-Rows = JsonRows | TableRows | LabelledRows | StreamRows
+Rows = JsonRows | TableRows | JoinedRows | LabelledRows | StreamRows
 Kind = Literal["json", "parquet", "csv", "arrow", "folder", "hub"]
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "json",
@@ -93,7 +98,7 @@ def open_sources(
             raise DataError(f"{key}: {rows.label} has no rows", "preference rows", "Fill it.")
         columns, row_format = section.columns, section.format
         if row_format == "labelled":
-            assert isinstance(rows, JsonRows | TableRows), "the config refuses labelled streams"
+            assert not isinstance(rows, StreamRows), "the config refuses labelled streams"
             rows, row_format = pair_labels(rows, columns, key)
             columns = {}
         elif row_format == "auto":
@@ -119,6 +124,8 @@ def count_copies(positions: npt.ArrayLike, weight: float) -> IntArray:
 
 def digest_of_source(section: SourceSection, key: str) -> str:
     """Identity of what a source is read from: its bytes, not its name or its date."""
+    if is_pattern(section.path):
+        return digest_of([digest_of_source(one, key) for one in _one_a_file(section, key)])
     path = Path(section.path).expanduser()
     kind = _kind(section, path, key)
     if section.streaming:
@@ -131,24 +138,64 @@ def digest_of_source(section: SourceSection, key: str) -> str:
 
 def _open_rows(
     section: SourceSection, key: str, scratch_path: Path
-) -> JsonRows | TableRows | StreamRows:
+) -> JsonRows | TableRows | JoinedRows | StreamRows:
+    if is_pattern(section.path) and not section.streaming:
+        return _open_files(section, key, scratch_path)
     path = Path(section.path).expanduser()
     kind = _kind(section, path, key)
     if section.streaming:
         return _stream(kind, section, path, key)
+    return _open_one(kind, section, key, scratch_path)
+
+
+def _open_files(section: SourceSection, key: str, scratch_path: Path) -> JoinedRows:
+    """All files that a pattern names, up to the limit of the source."""
+    sections = _one_a_file(section, key)
+    kinds = {_kind(one, Path(one.path), key): one.path for one in sections}
+    if len(kinds) > 1:
+        found = ", ".join(f"{path} ({kind})" for kind, path in kinds.items())
+        raise DataError(
+            f"{key}.path {section.path} matches files of several kinds: {found}",
+            "files of one kind",
+            "Write a source for each kind, for example with the suffix in its pattern.",
+        )
+    (kind,) = kinds
+    parts: list[JsonRows | TableRows] = []
+    left = section.limit
+    for number, one in enumerate(sections):
+        if left == 0:
+            break
+        one = one.model_copy(update={"limit": left})
+        scratch = scratch_path.with_stem(f"{scratch_path.stem}-{number}")
+        parts.append(_open_one(kind, one, key, scratch))
+        left = None if left is None else left - len(parts[-1])
+    return JoinedRows(tuple(parts), section.path)
+
+
+def _one_a_file(section: SourceSection, key: str) -> list[SourceSection]:
+    """The source once for each file that its pattern names, in the order of their names."""
+    return [section.model_copy(update={"path": path}) for path in matching_files(section.path, key)]
+
+
+def _open_one(
+    kind: Kind, section: SourceSection, key: str, scratch_path: Path
+) -> JsonRows | TableRows:
+    path = Path(section.path).expanduser()
+    reads = READ_COLUMNS | {*section.columns.values()}
     with _readable(section, key):
         path = _decompressed(path, section.path, scratch_path)
         match kind:
             case "json":
                 return index_json(path, section.path, section.limit)
             case "parquet":
-                return open_parquet(path, section.path, scratch_path, section.limit)
+                return open_parquet(path, section.path, scratch_path, section.limit, reads)
             case "csv":
                 return open_csv(path, section.path, scratch_path, section.limit)
             case "arrow":
-                return open_arrow(path, section.path).first(section.limit)
+                return open_arrow(path, section.path).first(section.limit).reading(reads)
             case "folder" | "hub":
-                return _open_data_set(kind, section, path, key).first(section.limit)
+                rows = _open_data_set(kind, section, path, key).first(section.limit)
+                return rows.reading(reads)
 
 
 def _stream(kind: Kind, section: SourceSection, path: Path, key: str) -> StreamRows:
@@ -163,14 +210,14 @@ def _stream(kind: Kind, section: SourceSection, path: Path, key: str) -> StreamR
     return StreamRows(name, section.config, section.split, revision, section.limit, key)
 
 
-def _first_rows(rows: JsonRows | TableRows | StreamRows) -> Iterator[Row]:
+def _first_rows(rows: JsonRows | TableRows | JoinedRows | StreamRows) -> Iterator[Row]:
     if isinstance(rows, StreamRows):
         return itertools.islice(iter(rows), _LOOK_AT_ROWS)
     return rows.read(range(min(len(rows), _LOOK_AT_ROWS)))
 
 
 def _detected(
-    rows: JsonRows | TableRows | StreamRows, columns: dict[str, str], key: str
+    rows: JsonRows | TableRows | JoinedRows | StreamRows, columns: dict[str, str], key: str
 ) -> tuple[dict[str, str], PreferenceFormat]:
     """Columns and format by the first row that can be read; raises the first error if none can."""
     first: RowError | None = None
@@ -186,14 +233,16 @@ def _detected(
 
 
 def _kind(section: SourceSection, path: Path, key: str) -> Kind:
+    if is_pattern(section.path):  # and streaming
+        path = Path(matching_files(section.path, key)[0])
     if path.is_dir():
         return "folder" if any((path / mark).is_file() for mark in FOLDER_MARKS) else "hub"
     suffix = _inner(path).suffix.lower()
     if not path.exists():
         if section.path.startswith((".", "/", "~")) or section.path.count("/") > 1:
-            raise _missing(path, key)
+            raise missing_file(path, key)
         if suffix in SUFFIXES:
-            raise _missing(path, key)
+            raise missing_file(path, key)
         return "hub"
     if suffix not in SUFFIXES:
         raise DataError(
@@ -239,20 +288,8 @@ def _readable(section: SourceSection, key: str) -> Generator[None]:
         ) from None
 
 
-def _missing(path: Path, key: str) -> DataError:
-    beside = os.listdir(path.parent) if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    if close:
-        hint = f"Did you mean {path.parent / close[0]}?"
-    elif path.parent.is_dir():
-        hint = f"Correct it; paths are relative to {Path.cwd()}."
-    else:
-        hint = f"The folder {path.parent} does not exist either."
-    return DataError(f"{key}.path {path} does not exist", "a file, folder or hub id", hint)
-
-
 def _unique_name(section: SourceSection, taken: Sequence[str]) -> str:
-    """The name in reports: the given one, or the file's stem, numbered where it is taken."""
-    name = section.name or Path(section.path).stem
+    """The name in reports: the given one, or the file's, numbered where it is taken."""
+    name = section.name or name_of(section.path)
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)

@@ -1,4 +1,4 @@
-"""Rows of a hub data set that is too large for the disk: read once, in order, and not kept."""
+"""Rows of a hub data set: loaded to the disk, or read once, in order, and not kept."""
 
 # pyright: basic
 # (datasets has no types)
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.data.rows.row import Row, without_padding
-from dpo_dist.data.rows.table_rows import hub_error
+from dpo_dist.data.rows.table_rows import TableRows
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
 from dpo_dist.wording import first_line
@@ -48,7 +48,8 @@ class StreamRows:
             )
         except Exception as error:  # the hub client raises a dozen unrelated types
             raise hub_error(self.name, self.key, error) from None
-        rows = itertools.islice(iter(opened), self.limit)
+        # an image stays bytes: rows with media are refused, or its column is not read
+        rows = itertools.islice(iter(opened.decode(False)), self.limit)
         for position in itertools.count():
             try:
                 fields: Any = next(rows, None)
@@ -62,6 +63,29 @@ class StreamRows:
                 return
             fields = {name: without_padding(value) for name, value in fields.items()}
             yield Row(fields, self.origin(position))
+
+
+def open_hub(
+    name: str, config: str | None, split: str, revision: str | None, key: str
+) -> TableRows:
+    """Loads a hub data set, or a folder of data files, through `datasets`; `key` names it."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise hub_error(name, key, error) from None
+    return TableRows(loaded, f"{name}[{split}]")
+
+
+def hub_error(name: str, key: str, error: Exception) -> DataError:
+    """What to tell when `datasets` does not load a data set; `key` names it in the config."""
+    return DataError(
+        f"{key}.path {name!r} is no file here, and `datasets` loads no such data set "
+        f"({first_line(error)})",
+        "a file, a folder, or the id, config and split of a hub data set",
+        f"Correct {key}, download the data where there is a network, or set HF_TOKEN.",
+    )
 
 
 def digest_of_stream(stream: StreamRows) -> str:

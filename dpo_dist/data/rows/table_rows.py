@@ -1,7 +1,9 @@
-"""Rows of typed tables: Parquet, CSV, `datasets` folders and hub data sets.
+"""Rows of typed tables: Parquet, CSV, Arrow, and `datasets` folders.
 
 All of them end up memory-mapped: Parquet and CSV are streamed once into an Arrow file in a
-scratch folder, so that any process can read any row.
+scratch folder, so that any process can read any row. Columns that no format reads are not decoded:
+their names are there, the text of the first row, which may be a question, and of media whether
+there are some.
 """
 
 # pyright: basic
@@ -9,8 +11,7 @@ scratch folder, so that any process can read any row.
 
 import csv
 import itertools
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpo_dist.data.rows.formats import MEDIA_COLUMNS
 from dpo_dist.data.rows.row import Row, RowError, without_padding
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
 from dpo_dist.wording import first_line
 
 SPOOL_ROWS = 1024  # rows held in memory while a file is streamed
+_BUFFER_BYTES = 1 << 16
 _CSV_FIELD_BYTES = 1 << 30  # Python's default of 128 KiB is less than a long answer
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a memory-mapped `datasets.Dataset`; `lines` says where they lie in a text file."""
+    """Rows of a memory-mapped `datasets.Dataset`; `lines` says where they lie in a text file.
+
+    `media` are columns of it of which only matters whether a row has some, `unread` the names of
+    other columns, with the first row's text.
+    """
 
     dataset: Any
     label: str
     lines: npt.NDArray[np.int64] | None = None
     faults: Mapping[int, RowError] = field(default_factory=dict[int, RowError])  # by position
+    media: Any = None
+    unread: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,12 +57,30 @@ class TableRows:
             return self
         return replace(self, dataset=self.dataset.select(range(limit)))
 
+    def reading(self, names: Collection[str]) -> "TableRows":
+        """The same rows, of which only these columns are decoded."""
+        schema = self.dataset.data.schema
+        read, media, others = _sorted_columns(schema, names)
+        select = self.dataset.with_format("arrow").select_columns
+        texts = _texts(schema, others)
+        return replace(
+            self,
+            dataset=self.dataset.select_columns(read),
+            media=select(media) if media else None,
+            unread=_first_texts(others, select(texts)[:1] if texts else None),
+        )
+
     def read(self, positions: Iterable[int]) -> Iterator[Row]:
         """The rows at these positions."""
         order = list(map(int, positions))
-        columns = self.dataset[order]
+        columns = dict(self.dataset[order])
+        if self.media is not None:
+            table = self.media[order]
+            columns |= {name: _has_some(table[name]).to_pylist() for name in table.column_names}
+        nothing = dict.fromkeys(self.unread)
         for index, position in enumerate(order):
             fields = {name: without_padding(values[index]) for name, values in columns.items()}
+            fields |= nothing if position else self.unread
             fault = self.faults.get(position)
             yield Row({} if fault else fields, self.origin(position), fault=fault)
 
@@ -62,19 +90,33 @@ class TableRows:
         return f"{self.label}:{number}"
 
 
-def open_parquet(path: Path, label: str, scratch_path: Path, limit: int | None) -> TableRows:
-    """Streams the first `limit` rows of a Parquet file into a scratch Arrow file."""
+def open_parquet(
+    path: Path, label: str, scratch_path: Path, limit: int | None, names: Collection[str]
+) -> TableRows:
+    """Streams these columns of the first `limit` rows of a Parquet file into a scratch file."""
     try:
-        with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=SPOOL_ROWS)
-            _spool(scratch_path, file.schema_arrow, _first_rows(batches, limit))
+        # with a buffer a column is read page by page
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+            whole = file.schema_arrow
+            read, media, others = _sorted_columns(whole, names)
+            schema = pa.schema([*map(whole.field, read), *((n, pa.bool_()) for n in media)])
+            leaves = [*read, *(_smallest_leaf(file.metadata, name) for name in media)]
+            batches = (
+                pa.record_batch(
+                    [*(batch[n] for n in read), *(_has_some(batch[n]) for n in media)], schema
+                )
+                for batch in file.iter_batches(batch_size=SPOOL_ROWS, columns=leaves)
+            )
+            _spool(scratch_path, schema, _first_rows(batches, limit))
+            texts = file.iter_batches(batch_size=1, columns=_texts(whole, others))
+            unread = _first_texts(others, next(texts, None))
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{label} is not readable as Parquet ({first_line(error)})",
             "a Parquet file",
             "Write it again, or give the file its right suffix.",
         ) from None
-    return TableRows(_from_file(scratch_path), label)
+    return TableRows(_from_file(scratch_path), label, unread=unread)
 
 
 def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> TableRows:
@@ -129,21 +171,6 @@ def open_arrow(path: Path, label: str) -> TableRows:
         ) from None
 
 
-def decompress(path: Path, copy: Path, label: str, compression: str) -> None:
-    """Writes what a compressed file holds."""
-    try:
-        with pa.input_stream(str(path), compression=compression) as source, copy.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    except OSError as error:
-        if error.errno is not None:  # of the disk
-            raise
-        raise DataError(
-            f"{label} is not readable as {compression} ({first_line(error)})",
-            f"a whole file of {compression}",
-            "Copy it again, or give it its right suffix.",
-        ) from None
-
-
 def open_folder(path: Path, label: str, split: str) -> TableRows:
     """Opens a folder written by `save_to_disk`, of one data set or of splits."""
     import datasets
@@ -158,29 +185,6 @@ def open_folder(path: Path, label: str, split: str) -> TableRows:
             )
         loaded = loaded[split]
     return TableRows(loaded, label)
-
-
-def open_hub(
-    name: str, config: str | None, split: str, revision: str | None, key: str
-) -> TableRows:
-    """Loads a hub data set, or a folder of data files, through `datasets`; `key` names it."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise hub_error(name, key, error) from None
-    return TableRows(loaded, f"{name}[{split}]")
-
-
-def hub_error(name: str, key: str, error: Exception) -> DataError:
-    """What to tell when `datasets` does not load a data set; `key` names it in the config."""
-    return DataError(
-        f"{key}.path {name!r} is no file here, and `datasets` loads no such data set "
-        f"({first_line(error)})",
-        "a file, a folder, or the id, config and split of a hub data set",
-        f"Correct {key}, download the data where there is a network, or set HF_TOKEN.",
-    )
 
 
 def digest_of_table(rows: TableRows) -> str:
@@ -217,6 +221,47 @@ def _csv_rows(
             lines.append(line)
             yield values
         line = reader.line_num + 1
+
+
+def _sorted_columns(
+    schema: pa.Schema, names: Collection[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """The columns that are read, at least one; those that hold media; and the others."""
+    media = [name for name in schema.names if name in MEDIA_COLUMNS]
+    rest = [name for name in schema.names if name not in MEDIA_COLUMNS]
+    read = [name for name in rest if name in names] or rest[:1]
+    return read, media, [name for name in rest if name not in read]
+
+
+def _texts(schema: pa.Schema, names: list[str]) -> list[str]:
+    kinds = (pa.string(), pa.large_string())
+    return [name for name in names if schema.field(name).type in kinds]
+
+
+def _first_texts(names: list[str], rows: Any) -> dict[str, str | None]:
+    """The names, each with the text that it has in the first row."""
+    first = rows.slice(0, 1).to_pylist() if rows is not None else []
+    return dict.fromkeys(names) | (first[0] if first else {})
+
+
+def _smallest_leaf(metadata: Any, name: str) -> str:
+    """The part of a nested Parquet column that takes the least to read, such as an image's name."""
+    leaves = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    own = [n for n, path in enumerate(leaves) if path == name or path.startswith(f"{name}.")]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return leaves[min(own, key=lambda n: sum(g.column(n).total_compressed_size for g in groups))]
+
+
+def _has_some(column: Any) -> Any:
+    """Whether each row of a column holds something, without looking at what."""
+    types, kind = pa.types, column.type
+    if types.is_list(kind) or types.is_large_list(kind):
+        lengths = pc.call_function("list_value_length", [column])
+    elif any(is_kind(kind) for is_kind in (types.is_binary, types.is_string)):
+        lengths = pc.call_function("binary_length", [column])
+    else:
+        return column.is_valid()
+    return pc.call_function("greater", [lengths.fill_null(0), 0])
 
 
 def _first_rows(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:

@@ -38,13 +38,17 @@ NUM_DETAILS = 3  # how many refusals of the template and lost texts are shown
 
 
 def split_report(columns: PairColumns) -> dict[str, Any]:
-    """Counts and token lengths of a split as they go into report.json."""
+    """Counts and token lengths of a split as they go into report.json.
+
+    The length of an answer is that of its scored tokens; "prompt + chosen + rejected" are all.
+    """
     kept = columns.reasons == KEPT
-    prompt, chosen, rejected = (
+    answers = (columns.chosen_scored, columns.rejected_scored)
+    packed_lengths = columns.prompt_lengths + columns.chosen_lengths + columns.rejected_lengths
+    prompt, chosen, rejected, packed = (
         np.repeat(lengths[kept], columns.copies[kept])
-        for lengths in (columns.prompt_lengths, columns.chosen_lengths, columns.rejected_lengths)
+        for lengths in (columns.prompt_lengths, *answers, packed_lengths)
     )
-    packed = prompt + chosen + rejected
     source = np.repeat(columns.source[kept], columns.copies[kept])
     return {
         **_counts(columns, np.ones(len(columns), dtype=bool)),
@@ -184,7 +188,9 @@ def _source_table(splits: dict[str, dict[str, Any]]) -> Table:
 
 
 def _length_table(splits: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="tokens a pair, truncated", title_justify="left")
+    table = Table(
+        title="tokens a pair, truncated; of an answer those that are scored", title_justify="left"
+    )
     for name in ("split", "part"):
         table.add_column(name)
     for percent in PERCENTILES:

@@ -20,7 +20,7 @@ PAIRS_FOR_WARNING = 50  # chance alone gives 70 % of 50 pairs seven times in a t
 
 
 def length_bias(chosen: IntArray, rejected: IntArray) -> dict[str, float]:
-    """Shares of pairs by which answer has more tokens, and the mean lengths; of (N,) lengths."""
+    """Shares of pairs by which answer has more scored tokens, and the means; of (N,) lengths."""
     if len(chosen) == 0:
         return {}
     return {
@@ -53,14 +53,14 @@ def describe_bias(bias: dict[str, float]) -> str:
 def histograms(columns: PairColumns) -> dict[str, Any]:
     """Histograms of the kept pairs of a split: name -> edges, and counts of each series.
 
-    `difference` is chosen - rejected in tokens, one series a source. `score_margin` is of all rows
-    that have scores, also of those dropped.
+    Of answers the scored tokens count. `difference` is chosen - rejected, one series a source.
+    `score_margin` is of all rows that have scores, also of those dropped.
     """
     kept = columns.reasons == KEPT
     rows = np.repeat(np.flatnonzero(kept), columns.copies[kept])
     prompt, chosen, rejected = (
         lengths[rows]
-        for lengths in (columns.prompt_lengths, columns.chosen_lengths, columns.rejected_lengths)
+        for lengths in (columns.prompt_lengths, columns.chosen_scored, columns.rejected_scored)
     )
     difference, source = chosen - rejected, columns.source[rows]
     by_source = {

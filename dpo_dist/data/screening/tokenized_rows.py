@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTE_BITS, TRUNCATED
-from dpo_dist.data.pairs import Split, key_column, list_lengths
+from dpo_dist.data.pairs import Split, key_column, list_lengths, scored_lengths
 from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.screening.bad_rows import bad_rows, refuse_bad_rows
 from dpo_dist.reference.arrays import IntArray, KeyArray
@@ -53,8 +53,10 @@ class PairColumns:
     reasons: IntArray  # (N,) KEPT or a code of DROP_REASONS
     notes: IntArray  # (N,) bits of NOTES
     prompt_lengths: IntArray
-    chosen_lengths: IntArray
+    chosen_lengths: IntArray  # with the tokens that are only read
     rejected_lengths: IntArray
+    chosen_scored: IntArray
+    rejected_scored: IntArray
     pair_keys: KeyArray
     swapped_keys: KeyArray
     prompt_keys: KeyArray
@@ -137,6 +139,7 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
     rejected_lengths = np.minimum(columns.rejected_lengths, room)
     cut = (chosen_lengths < columns.chosen_lengths) | (rejected_lengths < columns.rejected_lengths)
     pair_keys, swapped_keys = columns.pair_keys.copy(), columns.swapped_keys.copy()
+    chosen_scored, rejected_scored = columns.chosen_scored.copy(), columns.rejected_scored.copy()
     first = 0
     for batch in read_scratch(scratch_path):
         for row in np.flatnonzero(cut[first : first + batch.num_rows]).tolist():
@@ -145,11 +148,15 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
             rejected = batch["rejected_ids"][row].values.to_numpy()[: rejected_lengths[first + row]]
             keys = pair_key(prompt, chosen, rejected), pair_key(prompt, rejected, chosen)
             pair_keys[first + row], swapped_keys[first + row] = keys
+            scored = np.sum(chosen >= 0), np.sum(rejected >= 0)
+            chosen_scored[first + row], rejected_scored[first + row] = scored
         first += batch.num_rows
     return replace(
         columns,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        chosen_scored=chosen_scored,
+        rejected_scored=rejected_scored,
         pair_keys=pair_keys,
         swapped_keys=swapped_keys,
         notes=columns.notes | np.where(cut, NOTE_BITS[TRUNCATED], 0),
@@ -179,6 +186,8 @@ def _columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
         f"{part}_lengths": list_lengths(batch[f"{part}_ids"])
         for part in ("prompt", "chosen", "rejected")
     }
+    for part in ("chosen", "rejected"):
+        columns[f"{part}_scored"] = scored_lengths(batch[f"{part}_ids"])
     for name, ours in (("reason", "reasons"), ("notes", "notes"), ("source", "source")):
         columns[ours] = batch[name].to_numpy().astype(np.int64)
     columns["position"] = batch["position"].to_numpy()

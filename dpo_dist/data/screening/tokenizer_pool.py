@@ -28,11 +28,11 @@ import pyarrow as pa
 from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import BAD_ROW, CODES, EMPTY, KEPT, LOST_TEXT, LOW_MARGIN, TEMPLATE
 from dpo_dist.data.rows.dialogues import NoPair
-from dpo_dist.data.rows.formats import read_pair, rename_columns
+from dpo_dist.data.rows.formats import read_pair, rename_columns, score_margin
+from dpo_dist.data.rows.joined_rows import JoinedRows
 from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row, RowError
-from dpo_dist.data.rows.scores import score_margin
 from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.bad_rows import BadRow
@@ -130,8 +130,8 @@ def make_chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
         size = 0
         for position in source.positions().tolist():
             positions.append(position)
-            if isinstance(source.rows, JsonRows):
-                size += int(source.rows.stops[position] - source.rows.starts[position])
+            if isinstance(source.rows, JsonRows | JoinedRows):
+                size += source.rows.num_bytes(position)
             if len(positions) == CHUNK_ROWS or size >= CHUNK_BYTES:
                 yield Chunk(index, positions)
                 positions, size = [], 0

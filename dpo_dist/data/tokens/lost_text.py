@@ -15,6 +15,7 @@ so every text, thought, tool call and tool is looked for in the rendered text, i
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.config.data_section import DataSection, LosablePart
@@ -33,26 +34,43 @@ _END_OF_THOUGHT = "</think>"
 Part = tuple[LosablePart, str]
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A text of the row that is missing in the rendered one, and where it stands in the row."""
+
+    part: LosablePart
+    where: str
+    text: str
+
+
 def lost_text(pair: Pair, text: RenderedPair, settings: DataSection) -> str | None:
     """The first part of a pair that its texts leave out and that is not allowed to be left out.
 
-    None: nothing is. Plain texts are never rendered, so they lose nothing.
+    None: nothing is.
     """
-    if isinstance(pair.prompt, str):
-        return None
-    prompt = with_system_message(pair.prompt, settings.system_message)
-    for answer, rendered in ((pair.chosen, text.chosen), (pair.rejected, text.rejected)):
-        assert isinstance(answer, list), pair
-        for part, where in lost_parts([*prompt, *answer], pair.tools, rendered):
-            if part not in settings.allow_lost:
-                return where
+    for lost in lost_parts(pair, text, settings):
+        if lost.part not in settings.allow_lost:
+            return lost.where
     return None
 
 
-def lost_parts(
+def lost_parts(pair: Pair, text: RenderedPair, settings: DataSection) -> Iterator[Lost]:
+    """All that the texts of a pair leave out: of the prompt and chosen, then with rejected.
+
+    Plain texts are never rendered, so they lose nothing.
+    """
+    if isinstance(pair.prompt, str):
+        return
+    prompt = with_system_message(pair.prompt, settings.system_message)
+    for answer, rendered in ((pair.chosen, text.chosen), (pair.rejected, text.rejected)):
+        assert isinstance(answer, list), pair
+        yield from _lost_in([*prompt, *answer], pair.tools, rendered)
+
+
+def _lost_in(
     conversation: Conversation, tools: Sequence[Any] | None, rendered: str
-) -> Iterator[tuple[LosablePart, str]]:
-    """The parts that are missing in the rendered text, and where each stands in the row.
+) -> Iterator[Lost]:
+    """The parts that are missing in the rendered text.
 
     The conversation's last message is an answer. A system message may stand anywhere, since some
     templates write it into a user turn.
@@ -61,7 +79,7 @@ def lost_parts(
         named = as_object(tool) or {}
         name = (as_object(named.get("function")) or named).get("name")
         if name and str(name) not in rendered:
-            yield "tools", f"tools: {name}"
+            yield Lost("tools", f"tools: {name}", str(name))
     start = 0
     for index, turn in enumerate(conversation):
         is_answer = index == len(conversation) - 1
@@ -71,7 +89,7 @@ def lost_parts(
         for part, text in _parts(turn, is_answer):
             found = _find(text, rendered, 0 if moves else start)
             if found is None:
-                yield part, f"{part} of {where}"
+                yield Lost(part, f"{part} of {where}", text.strip())
             elif not moves:
                 end = max(end, found)
         start = end

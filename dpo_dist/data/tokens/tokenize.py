@@ -38,7 +38,7 @@ from dpo_dist.data.drop_reasons import (
 )
 from dpo_dist.data.rows.messages import Conversation
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.tokens.lost_text import lost_text
+from dpo_dist.data.tokens.lost_text import Lost, lost_parts, lost_text
 from dpo_dist.data.tokens.render import (
     RenderedPair,
     TemplateRefusal,
@@ -95,6 +95,11 @@ class PairTokenizer:
             item if isinstance(item, TemplateRefusal) else self._encoded(pair, item, ids)
             for pair, item in zip(pairs, rendered, strict=True)
         ]
+
+    def lost(self, pair: Pair) -> list[Lost]:
+        """What the chat template leaves out of a pair that it takes, each text once."""
+        rendered = render_pair(self.tokenizer, pair, self.settings)
+        return list(dict.fromkeys(lost_parts(pair, rendered, self.settings)))
 
     def prompt_ids(self, prompt: str | Conversation) -> Ids:
         """Ids of a prompt that waits for an answer, those that `encode` gives it in a pair.

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.prepared import make_config, orca_row, report_of, write_jsonl
 
+from dpo_dist.data.rows.formats import score_margin
 from dpo_dist.data.rows.row import Row
-from dpo_dist.data.rows.scores import score_margin
 from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from support.prepared import make_config, orca_row, pairs_of, report_of, write_jsonl
 
@@ -72,6 +73,18 @@ def test_a_mixture_of_a_stream_and_a_file(tmp_path: Path) -> None:
     assert digests[0] == digests[1] and reports[0] == reports[1]
     scratch = [p for p in (tmp_path / "out0").rglob("*") if p.suffix == ".arrow"]
     assert {p.parent.name for p in scratch} == {"train", "eval"}  # the pairs, and no rows
+
+
+def test_media_in_a_stream_are_refused_and_not_decoded(tmp_path: Path) -> None:
+    rows = [orca_row(number) | {"image": {"bytes": b"no image", "path": None}} for number in (0, 1)]
+    table = datasets.Dataset.from_list(rows)
+    features = datasets.Features({**table.features, "image": datasets.Image()})
+    (tmp_path / "shards").mkdir()
+    table.cast(features).to_parquet(tmp_path / "shards" / "train-0.parquet")
+    source = {"path": str(tmp_path / "shards"), "streaming": True}
+    with pytest.raises(DataError) as caught:
+        prepare.run(make_config(tmp_path, train=[source]))
+    assert "[train]:1: field 'image' holds media; expected text only" in str(caught.value)
 
 
 def test_the_preview_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

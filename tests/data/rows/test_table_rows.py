@@ -1,22 +1,30 @@
 """Parquet, CSV, `datasets` folders and hub data sets, and what an error says."""
 
+import random
+import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_dist.config.data_section import SourceSection
+from dpo_dist.data.rows.formats import READ_COLUMNS, read_pair
+from dpo_dist.data.rows.sources import open_sources
+from dpo_dist.data.rows.stream_rows import open_hub
 from dpo_dist.data.rows.table_rows import (
     SPOOL_ROWS,
     TableRows,
     digest_of_table,
     open_csv,
     open_folder,
-    open_hub,
     open_parquet,
 )
 from dpo_dist.errors import DataError
+
+NAMES = ("prompt", "chosen", "n")
 
 
 def rows_of(rows: TableRows) -> list[tuple[object, str]]:
@@ -38,7 +46,7 @@ def error_of_csv(folder: Path, content: bytes | str) -> str:
 def test_parquet_with_messages(tmp_path: Path) -> None:
     chosen = [{"role": "user", "content": "?", "name": None}]
     pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": [chosen, chosen]}), tmp_path / "r")
-    rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None)
+    rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None, NAMES)
     read = [{"role": "user", "content": "?"}]
     assert rows_of(rows) == [
         ({"prompt": "a", "chosen": read}, "rows.parquet:1"),
@@ -50,17 +58,101 @@ def test_the_nulls_that_a_table_adds_are_no_keys(tmp_path: Path) -> None:
     calls = [{"city": "SF"}, {"day": "Monday", "at": {"hour": 9}}]
     turns = [[{"role": "assistant", "tool_calls": [{"arguments": call}]}] for call in calls]
     pq.write_table(pa.table({"chosen": turns, "prompt": ["a", None]}), tmp_path / "r")
-    rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None)
+    rows = open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch.arrow", None, NAMES)
     first, second = (row.fields for row in rows.read([0, 1]))
     assert [fields["chosen"] for fields in (first, second)] == turns
     assert second["prompt"] is None, "a column is there though it is null"
+
+
+WIDE_ROWS, ESSAY_BYTES = 40, 500_000
+
+
+def wide_table() -> pa.Table:
+    """Rows with what no format reads beside them: an essay, notes and, in turns, images."""
+    image = {"bytes": random.Random(0).randbytes(ESSAY_BYTES), "path": None}
+    rows = [
+        {
+            "prompt": f"P{n}", "chosen": "a", "rejected": "b", "user_notes": f"Why {n}?",
+            "essay": "x" * ESSAY_BYTES, "number": n, "image": image if n % 2 else None,
+            "images": [] if n % 2 else [image],
+        }
+        for n in range(WIDE_ROWS)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def check_wide(rows: TableRows) -> None:
+    first, second = rows.read([0, 1])
+    assert first.fields.keys() == second.fields.keys() == set(wide_table().column_names)
+    assert first.fields["user_notes"] == "Why 0?" and second.fields["user_notes"] is None
+    assert [first.fields[name] for name in ("image", "images", "number")] == [False, True, None]
+    assert [second.fields[name] for name in ("image", "images")] == [True, False]
+    assert [row.fields["prompt"] for row in (first, second)] == ["P0", "P1"]
+
+
+def bytes_read() -> int:
+    (line,) = (s for s in Path("/proc/self/io").read_text().splitlines() if "rchar" in s)
+    return int(line.split()[1])
+
+
+def test_parquet_columns_that_no_format_reads_are_not_read(tmp_path: Path) -> None:
+    path, scratch_path = tmp_path / "r", tmp_path / "scratch.arrow"
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+    pq.write_table(wide_table(), path, row_group_size=2, **options)
+    size = path.stat().st_size
+    assert size > 1.9 * WIDE_ROWS * ESSAY_BYTES
+    before = bytes_read()
+    rows = open_parquet(path, "rows.parquet", scratch_path, None, READ_COLUMNS)
+    check_wide(rows)
+    # one page of essays is read: the first might be a question
+    assert bytes_read() - before < size / 10
+    assert scratch_path.stat().st_size < 30_000
+
+
+def test_columns_of_a_data_set_that_no_format_reads_are_not_decoded(tmp_path: Path) -> None:
+    table = datasets.Dataset(wide_table())
+    features = datasets.Features({**table.features, "image": datasets.Image()})
+    table.cast(features).save_to_disk(str(tmp_path / "data"))  # the bytes are no image
+    rows = open_folder(tmp_path / "data", "data", "train").reading(READ_COLUMNS)
+    check_wide(rows)
+    start = time.process_time()
+    list(rows.read(range(WIDE_ROWS)))
+    assert time.process_time() - start < 0.1
+    (last,) = rows.first(1).read([0])
+    assert last.fields["user_notes"] == "Why 0?"
+
+
+def test_what_is_refused_by_the_names_of_columns_is_refused_in_tables_too(tmp_path: Path) -> None:
+    def error_of(**columns: list[Any]) -> str:
+        pq.write_table(pa.table({"chosen": [" a"], "rejected": [" b"], **columns}), path)
+        section = SourceSection.model_validate({"path": str(path)})
+        with pytest.raises(DataError) as caught:
+            (source,) = open_sources([section], "train", tmp_path)
+            for row in source.rows.read([0]):
+                read_pair(row, source.row_format, source.name)
+        return str(caught.value)
+
+    path = tmp_path / "rows.parquet"
+    for name in ("query", "user_notes"):
+        assert error_of(**{name: ["Why?"]}).startswith(
+            f"{path}:1 has no prompt, and a column {name!r} that would not be read"
+        )
+    assert error_of(prompt=["P"], images=[[b"png"]]).startswith(
+        f"{path}:1: field 'images' holds media; expected text only"
+    )
+
+
+def test_a_table_without_any_column_of_ours_has_its_rows_and_names(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"good": ["a"], "bad": ["b"]}), tmp_path / "r")
+    rows = open_parquet(tmp_path / "r", "r", tmp_path / "scratch", None, READ_COLUMNS)
+    assert rows_of(rows) == [({"good": "a", "bad": "b"}, "r:1")]
 
 
 def test_parquet_is_streamed_up_to_the_limit(tmp_path: Path) -> None:
     numbers = list(range(3 * SPOOL_ROWS))
     pq.write_table(pa.table({"n": numbers}), tmp_path / "r", row_group_size=700)
     for limit in (None, 1, SPOOL_ROWS, SPOOL_ROWS + 5):
-        rows = open_parquet(tmp_path / "r", "r", tmp_path / f"scratch{limit}", limit)
+        rows = open_parquet(tmp_path / "r", "r", tmp_path / f"scratch{limit}", limit, NAMES)
         assert len(rows) == (limit or len(numbers))
         last = len(rows) - 1
         assert [row.fields["n"] for row in rows.read([last, 0])] == [last, 0]
@@ -69,7 +161,7 @@ def test_parquet_is_streamed_up_to_the_limit(tmp_path: Path) -> None:
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("no parquet at all")
     with pytest.raises(DataError) as caught:
-        open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch", None)
+        open_parquet(tmp_path / "r", "rows.parquet", tmp_path / "scratch", None, NAMES)
     assert str(caught.value).startswith("rows.parquet is not readable as Parquet (")
     assert str(caught.value).endswith(
         "; expected a Parquet file. Write it again, or give the file its right suffix."

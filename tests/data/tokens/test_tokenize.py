@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 from support.keys.data_settings import data_settings
-from support.tiny_tokenizer import make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from support.tiny_tokenizer import make_tokenizer, sentencepiece_like
+from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.data.drop_reasons import (
     ANSWER_IS_PROMPT,
@@ -27,19 +26,6 @@ QUESTION = "What is the color of the sky?"
 
 def tiny(folder: Path, template: str | None = CHATML) -> PreTrainedTokenizerBase:
     return load_tokenizer(make_tokenizer(folder, template), None)
-
-
-def sentencepiece_like(prepend_scheme: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama 2's kind, which writes a space before the text it is given."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
-    backend.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
-    texts = ["The sky is blue.\nuser: yes", "<|user|> <|assistant|>", "The answer is no. answer"]
-    backend.train_from_iterator(texts * 3, trainer)
-    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def chat(chosen: str = "The sky is blue.", rejected: str = "No.", question: str = QUESTION) -> Pair:
@@ -194,22 +180,3 @@ def test_notes_on_the_text(tmp_path: Path) -> None:
     one, other = [message("assistant", "A")], [message("assistant", "B")]
     longer = Pair([message("user", "Q")], one, [*other, message("user", "R"), *one], "s", "o")
     assert encoded(tokenizer, longer).notes == NOTE_BITS[SEVERAL_TURNS]
-
-
-def test_ids_equal_those_of_trl_where_nothing_merges(tmp_path: Path) -> None:
-    from trl.data_utils import _tokenize, common_prefix_length
-
-    tokenizer = tiny(tmp_path)
-    turns = [
-        message("system", "S"),
-        message("user", "Hello!"),
-        message("assistant", "Hello,"),
-        message("user", QUESTION),
-    ]
-    pair = Pair(turns, [message("assistant", "A")], [message("assistant", "B")], "s", "o")
-    ours = encoded(tokenizer, pair)
-    prompt = _tokenize(tokenizer, turns, add_generation_prompt=True)["input_ids"]
-    for answer, ids in ((pair.chosen, ours.chosen_ids), (pair.rejected, ours.rejected_ids)):
-        whole = _tokenize(tokenizer, [*turns, *answer])["input_ids"]
-        shared = common_prefix_length(prompt, whole)
-        assert (ours.prompt_ids, ids) == (whole[:shared], whole[shared:])

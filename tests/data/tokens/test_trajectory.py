@@ -149,20 +149,3 @@ def test_the_prompt_is_what_both_share(
     assert isinstance(pair, Pair)
     assert len(pair.prompt) == len(shared)
     assert (len(pair.chosen), len(pair.rejected)) == lengths
-
-
-@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen2_5", "qwen3", "llama3_1", "zephyr"])
-def test_ids_are_trls_apart_from_the_marks(name: str, model_dir: Path) -> None:
-    """TRL scores every token of such an answer."""
-    from trl.data_utils import _tokenize, common_prefix_length
-
-    tokenizer: Any = load_tokenizer(model_dir, TEMPLATES[name])
-    fields = row_of(SHAPES["user"][0])
-    ours = encoded(tokenizer, fields)
-    assert isinstance(ours, TokenPair)
-    prompt = _tokenize(tokenizer, fields["prompt"], add_generation_prompt=True)["input_ids"]
-    for side, ids in (("chosen", ours.chosen_ids), ("rejected", ours.rejected_ids)):
-        whole = _tokenize(tokenizer, fields["prompt"] + fields[side])["input_ids"]
-        shared = common_prefix_length(prompt, whole)
-        unmarked = [token if token >= 0 else ~token for token in ids]
-        assert (ours.prompt_ids, unmarked) == (whole[:shared], whole[shared:])
