@@ -84,7 +84,7 @@ def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 
     Raises DataError for unusable rows or settings, ArtifactError when a folder made from other
-    settings or data stands there, and what `preflight` and `checked_work` raise of the stages to come.
+    settings stands there, and as `preflight` and `checked_work` for the stages to come.
     """
     folder = RunDir(config.run.dir).pairs_dir
     models = RunModels(config)
