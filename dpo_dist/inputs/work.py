@@ -42,7 +42,7 @@ def checked_work(config: RunConfig) -> Work:
     """
     check_settings(config)
     work = _open_work(config)
-    _check_held_out(config, work.held_out)
+    _check_held_out(config, len(work.held_out))
     return work
 
 
@@ -50,9 +50,12 @@ def check_settings(config: RunConfig) -> None:
     """What training would refuse without a model or pairs.
 
     Raises ConfigError when the sharding or the optimizer is wrong or an optional package is
-    missing, CheckpointError when a checkpoint could not be written, or not as this user's.
+    missing, DataError when a setting needs held-out pairs and none are named, CheckpointError when
+    a checkpoint could not be written, or not as this user's.
     """
     settings, model = config.train, config.model
+    if not config.data.holds_out:
+        _check_held_out(config, 0)
     check_optimizer(settings, model.dtype, read_sharding(settings.deepspeed))
     if model.quantization is not None:
         require_bitsandbytes(f"model.quantization: {model.quantization}")
@@ -73,14 +76,14 @@ def _open_work(config: RunConfig) -> Work:
     return Work(train, held_out, min(steps, settings.max_steps or steps))
 
 
-def _check_held_out(config: RunConfig, held_out: Pairs) -> None:
+def _check_held_out(config: RunConfig, num_held_out: int) -> None:
     """Raises DataError when a setting needs held-out pairs and there are none."""
     needy = {
         "checkpoint.best_by": config.checkpoint.best_by,
         "eval.samples_every_steps": config.eval.samples_every_steps,
     }
     for key, value in needy.items():
-        if value is not None and not len(held_out):
+        if value is not None and not num_held_out:
             raise DataError(
                 f"{key} is {value}, and there are no held-out pairs",
                 "at least one",

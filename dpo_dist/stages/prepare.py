@@ -52,7 +52,6 @@ from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
 from dpo_dist.exporting.preflight import preflight
 from dpo_dist.inputs.own_base import make_base
-from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.files import digest_of_tokenizer, position_limit
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.report.data_section import report_page
@@ -84,7 +83,7 @@ def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 
     Raises DataError for unusable rows or settings, ArtifactError when a folder made from other
-    settings stands there, and as `preflight` and `checked_work` for the stages to come.
+    settings stands there, and as `preflight` for the stages to come.
     """
     folder = RunDir(config.run.dir).pairs_dir
     models = RunModels(config)
@@ -97,7 +96,6 @@ def run(config: RunConfig) -> Path:
         splits = read_manifest(folder).details["splits"]
         counts = ", ".join(f"{splits[split]['num_pairs']:,} {split}" for split in SPLITS)
         _logger.info("prepare: current, %s pairs in %s", counts, folder)
-        checked_work(config)
         return folder
     with atomic_dir(folder) as partial:
         scratch = partial / "scratch"
@@ -108,7 +106,6 @@ def run(config: RunConfig) -> Path:
         for split in SPLITS:
             check_vocabulary(open_pairs(partial, split), model_dir, config.model.trust_remote_code)
     _logger.info("prepare: pairs in %s", folder)
-    checked_work(config)
     return folder
 
 

@@ -159,6 +159,10 @@ CASES = {
         "an export's copy of the tokenizer in {folder}/model ",
         change=versioned_tokenizer,
     ),
+    "inputs/work.py:_check_held_out": Case(
+        "eval.samples_every_steps is 5, and there are no held-out pairs",
+        ["data.eval=[]", "eval.samples_every_steps=5"],
+    ),
     "model_files/hub.py:require_token": Case(
         "no token to push to owner/name with; expected a token that may write there",
         ["export.push_to_hub=owner/name"],

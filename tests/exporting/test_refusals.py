@@ -3,14 +3,9 @@
 import ast
 from pathlib import Path
 
-import pytest
 from exporting.test_preflight import CASES
-from support.tiny_run import make_run
 
 import dpo_dist
-from dpo_dist.config.run_config import load_config
-from dpo_dist.errors import DataError
-from dpo_dist.stages import prepare
 
 PACKAGE = Path(dpo_dist.__file__).parent
 BEHIND = ["engine", "training", "exporting", "verification", "inputs", "reference", "model_files"]
@@ -50,7 +45,6 @@ LATER = {
     "exporting/job.py:_check_trained_here": CHECKPOINTS,
     "exporting/weights.py:_progress": MACHINE,
     "inputs/scored_pairs.py": "of the reference store, which the reference pass has filled",
-    "inputs/work.py:_check_held_out": OWN_STAGE,
     "model_files/adapter.py": OWN_STAGE,
     "model_files/files.py:_refuse_adapter": OWN_STAGE,
     "model_files/files.py:digest_of_tokenizer": OWN_STAGE,
@@ -99,23 +93,3 @@ def test_every_refusal_is_tried_in_front_or_has_its_reason() -> None:
     assert not unexplained, f"no case in test_preflight.py, no reason here: {sorted(unexplained)}"
     used = {key for name in behind for key in (name, name.partition(":")[0]) if key in LATER}
     assert used == LATER.keys(), sorted(LATER.keys() - used)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (
-            ["checkpoint.best_by=eval_loss", "eval.every_steps=4"],
-            "checkpoint.best_by is eval_loss, and there are no held",
-        ),
-        (["train.global_batch_size=4000"], "40 pairs"),
-        (["train.micro_batch_tokens=8"], "micro_batch_tokens"),
-    ],
-)
-def test_prepare_ends_with_what_training_asks_of_the_pairs(
-    tmp_path: Path, overrides: list[str], says: str
-) -> None:
-    config = load_config(make_run(tmp_path), ["data.eval=[]", *overrides])
-    for _ in range(2):  # also where the pairs are current
-        with pytest.raises(DataError, match=says):
-            prepare.run(config)
