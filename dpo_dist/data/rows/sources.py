@@ -151,7 +151,7 @@ def _open_rows(
 def _open_files(section: SourceSection, key: str, scratch_path: Path) -> JoinedRows:
     """All files that a pattern names, up to the limit of the source."""
     sections = _one_a_file(section, key)
-    kinds = {_kind(one, Path(one.path), key): one.path for one in sections}
+    kinds: dict[Kind, str] = {_kind(one, Path(one.path), key): one.path for one in sections}
     if len(kinds) > 1:
         found = ", ".join(f"{path} ({kind})" for kind, path in kinds.items())
         raise DataError(

@@ -14,6 +14,7 @@ so every text, thought, tool call and tool is looked for in the rendered text, i
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,23 @@ def lost_parts(pair: Pair, text: RenderedPair, settings: DataSection) -> Iterato
     for answer, rendered in ((pair.chosen, text.chosen), (pair.rejected, text.rejected)):
         assert isinstance(answer, list), pair
         yield from _lost_in([*prompt, *answer], pair.tools, rendered)
+
+
+def is_prompt_scored(pair: Pair, text: RenderedPair, settings: DataSection) -> bool:
+    """Whether words of the prompt stand behind what its own text and the longer ones begin with.
+
+    A template that rewrites the prompt before an answer may do so in its turns, and not only in the
+    header of the answer's.
+    """
+    if isinstance(pair.prompt, str):
+        return False
+    prompt = with_system_message(pair.prompt, settings.system_message)
+    shared = os.path.commonprefix([text.prompt, text.chosen, text.rejected])
+    missing, lost = (
+        {part.text for part in _lost_in(prompt, pair.tools, rendered)}
+        for rendered in (shared, text.chosen)
+    )
+    return bool(missing - lost)
 
 
 def _lost_in(

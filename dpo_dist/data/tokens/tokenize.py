@@ -10,7 +10,8 @@ answer. An answer's ids are what follows the prompt's ids.
 | not, and its text is neither: the template rewrites it | all are cut at their common prefix |
 
 The second rule keeps the prompt exactly as it is at generation time; TRL shortens the prompt
-there. In the third case, as in TRL, what the generation prompt adds is left out.
+there. In the third case, as in TRL, what the generation prompt adds is left out; a pair whose
+prompt changes in more than that, so that a part of it would be scored, is refused.
 
 A tokenizer treats the text on the two sides of a special token apart. So an answer is tokenized
 behind the end of the prompt only, from its last `<|im_start|>` or the like, not behind all of it.
@@ -38,7 +39,7 @@ from dpo_dist.data.drop_reasons import (
 )
 from dpo_dist.data.rows.messages import Conversation
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.tokens.lost_text import Lost, lost_parts, lost_text
+from dpo_dist.data.tokens.lost_text import Lost, is_prompt_scored, lost_parts, lost_text
 from dpo_dist.data.tokens.render import (
     RenderedPair,
     TemplateRefusal,
@@ -147,7 +148,7 @@ class PairTokenizer:
             whole = (ids[answer] for answer, _ in text.answers)
             skipped = min(_num_shared(prompt, answer) for answer in whole)
             notes |= NOTE_BITS[REWRITTEN_PROMPT]
-            if skipped == 0:
+            if skipped == 0 or is_prompt_scored(pair, text, self.settings):
                 return TemplateRefusal("it renders the prompt otherwise before an answer")
             prompt = end = prompt[:skipped]
         answers: list[Ids] = []

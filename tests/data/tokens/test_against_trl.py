@@ -95,6 +95,7 @@ def shapes(seed: int) -> Iterator[tuple[str, Fields]]:
         row([user()], [said(reasoning_content=word()), user(), said(reasoning_content=word())]),
     )
     yield "a prefix", row([user(), said()], [said()])
+    yield "a prefix of turns", row([user(), said()], [said(), user(), said()])
     yield "parts", row([turn("user", [{"type": "text", "text": word()}])], [said()])
     yield "a variable", row([user()], [said()], chat_template_kwargs={"enable_thinking": False})
     yield "a variable as text", row([user()], [said()], chat_template_kwargs="{}")

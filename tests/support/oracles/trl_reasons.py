@@ -295,7 +295,7 @@ def _rewritten_turn(case: Case) -> Case | None:
     dialogues = _dialogues(case)
     if not isinstance(case.ours, str) or "otherwise than alone" not in case.ours or not dialogues:
         return None
-    kwargs = {"tools": case.fields.get("tools"), "tokenize": False}
+    kwargs = {"tools": _parsed(case.fields.get("tools")), "tokenize": False}
     num_shared = _num_shared(*dialogues)
     for dialogue in dialogues:
         text = case.tokenizer.apply_chat_template(dialogue, **kwargs)
@@ -305,10 +305,23 @@ def _rewritten_turn(case: Case) -> Case | None:
     return None
 
 
-def _nothing_shared(case: Case) -> Case | None:
-    if isinstance(case.theirs, str) or case.theirs[0]:
+def _rewritten_prompt(case: Case) -> Case | None:
+    """The last words of the prompt stand behind what its text has in common with the whole."""
+    dialogues = _dialogues(case)
+    if case.ours != "it renders the prompt otherwise before an answer" or not dialogues:
         return None
-    if case.ours != "it renders the prompt otherwise before an answer":
+    prompt = case.fields.get("prompt") or dialogues[0][: _shared_turns(*dialogues)]
+    end: dict[str, Any] = {"add_generation_prompt": True}
+    if prompt[-1]["role"] == "assistant":
+        end = {"continue_final_message": True}
+        first = dialogues[0][len(prompt)]
+        begun = {**prompt[-1], "content": prompt[-1]["content"] + first["content"]}
+        dialogues[0][len(prompt) - 1 : len(prompt) + 1] = [begun]
+    kwargs = {"tools": _parsed(case.fields.get("tools")), "tokenize": False}
+    alone = case.tokenizer.apply_chat_template(prompt, **kwargs, **end)
+    whole = case.tokenizer.apply_chat_template(dialogues[0], **kwargs)
+    said = prompt[-1]["content"]
+    if said not in whole or said in os.path.commonprefix([alone, whole]):
         return None
     return replace(case, theirs=DROPPED)
 
@@ -409,6 +422,7 @@ REASONS: dict[str, Reason] = {
     "a `system` column": _rewritten(_system_column),
     "answers that repeat the prompt or its last turns": _rewritten(_repeated),
     "dialogues whose shared turns differ in space": _rewritten(_spaces),
+    "a template that rewrites the prompt's turns before an answer": _rewritten_prompt,
     "a prompt that ends in an assistant turn": _begun_turn,
     "dialogues that part in another's turn; answers that begin alike": _rewritten(_split),
     "dialogues without a turn that both answer": _no_split,
@@ -417,7 +431,6 @@ REASONS: dict[str, Reason] = {
     "`developer`, where the template has no such role": _rewritten(_developer),
     "a tool call in a spelling that the template does not take": _rewritten(_spelled),
     "a turn of an answer that changes when others follow": _rewritten_turn,
-    "a template that shares no beginning with its prompt": _nothing_shared,
     "plain text and a tokenizer without EOS": _no_eos,
     "plain text and a tokenizer that adds EOS, or BOS to a text that has it": _twice,
     "an answer of several turns": _context,
