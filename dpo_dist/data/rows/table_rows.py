@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from dpo_dist.data.rows.row import Row, RowError, without_padding
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
+from dpo_dist.watch.heartbeat import beat, during
 from dpo_dist.wording import first_line
 
 SPOOL_ROWS = 1024  # rows held in memory while a file is streamed
@@ -167,7 +168,8 @@ def open_hub(
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+        with during("network"):
+            loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise hub_error(name, key, error) from None
     return TableRows(loaded, f"{name}[{split}]")
@@ -235,6 +237,7 @@ def _spool(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
+            beat()
 
 
 def _from_file(path: Path) -> Any:
