@@ -57,10 +57,12 @@ def _guard(pipe: int, guarded: int, silent: float, log: int, tell: Tell) -> NoRe
         if not select.select([pipe], [], [], TICK_S)[0]:
             unheard += min(time.monotonic() - began, 2 * TICK_S)
             continue
-        words = os.read(pipe, 4096)
-        if not words:
-            os._exit(0)  # it has ended
-        unheard, section = 0.0, words.split()[-1].decode()
+        unheard, section = 0.0, _last_word(pipe)
+    os.kill(guarded, signal.SIGQUIT)  # its handler writes the stacks
+    os.kill(guarded, signal.SIGCONT)
+    time.sleep(DUMP_S)
+    if select.select([pipe], [], [], 0)[0]:
+        section = _last_word(pipe)  # where it was stopped, a second after its last word
     host = socket.gethostname()
     verdict = Verdict(
         f"rank 0 on {host} in {section}: no word for {unheard:,.0f} s",
@@ -68,9 +70,13 @@ def _guard(pipe: int, guarded: int, silent: float, log: int, tell: Tell) -> NoRe
         "silent",
         [{"rank": 0, "host": host, "section": section}],
     )
-    os.kill(guarded, signal.SIGQUIT)  # its handler writes the stacks
-    os.kill(guarded, signal.SIGCONT)
-    time.sleep(DUMP_S)
     say_last(verdict, log, tell)
     os.kill(guarded, signal.SIGKILL)
     os._exit(0)
+
+
+def _last_word(pipe: int) -> str:
+    words = os.read(pipe, 4096)
+    if not words:
+        os._exit(0)  # it has ended
+    return words.split()[-1].decode()
