@@ -5,6 +5,7 @@ it is named with its host and section, the ranks that can write their stacks, an
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -106,8 +107,8 @@ def test_fault_38_a_hang_of_a_rank_ends_all(
     with started_ranks(2, hang_in, *place) as ranks:
         wait_until(mark_of(pipe).exists, 300)
         began = time.monotonic()
-        results = ranks.wait(timeout_s=120, grace_s=15)
-        assert time.monotonic() - began < 6 + LEAVING_S
+        results = ranks.wait(timeout_s=300, grace_s=15)
+        took = time.monotonic() - began
     codes = [result.exit_code for result in results]
     stopped = kind == "stopped"
     assert codes[1 - rank] == EXIT_RESTART, results[1 - rank].output
@@ -117,6 +118,8 @@ def test_fault_38_a_hang_of_a_rank_ends_all(
     own = read_status(paths.status_path)["stages"][stage]
     assert (own["state"], own["restartable"], own["exit_code"]) == ("failed", True, EXIT_RESTART)
     assert f"rank {rank} on {named['host']} in {section}" in own["error"]
+    within = re.search(r"within ([\d,]+) s \(watchdog", own["error"])  # more after slow steps
+    assert within is not None and took < int(within.group(1).replace(",", "")) + LEAVING_S
     for each, result in enumerate(results):
         if not stopped or each != rank:
             log = result.output if each else (log_dir / "rank0000.log").read_text()
@@ -152,7 +155,7 @@ def test_fault_38_a_stage_of_one_process_is_watched_too(
     place = (section, 0, kind, str(pipe), stage, str(run_yaml), *settings)
     with started_ranks(1, hang_in, *place) as ranks:
         wait_until(mark_of(pipe).exists, 300)
-        (result,) = ranks.wait(timeout_s=4 + LEAVING_S)
+        (result,) = ranks.wait(timeout_s=60 + LEAVING_S)
     assert result.exit_code == (-signal.SIGKILL if kind == "stopped" else EXIT_RESTART)
     assert f"error: rank 0 on {socket.gethostname()} in {section}" in result.output
     assert late_of(paths.status_path) == [

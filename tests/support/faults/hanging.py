@@ -29,8 +29,9 @@ class _Hanging(heartbeat._Heart):  # pyright: ignore[reportPrivateUsage]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "beats" and value > 1 and self.section == self._where:
-            mark_of(Path(self._pipe)).touch()
+        mark = mark_of(Path(self._pipe)) if name == "beats" and value > 1 else None
+        if mark is not None and self.section == self._where and not mark.exists():
+            mark.touch()
             if self._kind == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif self._kind == "asleep":
