@@ -66,7 +66,7 @@ def _guard(pipe: int, guarded: int, silent: float, log: int, tell: Tell) -> NoRe
     host = socket.gethostname()
     verdict = Verdict(
         f"rank 0 on {host} in {section}: no word for {unheard:,.0f} s",
-        f"one every second, within {silent:,.0f} s",
+        f"one every {TICK_S:.3g} s, within {silent:,.0f} s",
         "silent",
         [{"rank": 0, "host": host, "section": section}],
     )

@@ -1,4 +1,4 @@
-"""What ranks tell each other of their progress: a datagram a second to rank 0, and its answer.
+"""What ranks tell each other of their progress: datagrams to rank 0, and its answers.
 
 Datagrams, because nothing here may wait: not for a file system, not for a process that is stopped.
 A lost one costs a second. A rank that was never heard of, as where a network drops them, is not

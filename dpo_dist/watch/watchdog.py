@@ -31,7 +31,8 @@ from dpo_dist.watch.peers import Line, Meeting, Pulse, Word
 from dpo_dist.watch.verdict import Tell, Verdict, say_last
 
 TICK_S = 1.0
-STALE_S = 5.0  # without a word: stopped, among ranks of which none gets further
+RANKS_A_SECOND = 256  # that rank 0 listens to; more of them speak less often
+STALE_TICKS = 5  # without a word: stopped, among ranks of which none gets further
 SHOWN = 8  # late ranks in a message
 COLLECTIVES = ("torch/distributed", "deepspeed/comm")
 
@@ -57,6 +58,11 @@ class Watchdog:
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()  # of _seen and line, which two threads change
 
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks."""
+        return max(TICK_S, self.world_size / RANKS_A_SECOND)
+
     def pulse(self) -> Pulse:
         """What this rank says of itself."""
         beats, section = signs()
@@ -73,9 +79,9 @@ class Watchdog:
             line = self.line
             if line is None:
                 time.sleep(TICK_S)
-            words = [] if line is None else line.hear(TICK_S)
+            words = [] if line is None else line.hear(self.tick)
             now = time.monotonic()
-            passed, before = min(now - before, 2 * TICK_S), now
+            passed, before = min(now - before, 2 * self.tick), now
             if verdict := self.look(line, words, passed):
                 self._leave(verdict, line)
 
@@ -130,7 +136,7 @@ class Watchdog:
         if not late or limit is None:
             return None
         found = f"{_named(late)}: no word for {late[0].unheard:,.0f} s"
-        expected = f"one every second, within {limit:,.0f} s"
+        expected = f"one every {self.tick:.3g} s, within {limit:,.0f} s"
         return Verdict(found, expected, "silent", _listed(late))
 
     def _idle(self) -> Verdict | None:
@@ -139,7 +145,7 @@ class Watchdog:
         idle = min(seen.idle for seen in ranks)
         if len(limits) < len(ranks) or idle < max(limits):
             return None
-        stopped = [seen for seen in ranks if seen.unheard > STALE_S]
+        stopped = [seen for seen in ranks if seen.unheard > STALE_TICKS * self.tick]
         late = stopped or [seen for seen in ranks if not seen.pulse.waits] or ranks
         found = f"{_named(late)}: no rank got further for {idle:,.0f} s"
         expected = f"some progress within {max(limits):,.0f} s"

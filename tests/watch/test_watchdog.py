@@ -101,7 +101,7 @@ def test_a_rank_that_says_nothing_is_stopped_whatever_its_section_may_take(line:
     verdict = after(dog, line, 1)
     assert verdict is not None
     assert verdict.found == "rank 1 on far in step (at train.py:7 _train): no word for 20 s"
-    assert verdict.expected == "one every second, within 20 s" and verdict.key == "silent"
+    assert verdict.expected == "one every 1 s, within 20 s" and verdict.key == "silent"
 
 
 def test_a_rank_that_left_is_no_longer_expected(line: Line) -> None:
