@@ -135,6 +135,7 @@ class Watchdog:
         late = [seen for seen in ranks if limit and seen.unheard >= limit]
         if not late or limit is None:
             return None
+        self._place(late)
         found = f"{_named(late)}: no word for {late[0].unheard:,.0f} s"
         expected = f"one every {self.tick:.3g} s, within {limit:,.0f} s"
         return Verdict(found, expected, "silent", _listed(late))
@@ -146,10 +147,17 @@ class Watchdog:
         if len(limits) < len(ranks) or idle < max(limits):
             return None
         stopped = [seen for seen in ranks if seen.unheard > STALE_TICKS * self.tick]
+        self._place(stopped)
         late = stopped or [seen for seen in ranks if not seen.pulse.waits] or ranks
         found = f"{_named(late)}: no rank got further for {idle:,.0f} s"
         expected = f"some progress within {max(limits):,.0f} s"
         return Verdict(found, expected, late[0].pulse.section, _listed(late))
+
+    def _place(self, stopped: list[_Seen]) -> None:
+        """Says of ranks whose last word is older than their stop where the others wait for them."""
+        if (own := self.pulse()).waits:
+            for seen in stopped:
+                seen.pulse = replace(seen.pulse, section=own.section)
 
     def _leave(self, verdict: Verdict, line: Line | None) -> None:
         """Says why and ends this process, whatever its main thread waits for."""
@@ -227,7 +235,7 @@ def _write_notes(dog: Watchdog, path: Path) -> None:
 def _named(late: list[_Seen]) -> str:
     shown = [
         f"rank {seen.pulse.rank} on {seen.pulse.host} in {seen.pulse.section} "
-        f"(at {seen.pulse.where})"
+        f"(last at {seen.pulse.where})"
         for seen in late[:SHOWN]
     ]
     return ", ".join(shown) + (f" and {len(late) - SHOWN} more" if len(late) > SHOWN else "")

@@ -78,8 +78,8 @@ def test_the_late_rank_is_the_one_that_does_not_wait_for_others(
     verdict = after(dog, line, 12, WAITING, stuck)
     assert verdict is not None
     assert str(verdict.error()) == (
-        "rank 2 on far in step (at records.py:9 save): no rank got further for 10 s; expected some "
-        "progress within 10 s (watchdog.step). The stacks are in the ranks' logs, and the launcher "
+        "rank 2 on far in step (last at records.py:9 save): no rank got further for 10 s; expected "
+        "some progress within 10 s (watchdog.step). The stacks are in the ranks' logs, and the launcher "
         "starts the stage again from what was committed. If it is always the same host, leave it "
         "out; if it was only slow, raise watchdog.step."
     )
@@ -100,8 +100,20 @@ def test_a_rank_that_says_nothing_is_stopped_whatever_its_section_may_take(line:
     assert after(dog, line, 19) is None
     verdict = after(dog, line, 1)
     assert verdict is not None
-    assert verdict.found == "rank 1 on far in step (at train.py:7 _train): no word for 20 s"
+    assert verdict.found == "rank 1 on far in step (last at train.py:7 _train): no word for 20 s"
     assert verdict.expected == "one every 1 s, within 20 s" and verdict.key == "silent"
+
+
+def test_a_rank_is_stopped_where_the_others_wait_for_it(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last word may be a second older."""
+    monkeypatch.setattr(watchdog, "place_of_main_thread", lambda: ("train.py:7 _train", True))
+    dog = dog_of(0, line)
+    assert after(dog, line, 1, replace(WAITING, section="step")) is None
+    with during("evaluation"):
+        verdict = after(dog, line, 20)
+    assert verdict is not None and [rank["section"] for rank in verdict.late] == ["evaluation"]
 
 
 def test_a_rank_that_left_is_no_longer_expected(line: Line) -> None:
