@@ -79,7 +79,7 @@ class Line:
             self.say(word)
 
     def hear(self, seconds: float) -> list[Word]:
-        """What is said in the next seconds."""
+        """What is said in the next seconds, or until a verdict is."""
         heard: list[Word] = []
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -92,6 +92,8 @@ class Line:
                 if self.rank == 0:
                     self._addresses[word.pulse.rank] = address
                 heard.append(word)
+                if word.verdict is not None:
+                    break
         return heard
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from dpo_dist.watch.verdict import Tell, Verdict, say_last
 TICK_S = 1.0
 RANKS_A_SECOND = 256  # that rank 0 listens to; more of them speak less often
 STALE_TICKS = 5  # without a word: stopped, among ranks of which none gets further
+LINGER_S = 3.0  # behind the last words: a rank that is gone ends the collectives of the others
 SHOWN = 8  # late ranks in a message
 COLLECTIVES = ("torch/distributed", "deepspeed/comm")
 
@@ -166,6 +167,8 @@ class Watchdog:
         late = {rank["rank"] for rank in verdict.late}
         teller = next((rank for rank in range(self.world_size) if rank not in late), 0)
         say_last(verdict, self.log, self.tell if self.rank == teller else None)
+        if line is not None:
+            time.sleep(LINGER_S)
         os._exit(EXIT_RESTART)
 
 

@@ -79,9 +79,9 @@ def test_the_late_rank_is_the_one_that_does_not_wait_for_others(
     assert verdict is not None
     assert str(verdict.error()) == (
         "rank 2 on far in step (last at records.py:9 save): no rank got further for 10 s; expected "
-        "some progress within 10 s (watchdog.step). The stacks are in the ranks' logs, and the launcher "
-        "starts the stage again from what was committed. If it is always the same host, leave it "
-        "out; if it was only slow, raise watchdog.step."
+        "some progress within 10 s (watchdog.step). The stacks are in the ranks' logs, and the "
+        "launcher starts the stage again from what was committed. If it is always the same host, "
+        "leave it out; if it was only slow, raise watchdog.step."
     )
 
 
