@@ -205,6 +205,7 @@ def group_watched(
     line = Line(rank, host)
     line.meet(broadcast(line.meeting if rank == 0 else None))
     dog.join(line, world_size)
+    line.say(Word(dog.pulse()))  # at once: a rank that was never heard of is not missed
     try:
         yield
     finally:
