@@ -24,6 +24,7 @@ GROUND = "(top)"  # errors, extras, wording: known to all
 ROOMS = (
     GROUND,
     "config",
+    "watch",
     "run",
     "model_files",
     "reference",

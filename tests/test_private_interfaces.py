@@ -992,6 +992,7 @@ LIBRARIES = (
 )  # fmt: skip
 # Modules below a library's own that its documentation has; any other one needs a row.
 DOCUMENTED = {
+    "_current_frames",
     "bitsandbytes.functional",
     "bitsandbytes.optim", "deepspeed.ops.adam", "huggingface_hub.errors", "lm_eval.evaluator",
     "lm_eval.models.huggingface", "lm_eval.tasks", "ray.exceptions", "ray.train",

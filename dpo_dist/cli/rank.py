@@ -17,14 +17,15 @@ from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run import pipeline
-from dpo_dist.run.attempts import begin, note_end
+from dpo_dist.run.attempts import begin, ended_by_watchdog, note_end
 from dpo_dist.run.local_ranks import count_workers, run_ranks
 from dpo_dist.run.logs import console, dump_stacks_on_quit, hush_libraries, set_up_logging
 from dpo_dist.run.manifest import write_atomic, write_json
 from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_log_path
-from dpo_dist.run.status import update_stage
+from dpo_dist.run.status import update_stage, update_status
 from dpo_dist.run.stop_flag import Stopped
 from dpo_dist.run.topology import from_environment, launched
+from dpo_dist.watch import watchdog
 from dpo_dist.wording import counted
 
 # To the end of the process: freeing what the frames of a failure hold, engines and profilers, may
@@ -45,18 +46,25 @@ def run_or_launch(stage: pipeline.Stage, config_path: Path, overrides: list[str]
 def launch(
     stage: pipeline.Stage, config: RunConfig, config_path: Path, overrides: list[str]
 ) -> int:
-    """Runs a stage on this machine; its exit code."""
+    """Runs a stage on this machine, and again where the watchdog ended it; its exit code.
+
+    Raises RestartLimitError at a cap.
+    """
     paths = RunDir(config.run.dir)
     num_ranks, reason = count_workers(config.local) if stage.distributed else (1, "")
     ranks = f" on {counted(num_ranks, 'ranks')} ({reason})" if stage.distributed else ""
-    console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
-    log_dir = begin(paths, stage.name, config.restart, resubmitted=False)
-    assert log_dir is not None
-    write_atomic(paths.config_path, to_yaml(config))
-    code = run_ranks(pipeline.stage_argv(stage.name, config_path, overrides), num_ranks, log_dir)
-    if code:
-        note_end(paths, stage.name)
-    return code
+    argv, again = pipeline.stage_argv(stage.name, config_path, overrides), False
+    while True:
+        console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
+        log_dir = begin(paths, stage.name, config.restart, resubmitted=again)
+        assert log_dir is not None
+        write_atomic(paths.config_path, to_yaml(config))
+        code = run_ranks(argv, num_ranks, log_dir)
+        if code:
+            note_end(paths, stage.name)
+        if not code or not ended_by_watchdog(paths, stage.name):
+            return code
+        again = True
 
 
 def set_up_command() -> None:
@@ -75,9 +83,22 @@ def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
     # the parts of a reference pass run at the same time, each as a job of its own
     number = 0 if part is None else int(part.split("/")[0])
     set_up_logging(topology.rank, rank_log_path(log_dir, number) if attempt else None)
-    dump_stacks_on_quit(topology.rank, rank_log_path(log_dir, number) if attempt else None)
+    log = dump_stacks_on_quit(topology.rank, rank_log_path(log_dir, number) if attempt else None)
     hush_libraries()
     lead = topology.rank == 0 and part is None  # a part is not the stage
+
+    def tell_late(error: str, late: list[dict[str, Any]]) -> None:
+        if part is None:
+            update_status(paths.status_path, late=late)
+            update_stage(
+                paths.status_path, stage.name, "failed",
+                error=error, exit_code=EXIT_RESTART, restartable=True, late=late,
+            )  # fmt: skip
+
+    watchdog.start(
+        config.watchdog, topology.rank, topology.world_size,
+        log=log.fileno(), note_path=paths.heartbeat_path if lead else None, tell=tell_late,
+    )  # fmt: skip
     try:
         with run_lock.held(paths, stage.name) if lead else contextlib.nullcontext():
             noted = rank_failure_path(log_dir, topology.rank) if attempt and topology.rank else None

@@ -13,7 +13,7 @@ from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import ArtifactError
 from dpo_dist.run import pipeline
 from dpo_dist.run.run_dir import RunDir
-from dpo_dist.run.status import age_of, describe_status, read_status
+from dpo_dist.run.status import describe_status, is_overdue, last_word, read_status
 from dpo_dist.run.topology import SINGLE_PROCESS
 
 
@@ -40,19 +40,28 @@ def doctor(
         print_result(result)
 
 
-def status(run_dir: RunFolder, as_json: Json = False) -> None:
+def status(
+    run_dir: RunFolder,
+    as_json: Json = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 when the run failed or is silent for too long.")
+    ] = False,
+) -> None:
     """Stage, step, loss, pairs/s, time left, last checkpoint and restarts of a run."""
-    path = RunDir(run_dir).status_path
+    paths = RunDir(run_dir)
+    path = paths.status_path
     if not path.is_file():
         raise ArtifactError(
             f"{path} does not exist", "the folder of a run", "Name the run.dir of a run.yaml."
         )
-    values = read_status(path)
+    values, (age, limit) = read_status(path), last_word(path, paths.heartbeat_path)
     if as_json:
         print_json(values)
     else:
-        for name, value in describe_status(values, age_of(path)):
+        for name, value in describe_status(values, age, limit):
             print(f"{name:<16} {value}")
+    if check and (values.get("state") == "failed" or is_overdue(values, age, limit)):
+        raise typer.Exit(1)
 
 
 def report(run_dir: RunFolder) -> None:

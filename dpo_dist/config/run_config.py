@@ -40,6 +40,7 @@ from dpo_dist.config.training_section import (
     ReferenceSection,
     TrainSection,
 )
+from dpo_dist.config.watchdog_section import WatchdogSection
 from dpo_dist.errors import ConfigError
 
 
@@ -62,6 +63,7 @@ class RunConfig(Section):
     local: LocalSection = LocalSection()  # pyright: ignore[reportCallIssue]
     logging: LoggingSection = LoggingSection()  # pyright: ignore[reportCallIssue]
     restart: RestartSection = RestartSection()  # pyright: ignore[reportCallIssue]
+    watchdog: WatchdogSection = WatchdogSection()  # pyright: ignore[reportCallIssue]
     slurm: SlurmSection = SlurmSection()  # pyright: ignore[reportCallIssue]
     ray: RaySection = RaySection()  # pyright: ignore[reportCallIssue]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.run.manifest import digest_of, digest_of_file
+from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import first_line
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -32,6 +33,7 @@ def resolve_adapter_dir(path: str) -> Path:
     return folder.resolve()
 
 
+@during("network")
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -12,6 +12,7 @@ from typing import Any
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME, read_adapter_config
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
+from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import first_line
 
 HASH_THREADS = 8
@@ -48,7 +49,8 @@ def resolve_model_dir(path: str, revision: str | None = None, allow_pickle: bool
 
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        with during("network"):
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)
         raise ModelFilesError(

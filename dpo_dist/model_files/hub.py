@@ -12,11 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dpo_dist.errors import HubError
+from dpo_dist.watch.heartbeat import during
 
 # Readers prefer a single model.safetensors to an index, so one of an earlier push must not stay.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
+@during("network")
 def push_folder(
     folder: Path,
     files: list[str],

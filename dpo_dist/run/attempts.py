@@ -140,6 +140,12 @@ def note_end(paths: RunDir, stage: str) -> None:
         update_stage(paths.status_path, stage, "failed", **failures[0])
 
 
+def ended_by_watchdog(paths: RunDir, stage: str) -> bool:
+    """Whether the last attempt at a stage of a run hung, which the next one need not."""
+    stages = read_status(paths.status_path).get("stages", {})
+    return stage in ORDER and "late" in stages.get(stage, {})
+
+
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES_S) -> T:
     """What `work` returns, tried again after each pause while its error is one that passes.
 

@@ -52,8 +52,8 @@ def run_ranks(argv: Sequence[str], num_ranks: int, log_dir: Path) -> int:
     """Runs `argv` once a rank and waits; the exit code of the rank that tells why, or 0.
 
     Rank 0 has the terminal, the others write to their file in `log_dir`. When a rank fails the
-    others get GRACE_S to leave and are then killed. Stop signals and SIGQUIT are passed on to every
-    rank. The ranks die with this process, whatever kills it.
+    others get GRACE_S to leave, and are then killed; those that are stopped at once. Stop signals
+    and SIGQUIT are passed on to every rank. The ranks die with this process, whatever kills it.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -107,14 +107,22 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     It is chosen at the end: a rank that lost another is often gone before the one that failed.
     """
     failed, deadline = None, float("inf")
-    while any(process.poll() is None for process in ranks):
+    while left := [process for process in ranks if process.poll() is None]:
         if deadline == float("inf") and _failed(ranks) is not None:
             deadline = time.monotonic() + GRACE_S
-        if time.monotonic() > deadline:
+        lost = deadline < float("inf") and all(map(_is_stopped, left))
+        if lost or time.monotonic() > deadline:
             failed = _failed(ranks) if failed is None else failed
             _kill(ranks)
         time.sleep(POLL_S)
     return _failed(ranks) if failed is None else failed
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a signal such as SIGSTOP holds a process: it cannot leave by itself."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:

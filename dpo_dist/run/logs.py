@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -50,13 +51,15 @@ def set_up_logging(rank: int, log_path: Path | None) -> None:
         logger.addHandler(handler)
 
 
-def dump_stacks_on_quit(rank: int, log_path: Path | None) -> None:
-    """SIGQUIT writes the Python stack of every thread into the rank's log; the rank goes on.
+def dump_stacks_on_quit(rank: int, log_path: Path | None) -> TextIO:
+    """SIGQUIT writes the Python stack of every thread into the rank's log, which is returned open;
+    the rank goes on.
 
     To see where a run hangs: Ctrl-\\ on this machine, `scancel --signal=QUIT JOB` under Slurm.
     """
     stream = log_path.open("a") if rank == 0 and log_path is not None else sys.stderr
     faulthandler.register(signal.SIGQUIT, file=stream, all_threads=True)
+    return stream
 
 
 def hush_libraries() -> None:

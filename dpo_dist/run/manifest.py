@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_dist.errors import ArtifactError
 from dpo_dist.run.run_dir import MANIFEST_NAME
+from dpo_dist.watch.heartbeat import beat
 
 SCHEMA_VERSION = 1
 READ_BYTES = 1 << 22
@@ -34,6 +35,7 @@ def digest_of_file(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
+            beat()
     return digest.hexdigest()
 
 

@@ -91,6 +91,11 @@ class RunDir:
         return self.root / "status.json"
 
     @property
+    def heartbeat_path(self) -> Path:
+        """Written while a stage gets further; its age is how long it has not."""
+        return self.root / "heartbeat.json"
+
+    @property
     def lock_path(self) -> Path:
         return self.root / "run.lock"
 

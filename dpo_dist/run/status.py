@@ -10,8 +10,7 @@ from typing import Any
 
 from dpo_dist.run.manifest import write_json
 
-SHORT_S = 60.0  # nobody is told of a shorter silence
-SILENT_STAGE_S = 1800.0  # loading, evaluating or writing a large model says nothing for so long
+UNKNOWN_S = 1800.0  # that a stage may take without a word whose limit is not known
 POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
 
 
@@ -37,7 +36,7 @@ def update_stage(path: Path, stage: str, state: str, **fields: Any) -> None:
     """Notes the state of a stage: started, running, finished, stopped (by a signal: start it
     again) or failed, with the error, the exit code and whether a restart may help."""
     stages = read_status(path).get("stages", {}) | {stage: {"state": state} | fields}
-    update_status(path, stage=stage, state=state, stages=stages, pace=None)
+    update_status(path, stage=stage, state=state, stages=stages)
 
 
 def age_of(path: Path) -> float:
@@ -53,15 +52,25 @@ def age_of(path: Path) -> float:
     return max(0.0, now - path.stat().st_mtime)
 
 
-def longest_silence(status: dict[str, Any]) -> float:
-    """Seconds without a word after which a running stage is told to be silent: ten times its pace,
-    the seconds between two words of training, and half an hour where there is none yet."""
-    pace: float | None = status.get("pace")
-    return max(SHORT_S, 10 * pace) if pace else SILENT_STAGE_S
+def last_word(status_path: Path, heartbeat_path: Path) -> tuple[float, float | None]:
+    """(seconds since a run last said something, those that its section may take by `watchdog:`)."""
+    age = age_of(status_path)
+    try:
+        heartbeat = json.loads(heartbeat_path.read_text())
+        return min(age, age_of(heartbeat_path)), heartbeat["limit"]
+    except (OSError, ValueError, KeyError):
+        return age, UNKNOWN_S
 
 
-def describe_status(status: dict[str, Any], age: float | None = None) -> list[tuple[str, str]]:
-    """(name, value) lines for a person; `age` is the seconds since the last word, from `age_of`."""
+def is_overdue(status: dict[str, Any], age: float, limit: float | None) -> bool:
+    """Whether a stage that should be running has said nothing for longer than it may."""
+    return status.get("state") in ("started", "running") and limit is not None and age > limit
+
+
+def describe_status(
+    status: dict[str, Any], age: float | None = None, limit: float | None = None
+) -> list[tuple[str, str]]:
+    """(name, value) lines for a person; `age` and `limit` are from `last_word`."""
     if age is None:
         age = time.time() - float(status["time"])
     state = status.get("state", "")
@@ -69,9 +78,8 @@ def describe_status(status: dict[str, Any], age: float | None = None) -> list[tu
         ("stage", f"{status.get('stage', '-')} {state}"),
         ("updated", f"{age:,.0f} s ago on {status['host']} (pid {status['pid']})"),
     ]
-    limit = longest_silence(status)
-    if state in ("started", "running") and age > limit:
-        lines.append(("silent", f"no word for {age:,.0f} s, expected one within {limit:,.0f} s"))
+    if limit is not None and is_overdue(status, age, limit):
+        lines.append(("silent", f"no word for {age:,.0f} s (limit {limit:,.0f} s)"))
     train = status.get("train")
     if train:
         steps_left = 0 if status.get("early_stop") else train["num_steps"] - train["step"]
@@ -102,6 +110,9 @@ def describe_status(status: dict[str, Any], age: float | None = None) -> list[tu
         lines.append(("ended", status["early_stop"]))
     restarts = status.get("restarts", {})
     lines.append(("restarts", str(restarts.get("total", 0))))
+    if status.get("late"):
+        late = [f"rank {r['rank']} on {r['host']} in {r['section']}" for r in status["late"]]
+        lines.append(("last hang", ", ".join(late)))
     own = status.get("stages", {}).get(status.get("stage"), {})
     if own.get("error"):
         lines.append(("error", str(own["error"])))

@@ -32,8 +32,10 @@ from dpo_dist.run.logs import console, progress_bar
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.topology import Topology, from_environment
+from dpo_dist.watch.heartbeat import during
 
 
+@during("evaluation")
 def run(config: RunConfig) -> Path:
     """Scores the held-out pairs with the export and writes evaluate.json."""
     paths, topology = RunDir(config.run.dir), from_environment()

@@ -19,11 +19,13 @@ from dpo_dist.exporting.weights import MIB
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.exports import ExportKind, export_folders
 from dpo_dist.run.manifest import FileRecord, Manifest, atomic_dir, is_current, write_manifest
+from dpo_dist.watch.heartbeat import during
 
 _logger = logging.getLogger(__name__)
 STAGE = "export"
 
 
+@during("export")
 def run(config: RunConfig) -> Path:
     """Makes the export folders that are not current; returns their parent.
 

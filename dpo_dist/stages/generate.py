@@ -25,8 +25,10 @@ from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.topology import from_environment
+from dpo_dist.watch.heartbeat import during
 
 
+@during("generate")
 def run(config: RunConfig) -> Path:
     """Answers the first `generate.num_prompts` distinct held-out prompts; writes generate.json."""
     paths, settings = RunDir(config.run.dir), config.generate

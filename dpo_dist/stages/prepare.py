@@ -67,6 +67,7 @@ from dpo_dist.run.manifest import (
     write_manifest,
 )
 from dpo_dist.run.run_dir import PAIRS_PAGE_NAME, PAIRS_REPORT_NAME, RunDir
+from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ LATER_KEYS = (
 ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than the work
 
 
+@during("prepare")
 def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 

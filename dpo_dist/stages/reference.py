@@ -35,6 +35,7 @@ from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import update_status
 from dpo_dist.run.stop_flag import StopFlag, Stopped
 from dpo_dist.run.topology import Topology, from_environment
+from dpo_dist.watch.heartbeat import during
 
 _logger = logging.getLogger(__name__)
 IndexArray = npt.NDArray[np.int64]
@@ -89,7 +90,7 @@ def _run_pass(
     bad: list[dict[str, str]] = []
     if is_first:
         _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
-    with progress_bar("pairs", enabled=is_first) as bar:
+    with during("reference"), progress_bar("pairs", enabled=is_first) as bar:
         task, began = bar.add_task("reference", total=num_missing), time.monotonic()
         for pairs, wave in _waves(config, splits, todo, topology.world_size):
             own = wave[topology.rank]

@@ -39,6 +39,7 @@ from dpo_dist.training.records import Records, open_records
 from dpo_dist.training.resume import has_ended, input_digests
 from dpo_dist.training.speed import peak_of
 from dpo_dist.training.sums import StepSums
+from dpo_dist.watch.heartbeat import beat, during
 
 
 def run(config: RunConfig) -> Path:
@@ -64,7 +65,8 @@ def run(config: RunConfig) -> Path:
         last_step = state.step if state else 0
         with open_records(job, state, digests) as records:
             if not records.begin(last_step):
-                last_step = _train(job, last_step + 1, records, stop)
+                with during("step"):
+                    last_step = _train(job, last_step + 1, records, stop)
         zero.take_down(job.engine)
     return paths.checkpoint_dir(last_step)
 
@@ -122,10 +124,12 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
             if is_last:  # a loss that is not finite makes the gradient so, which all ranks refuse
                 loss = loss * sums.one_if_finite()
             zero.backward(job.engine, loss, last=is_last, world_size=job.topology.world_size)
+            beat()
             if batch.counted:
                 sums.add_tokens(packed)
         own, sums = sums, sums.over_ranks(stopping=bool(stop))
         update = zero.update(job.engine)
+        beat()
         if not update.applied:
             records.skip(step, sums, update, own.is_finite and watch.is_finite)
         stopping = sums.ranks_stopping > 0

@@ -28,10 +28,12 @@ from dpo_dist.verification.check import Check
 from dpo_dist.verification.exported import Exported
 from dpo_dist.verification.folder import check_folder
 from dpo_dist.verification.probe import Probe, open_probe
+from dpo_dist.watch.heartbeat import during
 
 _logger = logging.getLogger(__name__)
 
 
+@during("verify")
 def run(config: RunConfig) -> Path:
     """Checks every exported folder and writes verify.json.
 

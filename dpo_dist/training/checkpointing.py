@@ -14,8 +14,10 @@ from dpo_dist.engine.sharding import zero
 from dpo_dist.errors import CheckpointError
 from dpo_dist.metrics.evaluations import Evaluation
 from dpo_dist.training.job import Job
+from dpo_dist.watch.heartbeat import during
 
 
+@during("checkpoint")
 def save_checkpoint(
     job: Job,
     step: int,

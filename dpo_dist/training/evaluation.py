@@ -11,8 +11,10 @@ from dpo_dist.inputs.scored_pairs import distinct_prompts
 from dpo_dist.objective.mixture import pair_losses
 from dpo_dist.training.job import Job
 from dpo_dist.training.sums import StepSums
+from dpo_dist.watch.heartbeat import during
 
 
+@during("evaluation")
 def evaluate(job: Job) -> dict[str, float]:
     """Means over all held-out pairs, and behind "/NAME" of each source where there are several."""
     pairs = job.held_out.pairs
@@ -36,6 +38,7 @@ def evaluate(job: Job) -> dict[str, float]:
     return means
 
 
+@during("generate")
 def answer_prompts(job: Job) -> list[tuple[str, str]]:
     """(prompt, answer) texts of eval.num_samples prompts; all ranks call together."""
     config = job.config

@@ -218,8 +218,7 @@ class Records:
         if kind == "train":
             seconds = job.config.train.global_batch_size / metrics["pairs_per_second"]
             progress = {"step": step, "num_steps": job.num_steps, "seconds_per_step": seconds}
-            pace = seconds * job.config.logging.every_steps
-            update_status(job.paths.status_path, train=progress | metrics, pace=pace)
+            update_status(job.paths.status_path, train=progress | metrics)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Keys of `local`, `restart`, `slurm` and `ray`: each is flipped, and other jobs come out."""
+"""Keys of `local`, `restart`, `watchdog`, `slurm` and `ray`: each is flipped, and jobs differ."""
 
 import functools
 import importlib
@@ -11,12 +11,16 @@ import pytest
 from support.keys.flips import Flip, assert_effect
 
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.config.watchdog_section import WatchdogSection
 from dpo_dist.run import attempts
 from dpo_dist.run.local_ranks import count_workers
 from dpo_dist.run.pipeline import stages_of
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import update_status
 from dpo_dist.submission.sbatch import job_options
+from dpo_dist.watch.heartbeat import during
+from dpo_dist.watch.peers import Pulse, Word
+from dpo_dist.watch.watchdog import Watchdog
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -53,6 +57,23 @@ def fruitless_restarts(config: RunConfig) -> int:
     return restarts(config, with_progress=False)
 
 
+def patience(config: RunConfig) -> dict[str, int]:
+    """Seconds until the watchdog finds a hang, by the section in which a process makes no progress,
+    and of rank 0 of two when the other one says nothing."""
+    found = {}
+    for name in WatchdogSection.model_fields:
+        dog = Watchdog(config.watchdog, 0, 2, lambda error, late: None)
+        words = []
+        if name == "silent":
+            words = [Word(Pulse(1, "far", "push", 0, None, "-", waits=True))]
+        with during(name) if name != "silent" else during("network"):  # pyright: ignore[reportArgumentType]
+            for seconds in itertools.count(0, 5):
+                if dog.look(None, words if seconds == 0 else [], 5.0):
+                    found[name] = seconds
+                    break
+    return found
+
+
 def jobs(config: RunConfig) -> dict[str, list[str]]:
     """The options of every stage's Slurm job."""
     return {stage.name: job_options(config, stage) for stage in stages_of(config)}
@@ -76,6 +97,7 @@ FLIPS = [
     Flip("local.workers", 5, ranks_here),
     Flip("restart.max_restarts", 7, restarts),
     Flip("restart.max_without_progress", 1, fruitless_restarts),
+    *(Flip(f"watchdog.{key}", 2000.0, patience) for key in WatchdogSection.model_fields),
     *(Flip(f"slurm.{key}", value, jobs) for key, value in JOB.items()),
     Flip("slurm.stages", {"train": {"nodes": 8}}, jobs),
     *(

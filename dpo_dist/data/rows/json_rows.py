@@ -17,11 +17,13 @@ import numpy as np
 from dpo_dist.data.rows.row import Row, RowError, as_object, type_name
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
+from dpo_dist.watch.heartbeat import beat
 
 Span = tuple[int, int, int]  # first byte, byte after the last, line number from 1
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+LINES_A_BEAT = 4096
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -119,6 +121,8 @@ def _line_spans(path: Path, offset: int) -> Iterator[Span]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield offset, offset + len(line), number
+            if number % LINES_A_BEAT == 0:
+                beat()
             offset += len(line)
 
 
@@ -136,6 +140,7 @@ def _document_spans(path: Path, label: str, offset: int) -> Iterator[Span]:
         while text[position : position + 1] != "]":
             _, stop = decoder.raw_decode(text, position)
             line, counted = line + text.count("\n", counted, position), position
+            beat()
             yield position, stop, line
             position = _skip(text, stop)
             if text[position : position + 1] == ",":

@@ -14,6 +14,7 @@ from dpo_dist.data.rows.row import Row, without_padding
 from dpo_dist.data.rows.table_rows import TableRows
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
+from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import first_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -72,7 +73,8 @@ def open_hub(
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+        with during("network"):
+            loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise hub_error(name, key, error) from None
     return TableRows(loaded, f"{name}[{split}]")

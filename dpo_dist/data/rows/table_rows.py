@@ -26,6 +26,7 @@ from dpo_dist.data.rows.formats import MEDIA_COLUMNS
 from dpo_dist.data.rows.row import Row, RowError, without_padding
 from dpo_dist.errors import DataError
 from dpo_dist.run.manifest import digest_of, digest_of_file
+from dpo_dist.watch.heartbeat import beat
 from dpo_dist.wording import first_line
 
 SPOOL_ROWS = 1024  # rows held in memory while a file is streamed
@@ -280,6 +281,7 @@ def _spool(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
+            beat()
 
 
 def _from_file(path: Path) -> Any:

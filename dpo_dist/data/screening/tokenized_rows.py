@@ -23,6 +23,7 @@ from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.screening.bad_rows import bad_rows, refuse_bad_rows
 from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
+from dpo_dist.watch.heartbeat import beat
 
 _IDS = pa.list_(pa.int32())
 _KEY = pa.binary(KEY_BYTES)
@@ -110,6 +111,7 @@ def collect(
                         bad = bad_rows(details[split])
                         refuse_bad_rows(bad, num_rows, split, settings, at_end=False)
             advance(batch.num_rows)
+            beat()
     found: dict[Split, PairColumns] = {}
     for split, columns in parts.items():
         if columns:
@@ -125,7 +127,9 @@ def collect(
 def read_scratch(path: Path) -> Iterator[pa.RecordBatch]:
     """The batches of a scratch file, one at a time (not mapped, so memory stays one batch)."""
     with pa.OSFile(str(path), "rb") as stream, pa.ipc.open_stream(stream) as reader:
-        yield from reader
+        for batch in reader:
+            yield batch
+            beat()
 
 
 def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairColumns:

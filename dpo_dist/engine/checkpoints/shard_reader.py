@@ -33,6 +33,7 @@ from dpo_dist.engine.checkpoints.commit import find_changed, read_committed
 from dpo_dist.engine.checkpoints.train_state import read_train_state
 from dpo_dist.errors import CheckpointError
 from dpo_dist.run.run_dir import TRAIN_STATE_NAME
+from dpo_dist.watch.heartbeat import beat
 from dpo_dist.wording import first_line
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")  # what AdamW keeps, named as by DeepSpeed
@@ -75,6 +76,7 @@ class FlatTensor:
             raise _unexpected(self.stream.name, "is cut short")
         if own is not target:
             target.copy_(own)
+        beat()
 
 
 @dataclass(frozen=True)

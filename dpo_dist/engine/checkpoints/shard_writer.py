@@ -12,6 +12,7 @@ import torch
 from dpo_dist.engine.checkpoints.commit import FileRecord
 from dpo_dist.errors import is_transient
 from dpo_dist.run.manifest import fsync_dir
+from dpo_dist.watch.heartbeat import beat
 
 
 class ShardWriter:
@@ -100,6 +101,7 @@ class _HashingStream:
             written = 0
             while written < len(view):  # an unbuffered write may take a part only
                 written += self._raw.write(view[written:])
+                beat()
         except OSError as error:
             self.error = error
             raise

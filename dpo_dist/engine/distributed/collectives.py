@@ -21,6 +21,7 @@ from dpo_dist.engine.distributed.devices import agree_on_device
 from dpo_dist.errors import ClusterError, portable
 from dpo_dist.run.status import POLL_S
 from dpo_dist.run.topology import Topology
+from dpo_dist.watch.watchdog import group_watched
 
 Value = TypeVar("Value")
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -77,7 +78,9 @@ def _joined(topology: Topology) -> Iterator[torch.device]:
         )
     del meeting
     _unlink_shared_memory(topology)
-    yield device
+    where = topology.rank, topology.world_size, topology.master_addr
+    with group_watched(*where, broadcast):
+        yield device
     # Only after success: NCCL waits in here for all ranks. One that failed alone has to tell why
     # and leave; its launcher then ends the others.
     if dist.is_initialized():

@@ -13,6 +13,7 @@ from dpo_dist.config.output_section import GenerateSection
 from dpo_dist.data.tokens.render import end_of_turn
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
+from dpo_dist.watch.heartbeat import beat
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def answer(
     those of transformers' `generate`, such as a `streamer` or `stopping_criteria`.
     """
     stops = stop_ids(model, tokenizer)
+    options.setdefault("stopping_criteria", stop_when(lambda: False))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     device = device or next(model.parameters()).device
     answers = []
@@ -165,4 +167,5 @@ class _Asks:
     asked: Callable[[], bool]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        beat()
         return torch.full((len(input_ids),), self.asked(), device=input_ids.device)

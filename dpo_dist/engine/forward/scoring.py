@@ -15,6 +15,7 @@ from dpo_dist.engine.forward.packing import PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 from dpo_dist.reference.arrays import IntArray, LogpArray
+from dpo_dist.watch.heartbeat import beat
 
 
 @torch.no_grad()
@@ -44,6 +45,7 @@ def score(
             if batch.counted:
                 indices += batch.pair_indices
                 scores.append(columns.float())
+            beat()
     finally:
         model.train(training)
     # at the end, so that the host waits for the device once and not for every micro-batch

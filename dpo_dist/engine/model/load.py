@@ -13,6 +13,7 @@ from dpo_dist.engine.model.dropout import switch_off_dropout
 from dpo_dist.engine.model.quantized import quantization_arguments, settle_quantized, true_numel
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.files import weight_files
+from dpo_dist.watch.heartbeat import during
 
 
 def load_model(
@@ -38,7 +39,7 @@ def load_model(
     if section.quantization is not None:
         # DeepSpeed shards a quantized model when its engine starts: it can be packed only whole.
         quantized, zero3 = quantization_arguments(dtype, device), None
-    with partitioned_loading(zero3):
+    with during("load"), partitioned_loading(zero3):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=dtype,

@@ -22,6 +22,7 @@ from dpo_dist.engine.model.quantized import refuse_trained_quantized
 from dpo_dist.engine.model.self_check import check_key, read_check, write_check
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.engine.weights.adapter_file import fill_adapter
+from dpo_dist.watch.heartbeat import during
 
 _logger = logging.getLogger(__name__)
 
@@ -107,15 +108,16 @@ def settle_layout(
     """
     key = check_key(scorer.policy, section, device)
     known = {} if record is None else read_check(record, key)
-    settled = settle(
-        scorer, layout=section.layout, attention=section.attention, engine=model, device=device,
-        known=known,
-    )  # fmt: skip
-    found = settled.found
-    if known.get("backend") == settled.backend:
-        found = known | found
-    if model.training and "random_in_training" not in found:
-        found["random_in_training"] = check_no_dropout(model, scorer, device)
+    with during("self_check"):
+        settled = settle(
+            scorer, layout=section.layout, attention=section.attention, engine=model,
+            device=device, known=known,
+        )  # fmt: skip
+        found = settled.found
+        if known.get("backend") == settled.backend:
+            found = known | found
+        if model.training and "random_in_training" not in found:
+            found["random_in_training"] = check_no_dropout(model, scorer, device)
     if record is not None and found != known:
         write_check(record, key, found)
     if collectives.is_first():

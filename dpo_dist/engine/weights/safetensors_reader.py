@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dpo_dist.errors import ModelFilesError
+from dpo_dist.watch.heartbeat import beat
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -79,6 +80,7 @@ def read_tensor(place: Place) -> torch.Tensor:
             if not count:
                 raise _unusable(place.path, f"ends {len(buffer) - done} bytes early")
             done += count
+            beat()
     return raw.view(place.spec.dtype).reshape(place.spec.shape)
 
 

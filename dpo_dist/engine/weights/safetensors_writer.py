@@ -21,6 +21,7 @@ from dpo_dist.engine.weights.safetensors_reader import (
     TensorSpec,
 )
 from dpo_dist.run.manifest import READ_BYTES, FileRecord, write_json
+from dpo_dist.watch.heartbeat import beat
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the data in the file
@@ -110,6 +111,7 @@ class TensorFile:
             left = data
             while len(left):
                 left = left[stream.write(left[:IO_BYTES]) :]
+                beat()
             if name == self._unhashed[0]:
                 self._digest.update(data)
                 self._unhashed.popleft()
