@@ -49,9 +49,10 @@ test-slow: install
 gpu: install
 	DPO_DIST_GPU_RESULTS=build/gpu/RESULTS.md $(BIN)/python -m pytest tests/gpu
 
-# Refreshes the output blocks of docs/; read the diff before you commit it.
+# Refreshes the output blocks and the tables of keys in docs/; read the diff before you commit it.
 docs: install
 	UPDATE_DOCS=1 $(BIN)/python -m pytest -m slow tests/test_docs_outputs.py
+	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/importing/test_tables.py
 
 # Each Python with pinned and with lowest versions; slow, and gigabytes of downloads.
 test-matrix: install

@@ -35,7 +35,7 @@ TEST_TOOLS = ("hatchling", "pytest", "pytest-timeout")  # at their pins, in both
 ONLY_SOURCE = {"deepspeed"}  # PyPI has no wheel of it
 TESTS = (
     "tests/config/test_config.py", "tests/data/rows", "tests/data/tokens", "tests/objective",
-    "tests/reference", "tests/metrics", "tests/report", "tests/trl_import",
+    "tests/reference", "tests/metrics", "tests/report", "tests/importing",
     "tests/engine/forward/test_forward.py", "tests/engine/checkpoints/test_shards.py",
     "tests/stages/test_pipeline.py::test_the_run_learns_and_reports",
     "tests/stages/test_pipeline.py::test_killed_and_resumed_is_bit_equal_to_unbroken",

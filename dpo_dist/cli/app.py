@@ -7,7 +7,7 @@ import typer
 
 from dpo_dist import __version__
 from dpo_dist.cli import evaluating, running, show
-from dpo_dist.cli.import_trl import import_trl
+from dpo_dist.cli.importing import import_config, import_trl
 from dpo_dist.cli.output import print_error
 from dpo_dist.cli.sweep import sweep
 from dpo_dist.errors import DPODistError, as_disk_error
@@ -26,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 for _command in COMMANDS:
     app.command()(_command)
+app.command("import")(import_config)  # a word of Python's own
 
 
 def _print_version(asked: bool) -> None:

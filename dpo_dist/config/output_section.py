@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpo_dist.config.section import PositiveInt, Section
+from dpo_dist.config.section import Interval, PositiveInt, Section
 
 StepName = Annotated[str, Field(pattern=r"^step-\d{6,}$")]
 
@@ -19,7 +19,9 @@ class RunSection(Section):
 
 class LoggingSection(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
-    every_steps: PositiveInt = Field(1, description="Optimizer steps between metric lines.")
+    every_steps: Interval = Field(
+        1, description="Optimizer steps between metric lines; below 1, their share of all steps."
+    )
     wandb: bool = Field(False, description="Send metrics to Weights & Biases as well.")
     wandb_project: str = Field("dpo-dist", description="Weights & Biases project.")
     wandb_name: str | None = Field(

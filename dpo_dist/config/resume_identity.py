@@ -1,6 +1,11 @@
 """What a resume must find unchanged in a run config."""
 
+from typing import Any
+
 from dpo_dist.config.run_config import RunConfig
+
+# keys that earlier versions had not: left out while they have the value that does as those did
+LATER_KEYS: dict[str, Any] = {"train.min_lr_rate": 0.0}
 
 
 def training_identity(config: RunConfig) -> dict[str, str]:
@@ -23,8 +28,10 @@ def training_identity(config: RunConfig) -> dict[str, str]:
         "model": {"dtype": config.model.dtype, "quantization": config.model.quantization},
         "run": {"seed": config.run.seed},
     }
-    return {
-        f"{section}.{key}": str(value)
+    named = {
+        f"{section}.{key}": value
         for section, values in sections.items()
         for key, value in values.items()
     }
+    later = {key for key, value in LATER_KEYS.items() if named[key] == value}
+    return {key: str(value) for key, value in named.items() if key not in later}

@@ -112,14 +112,14 @@ def _rules(config: RunConfig) -> Iterator[Rule]:
         "the first step, then the last",
         "Swap them.",
     )
-    every = config.eval.every_steps
     yield (
-        checkpoint.best_by is not None and checkpoint.every_steps % every > 0,
-        f"checkpoint.every_steps: {checkpoint.every_steps} with eval.every_steps {every} and "
-        f"checkpoint.best_by {checkpoint.best_by}",
-        "a multiple of eval.every_steps, because checkpoints are compared by their evaluations",
-        f"Set it to {every * (checkpoint.every_steps // every + 1)}, for example.",
+        train.min_lr_rate > 0 and train.lr_schedule != "cosine",
+        f"train.min_lr_rate: {train.min_lr_rate} with lr_schedule {train.lr_schedule}",
+        "0.0, because only cosine reads it",
+        "Remove the key, or set train.lr_schedule to cosine.",
     )
+    if checkpoint.best_by is not None:
+        yield _meets_evaluations(checkpoint, config.eval.every_steps)
     for needs_metric, found in (
         (config.eval.patience is not None, f"eval.patience: {config.eval.patience}"),
         (config.export.checkpoint == "best", "export.checkpoint: best"),
@@ -139,6 +139,27 @@ def _rules(config: RunConfig) -> Iterator[Rule]:
         "Set it to one of these.",
     )
     yield from _adapter_rules(config.adapter, config.model)
+
+
+def _meets_evaluations(checkpoint: CheckpointSection, every: int | float) -> Rule:
+    saved = checkpoint.every_steps
+    found = (
+        f"checkpoint.every_steps: {saved} with eval.every_steps {every} and checkpoint.best_by "
+        f"{checkpoint.best_by}"
+    )
+    if isinstance(saved, float) or isinstance(every, float):
+        return (
+            saved != every,
+            found,
+            "the same share for both, because checkpoints are compared by their evaluations",
+            f"Set it to {every}, for example.",
+        )
+    return (
+        saved % every > 0,
+        found,
+        "a multiple of eval.every_steps, because checkpoints are compared by their evaluations",
+        f"Set it to {every * (saved // every + 1)}, for example.",
+    )
 
 
 def _adapter_rules(adapter: AdapterSection | None, model: ModelSection) -> Iterator[Rule]:

@@ -1,11 +1,12 @@
 """Sections of a run config about the model, the reference and the training."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 
-from dpo_dist.config.section import Fraction, PositiveInt, Section
+from dpo_dist.config.section import Fraction, Interval, PositiveInt, Section
 
 
 class ModelSection(Section):
@@ -70,8 +71,10 @@ class AdapterSection(Section):
     rank: PositiveInt = Field(16, description="LoRA rank r.")
     alpha: float = Field(32.0, gt=0, description="LoRA alpha; the scale is alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on adapter inputs.")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Modules to adapt; all-linear is every linear layer but the head."
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Names of modules to adapt; all-linear, which is every linear layer but the "
+        "head; or a regular expression for whole names.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rsLoRA).")
     use_dora: bool = Field(False, description="Train weight-decomposed adapters (DoRA).")
@@ -86,6 +89,16 @@ class AdapterSection(Section):
     alpha_pattern: dict[str, float] = Field(
         {}, description="Alphas by end of module name, e.g. {down_proj: 64}."
     )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_pattern(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression ({error})") from None
+        return value
 
 
 class TrainSection(Section):
@@ -106,7 +119,10 @@ class TrainSection(Section):
     )
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Schedule after warmup; cosine and linear end at 0."
+        "cosine", description="Schedule after warmup; linear ends at 0, cosine at min_lr_rate."
+    )
+    min_lr_rate: Fraction = Field(
+        0.0, description="Share of the peak learning rate that cosine ends at."
     )
     warmup_ratio: Fraction = Field(0.1, description="Share of steps spent on linear warmup.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
@@ -140,7 +156,9 @@ HeldOutMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/ma
 
 
 class CheckpointSection(Section):
-    every_steps: PositiveInt = Field(200, description="Optimizer steps between checkpoints.")
+    every_steps: Interval = Field(
+        200, description="Optimizer steps between checkpoints; below 1, their share of all steps."
+    )
     keep: int = Field(2, ge=2, description="How many of the newest checkpoints to keep.")
     resume: Path | Literal["auto"] = Field(
         "auto", description="Checkpoint folder to resume from; auto takes the newest that verifies."
@@ -156,14 +174,19 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    every_steps: PositiveInt = Field(100, description="Optimizer steps between evaluations.")
+    every_steps: Interval = Field(
+        100, description="Optimizer steps between evaluations; below 1, their share of all steps."
+    )
+    on_start: bool = Field(False, description="Evaluate before the first step as well.")
     patience: PositiveInt | None = Field(
         None, description="End training after this many evaluations in a row without a better one."
     )
     min_delta: float = Field(
         0.0, ge=0, description="How much better an evaluation must be to reset patience."
     )
-    samples_every_steps: PositiveInt | None = Field(
-        None, description="Optimizer steps between answers to held-out prompts; null for none."
+    samples_every_steps: Interval | None = Field(
+        None,
+        description="Optimizer steps, or share of them, between answers to held-out prompts; null "
+        "for none.",
     )
     num_samples: PositiveInt = Field(2, description="Held-out prompts to answer during training.")

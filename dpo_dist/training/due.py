@@ -1,14 +1,23 @@
 """What is due after an optimizer step; steps count from 1, and `ending` is the run's last step."""
 
+import math
+
+
+def steps_of(interval: int | float, num_steps: int) -> int:
+    """An interval in steps; one below 1 is a share of all steps, rounded up."""
+    return math.ceil(num_steps * interval) if isinstance(interval, float) else interval
+
 
 def report_due(step: int, every_steps: int, *, ending: bool, stopping: bool) -> bool:
     """Whether the metrics since the last report are written."""
     return step % every_steps == 0 or ending or stopping
 
 
-def evaluation_due(step: int, every_steps: int, num_steps: int) -> bool:
-    """Whether an evaluation belongs to this step: every so many, and the last."""
-    return step > 0 and (step == num_steps or step % every_steps == 0)
+def evaluation_due(step: int, every_steps: int, num_steps: int, *, on_start: bool = False) -> bool:
+    """Whether an evaluation belongs to this step: every so many, the last, and 0 if `on_start`."""
+    if step == 0:
+        return on_start
+    return step == num_steps or step % every_steps == 0
 
 
 def checkpoint_due(step: int, every_steps: int, *, ending: bool, stopping: bool) -> bool:

@@ -24,7 +24,13 @@ from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import step_of
 from dpo_dist.run.status import update_status
 from dpo_dist.training.checkpointing import save_checkpoint
-from dpo_dist.training.due import checkpoint_due, evaluation_due, report_due, samples_due
+from dpo_dist.training.due import (
+    checkpoint_due,
+    evaluation_due,
+    report_due,
+    samples_due,
+    steps_of,
+)
 from dpo_dist.training.evaluation import answer_prompts, evaluate
 from dpo_dist.training.job import Job
 from dpo_dist.training.speed import speed_metrics
@@ -124,7 +130,8 @@ class Records:
         if sums.is_finite:
             self._window += sums
         now = time.monotonic()
-        due = report_due(step, config.logging.every_steps, ending=ending, stopping=stopping)
+        every = self._steps_of(config.logging.every_steps)
+        due = report_due(step, every, ending=ending, stopping=stopping)
         if due and self._window.num_pairs:
             metrics = self._window.means() | speed_metrics(
                 self.job, step, self._window, now - self._since
@@ -146,9 +153,10 @@ class Records:
             self.evaluate(step)
         ending = last or self.ended_early is not None
         due = {"ending": ending, "stopping": stopping}
-        if checkpoint_due(step, config.checkpoint.every_steps, **due):
+        if checkpoint_due(step, self._steps_of(config.checkpoint.every_steps), **due):
             self.save(step)
-        if samples_due(step, config.eval.samples_every_steps, **due):
+        every = config.eval.samples_every_steps
+        if samples_due(step, None if every is None else self._steps_of(every), **due):
             self.sample(step)
         self._bar.advance(self._task, config.train.global_batch_size)
         self._since += time.monotonic() - self._paused
@@ -185,8 +193,13 @@ class Records:
     def _evaluation_is_missing(self, step: int) -> bool:
         job = self.job
         made = bool(self.evaluations) and self.evaluations[-1]["step"] == step
-        due = evaluation_due(step, job.config.eval.every_steps, job.num_steps)
+        settings = job.config.eval
+        every = self._steps_of(settings.every_steps)
+        due = evaluation_due(step, every, job.num_steps, on_start=settings.on_start)
         return due and not made and len(job.held_out.pairs) > 0
+
+    def _steps_of(self, interval: int | float) -> int:
+        return steps_of(interval, self.job.num_steps)
 
     def _tell_best(self) -> None:
         """Notes in status.json the best checkpoint that stands, and why training ended early."""

@@ -12,6 +12,7 @@ from dpo_dist.cli.app import app
 COMMANDS = (
     "run", "sweep", "prepare", "reference", "train", "export", "verify", "push", "evaluate",
     "generate", "judge", "doctor", "status", "report", "plan", "config", "import-trl",
+    "import",
 )  # fmt: skip
 
 

@@ -51,6 +51,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "evaluations. Set it to 300, for example.",
     ),
     (
+        {
+            "checkpoint": {"best_by": "eval_loss", "every_steps": 0.5},
+            "eval": {"every_steps": 0.25},
+        },
+        "checkpoint.every_steps: 0.5 with eval.every_steps 0.25 and checkpoint.best_by eval_loss; "
+        "expected the same share for both, because checkpoints are compared by their evaluations. "
+        "Set it to 0.25, for example.",
+    ),
+    (
+        {"train": {"min_lr_rate": 0.1, "lr_schedule": "linear"}},
+        "train.min_lr_rate: 0.1 with lr_schedule linear; expected 0.0, because only cosine reads "
+        "it. Remove the key, or set train.lr_schedule to cosine.",
+    ),
+    (
+        {"eval": {"every_steps": 1.5}},
+        "eval.every_steps: 1.5; expected a number of steps, or a share of all steps below 1",
+    ),
+    (
+        {"checkpoint": {"every_steps": 0}},
+        "checkpoint.every_steps: 0; expected a number of steps, or a share of all steps below 1",
+    ),
+    (
+        {"adapter": {"target_modules": "(q_proj"}},
+        "adapter.target_modules: '(q_proj' is no regular expression (missing ), unterminated "
+        "subpattern at position 0)",
+    ),
+    (
         {"eval": {"patience": 3}},
         "eval.patience: 3 without checkpoint.best_by; expected a metric to compare by. Set "
         "checkpoint.best_by, for example to eval_loss.",

@@ -124,7 +124,13 @@ TRAINED: dict[str, Seen] = {
     "checkpoint.best_by": Seen("eval_loss", lambda run: 1 in run.steps_kept, False, True),
     "checkpoint.probe_pairs": Seen(3, lambda run: len(read_probe(run.last_checkpoint)[0]), 8, 3),
     "eval.every_steps": Seen(
-        1, lambda run: run.steps_with("eval_loss"), [2, 4, 6, 8], [1, 2, 3, 4, 5, 6]
+        1,
+        lambda run: [step for step in run.steps_with("eval_loss") if step],
+        [2, 4, 6, 8],
+        [1, 2, 3, 4, 5, 6],
+    ),
+    "eval.on_start": Seen(
+        True, lambda run: run.steps_with("eval_loss")[0], 2, 0
     ),
     "eval.samples_every_steps": Seen(
         3, lambda run: sorted({line["step"] for line in run.samples}), [], [0, 3, 6]

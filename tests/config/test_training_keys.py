@@ -3,7 +3,9 @@
 The other ones are flipped in a real training: test_run_keys.py.
 """
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +14,13 @@ import pytest
 import torch
 from support.keys.flips import Flip, assert_effect
 from support.tiny_run import make_run
+from transformers import (
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
+)
 
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.config.training_section import TrainSection
 from dpo_dist.engine.sharding import ds_config, optimizers, zero
 from dpo_dist.errors import CheckpointError
 from dpo_dist.inputs.work import checked_work
@@ -66,6 +73,7 @@ FLIPS = [
     Flip("train.optimizer", "adamw_8bit", optimizer_of),
     Flip("train.learning_rate", 1e-2, optimizer_of),
     Flip("train.lr_schedule", "linear", learning_rates),
+    Flip("train.min_lr_rate", 0.1, learning_rates),
     Flip("train.warmup_ratio", 0.5, learning_rates),
     Flip("train.weight_decay", 0.1, optimizer_of),
     Flip("train.adam_beta1", 0.8, optimizer_of),
@@ -74,6 +82,37 @@ FLIPS = [
     Flip("train.max_grad_norm", 0.1, sharding_of),
     Flip("checkpoint.trusted_owners", [os.getuid()], may_save_as_another),
 ]
+
+
+def multiples(schedule: Callable[..., Any], **settings: Any) -> list[float]:
+    """The shares of the peak that one of transformers' schedules gives, a step after another."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=2.0)
+    made, shares = schedule(optimizer, **settings), []
+    for _ in range(NUM_STEPS):
+        shares.append(optimizer.param_groups[0]["lr"] / 2)
+        optimizer.step()
+        made.step()
+    return shares
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+def test_a_cosine_that_ends_above_zero_is_that_of_transformers(rate: float) -> None:
+    train = TrainSection(min_lr_rate=rate, warmup_ratio=0.2)
+    ours = multiples(zero.make_schedule, train=train, num_steps=NUM_STEPS)
+    settings: dict[str, Any] = {"num_warmup_steps": 4, "num_training_steps": NUM_STEPS}
+    assert ours == multiples(
+        get_cosine_with_min_lr_schedule_with_warmup, **settings, min_lr=2 * rate
+    )
+    # its other one is a step ahead: the warm-up does not begin at 0
+    ahead = multiples(
+        get_cosine_with_min_lr_schedule_with_warmup_lr_rate, **settings, min_lr_rate=rate
+    )
+    assert ours[1:] == pytest.approx(ahead[:-1])
+    formula = [
+        step / 4 if step < 4 else rate + (1 - rate) * (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+        for step in range(NUM_STEPS)
+    ]
+    assert ours == pytest.approx(formula)
 
 
 @pytest.fixture(scope="module")

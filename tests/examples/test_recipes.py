@@ -43,6 +43,16 @@ def stack_exchange(question: str, good: str, bad: str) -> Row:
     return {"question": question, "response_j": good, "response_k": bad}
 
 
+def thinking(question: str, good: str, bad: str) -> Row:
+    return ultrafeedback(question, good, bad) | {"chat_template_kwargs": {"enable_thinking": True}}
+
+
+def sharegpt(question: str, good: str, bad: str) -> Row:
+    chosen, rejected = ({"from": "gpt", "value": answer} for answer in (good, bad))
+    asked = [{"from": "human", "value": question}]
+    return {"conversations": asked, "chosen": chosen, "rejected": rejected}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What its model is like, its rows, and the GPUs that its first lines name."""
@@ -75,6 +85,9 @@ QWEN_500M = shape("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True)
 QWEN_3B = shape("qwen2", 2048, 11008, 36, 16, 2, 151936, tied=True)
 TULU_8B = shape("llama", 4096, 14336, 32, 32, 8, 128264)
 TULU_70B = shape("llama", 8192, 28672, 80, 64, 8, 128264)
+SMOLLM3_3B = shape("smollm3", 2048, 11008, 36, 16, 4, 128256, tied=True)
+OLMO3_7B = shape("olmo3", 4096, 11008, 32, 32, 32, 100278)
+QWEN3_4B = shape("qwen3", 2560, 9728, 36, 32, 8, 151936, tied=True)
 RECIPES = {
     "dolphin-2.1-mistral-7b-qlora": Recipe(OPEN_HERMES, ultrafeedback, 1, 24),
     "neuralhermes-2.5-mistral-7b-qlora": Recipe(OPEN_HERMES, orca, 1, 24),
@@ -85,6 +98,9 @@ RECIPES = {
     "qwen2.5-3b-lora": Recipe(QWEN_3B, implicit, 16, 80),
     "tulu-3-8b-full": Recipe(TULU_8B, ultrafeedback, 8, 80),
     "tulu-3-70b-full": Recipe(TULU_70B, ultrafeedback, 64, 80),
+    "smollm3-3b-apo": Recipe(SMOLLM3_3B, thinking, 16, 80),
+    "olmo-3-7b-instruct-full": Recipe(OLMO3_7B, implicit, 32, 80),
+    "qwen3-4b-instruct-lora": Recipe(QWEN3_4B, sharegpt, 1, 24),
 }
 
 

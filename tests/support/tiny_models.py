@@ -47,6 +47,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
+    "smollm3": ("smollm3", {}),
+    "olmo3": ("olmo3", {"sliding_window": WINDOW, "layer_types": _FULL_AND_SLIDING}),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 8}),
     "gemma2": (
         "gemma2",

@@ -2,7 +2,13 @@
 
 import pytest
 
-from dpo_dist.training.due import checkpoint_due, evaluation_due, report_due, samples_due
+from dpo_dist.training.due import (
+    checkpoint_due,
+    evaluation_due,
+    report_due,
+    samples_due,
+    steps_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +34,25 @@ def test_reports_and_checkpoints(
 )
 def test_evaluations_belong_to_every_third_step_and_to_the_last(step: int, due: bool) -> None:
     assert evaluation_due(step, 3, num_steps=7) is due
+
+
+def test_the_evaluation_before_the_first_step_is_asked_for() -> None:
+    assert evaluation_due(0, 3, num_steps=7, on_start=True)
+    assert not evaluation_due(1, 3, num_steps=7, on_start=True)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 30, 1000])
+@pytest.mark.parametrize("interval", [0.5, 0.1, 0.3, 0.001, 0.9999])
+def test_a_share_of_the_steps_is_rounded_up_as_in_transformers(
+    interval: float, num_steps: int
+) -> None:
+    from transformers import TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(save_steps=interval, use_cpu=True, report_to="none")
+    state = TrainerState()
+    state.compute_steps(arguments, num_steps)
+    assert steps_of(interval, num_steps) == state.save_steps
+    assert steps_of(4, num_steps) == 4
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ def add_adapter(
     """Freezes the model and adds a trainable adapter in the model's own dtype.
 
     The settings are those of the adapter in `start` when training continues it, else the run's;
-    `fill_adapter` then brings the weights. Raises ConfigError when a name in `target_modules`,
-    `modules_to_save`, `target_parameters` or a pattern matches nothing, and when peft cannot adapt
-    a module that is named; ModelFilesError when `start` is of a kind that cannot be continued.
+    `fill_adapter` then brings the weights. Raises ConfigError when a name or expression in
+    `target_modules`, `modules_to_save`, `target_parameters` or a pattern fits nothing, and when
+    peft cannot adapt a module that is named; ModelFilesError when `start` is of a kind that cannot
+    be continued.
     """
     import peft
 
@@ -101,6 +102,13 @@ def _check_names(model: nn.Module, adapter: AdapterSection) -> None:
         expected = getattr(adapter, key)
         if not isinstance(expected, str):
             _refuse_unknown(key, "module", expected, modules, linear)
+        elif expected != "all-linear" and not any(re.fullmatch(expected, n) for n in modules):
+            shown = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise ConfigError(
+                f"adapter.{key}: the regular expression {expected} fits no module's whole name",
+                f"one that does, such as .*\\.({shown.replace(', ', '|')})",
+                f"Correct it, or write names as a list: adapter.{key}=[{shown}].",
+            )
     matrices = {name for name in parameters if not name.endswith(("weight", "bias"))}
     _refuse_unknown(
         "target_parameters", "parameter", adapter.target_parameters, parameters, matrices

@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.resume_identity import LATER_KEYS, training_identity
+from dpo_dist.config.run_config import parse_config
 from dpo_dist.engine.checkpoints.train_state import (
     TrainState,
     check_resume,
@@ -22,6 +24,18 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
         '(model: "m" -> null; pairs: "a" -> "b"; reference: null -> "r"; '
         'run.seed: "1" -> "2")'
     )
+
+
+def test_keys_that_earlier_versions_had_not_do_not_stop_a_resume(tmp_path: Path) -> None:
+    """A checkpoint of then has no entry for them; one that is set is a difference still."""
+    given = {"run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": [{"path": "p"}]}}
+    then = training_identity(parse_config(given))
+    assert not {*then} & {*LATER_KEYS}
+    state = TrainState(1, 6, 0.5, then, 2, 3, {})
+    check_resume(tmp_path, state, training_identity(parse_config(given)))
+    now = training_identity(parse_config(given | {"train": {"min_lr_rate": 0.1}}))
+    with pytest.raises(CheckpointError, match=r'\(train.min_lr_rate: null -> "0.1"\)'):
+        check_resume(tmp_path, state, now)
 
 
 def test_another_stage_is_refused(tmp_path: Path) -> None:

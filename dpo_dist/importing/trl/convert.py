@@ -5,17 +5,35 @@ from typing import Any
 
 from dpo_dist.config.objective_section import SMOOTHED
 from dpo_dist.errors import ConfigError
-from dpo_dist.trl_import import keys
-from dpo_dist.trl_import.convert_train import put_every
-from dpo_dist.trl_import.handbook import convert_handbook
-from dpo_dist.trl_import.settings import Run
+from dpo_dist.importing.output import (
+    convert_hub,
+    convert_output,
+    convert_reports,
+    put_every,
+)
+from dpo_dist.importing.settings import Run, target_modules
+from dpo_dist.importing.training import convert_train, recompute
+from dpo_dist.importing.trl import keys
+from dpo_dist.importing.trl.handbook import convert_handbook
 
 # PEFT's own choice for llama, mistral, mixtral, gemma, gemma2, qwen2, qwen3, opt and more
 TARGETS_OF_PEFT = ["q_proj", "v_proj"]
 SMOOTHED_IN_TRL = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
-def convert_model(run: Run) -> None:
+def convert(run: Run) -> None:
+    """Every section; raises ConfigError when a key is missing or unusable."""
+    _model(run)
+    _data(run)
+    convert_train(run)
+    _recompute(run)
+    convert_output(run)
+    convert_reports(run)
+    _answers(run)
+    convert_hub(run)
+
+
+def _model(run: Run) -> None:
     """run, model, adapter and objective."""
     settings = run.settings
     path, output = settings.get("model_name_or_path"), settings.get("output_dir")
@@ -31,9 +49,6 @@ def convert_model(run: Run) -> None:
     if revision != "main":
         run.put("model.revision", revision, settings.why("model_revision"))
     run.copy(keys.SAME)
-    if settings.get("weight_decay") > 0:
-        why = settings.why("weight_decay", "TRL leaves biases and norms out, dpo-dist does not")
-        run.put("train.weight_decay", settings.get("weight_decay"), why)
     _precision(run)
     _adapter(run)
     _objective(run)
@@ -75,8 +90,7 @@ def _adapter(run: Run) -> None:
         why = "PEFT's own choice for llama, mistral, gemma and qwen; correct it for other models"
         run.put("adapter.target_modules", TARGETS_OF_PEFT, why)
     else:
-        names = [targets] if isinstance(targets, str) else list(targets)
-        value = "all-linear" if names == ["all-linear"] else names
+        value = target_modules(targets)
         run.put("adapter.target_modules", value, settings.why("lora_target_modules"))
     saved = settings.get("lora_modules_to_save")
     if saved:
@@ -127,7 +141,7 @@ def _smoothing(run: Run, names: Sequence[str]) -> None:
         )
 
 
-def convert_data(run: Run) -> None:
+def _data(run: Run) -> None:
     """data and eval."""
     settings = run.settings
     mixture, name = settings.get("datasets"), settings.get("dataset_name")
@@ -162,6 +176,8 @@ def convert_data(run: Run) -> None:
             run.put("data.eval", [source], "dataset_name, dataset_test_split")
     if evaluated:
         put_every(run, "eval.every_steps", "eval_strategy", "eval_steps", "logging_steps")
+        if settings.get("eval_on_start"):
+            run.put("eval.on_start", True, "eval_on_start")
     longest = settings.get("max_length")
     if "max_length" in settings.values and settings.values["max_length"] is None:
         note = "max_length: null; nothing is cut in TRL, data.max_length auto cuts the longest 1 %"
@@ -174,6 +190,27 @@ def convert_data(run: Run) -> None:
     if settings.given("dataset_num_proc"):
         workers = settings.get("dataset_num_proc")
         run.put("data.num_workers", workers, settings.why("dataset_num_proc"))
+
+
+def _recompute(run: Run) -> None:
+    settings, source = run.settings, "gradient_checkpointing"
+    if settings.given("activation_checkpointing"):
+        source = "activation_checkpointing"
+    asked, router_coef = bool(settings.get(source)), settings.get("router_aux_loss_coef")
+    recompute(run, asked, settings.why(source), router_coef)
+
+
+def _answers(run: Run) -> None:
+    settings = run.settings
+    if not settings.get("generate_during_eval"):
+        return
+    if settings.get("eval_strategy") == "no":
+        run.differs.append(
+            "generate_during_eval: nothing is held out, so no prompt is there to answer"
+        )
+        return
+    why = "generate_during_eval; eval.num_samples prompts, the policy's answers only"
+    run.put("eval.samples_every_steps", run.value("eval.every_steps"), why)
 
 
 def _source(path: str, config: str | None, split: str) -> dict[str, Any]:

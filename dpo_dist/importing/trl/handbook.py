@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.trl_import.settings import Run
+from dpo_dist.importing.settings import Run
 
 ENTRY = ("id", "config", "split", "columns", "weight")  # columns are those that are kept
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from support.tiny_run import dpo_dist, succeed
 
-from dpo_dist.config.keys import explain_keys
+from dpo_dist.commands.import_config import import_config
 from dpo_dist.config.objective_section import REFERENCE_FREE, LossName
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import ConfigError
-from dpo_dist.trl_import import convert as convert_module
-from dpo_dist.trl_import import keys
-from dpo_dist.trl_import.run_yaml import Imported, import_trl
+from dpo_dist.importing.run_yaml import Imported
+from dpo_dist.importing.trl import convert as convert_module
+from dpo_dist.importing.trl import keys
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d/prefs", "output_dir": "out"}
 TABLES = (keys.SAME, keys.SAME_OF_ADAPTER, keys.CONVERTED, keys.DIFFERS, keys.NOT_NEEDED)
@@ -33,7 +33,7 @@ def convert(
     folder: Path, *, processes: int | None = 1, **values: Any
 ) -> tuple[RunConfig, Imported]:
     """The run config of a TRL YAML with these keys, through a file as a user has it."""
-    imported = import_trl(write(folder, NEEDED | values), (), processes, None)
+    imported = import_config(write(folder, NEEDED | values), (), processes, None, "TRL")
     (folder / "run.yaml").write_text(imported.text)
     return load_config(folder / "run.yaml"), imported
 
@@ -52,27 +52,22 @@ def fields_of_trl() -> dict[str, Any]:
 
 
 def test_every_field_of_trl_has_one_entry() -> None:
-    known = [key for table in TABLES for key in table]
+    known = [key for table in TABLES for key in table if key not in keys.FORMER_CONVERTED]
     assert sorted(known) == sorted(fields_of_trl())
 
 
 def test_defaults_are_trls() -> None:
     fields = fields_of_trl()
     fields["loss_type"] = ["sigmoid"]
-    ours = {key: default for key, default in keys.DEFAULTS.items() if key in fields}
+    ours = {key: default for key, default in keys.TRL.defaults.items() if key in fields}
     ours |= {key: default for key, (default, _) in keys.DIFFERS.items()}
     enums = {key: getattr(value, "value", value) for key, value in fields.items()}
     assert {k: (v, enums[k]) for k, v in ours.items() if v != enums[k]} == {}
 
 
 def test_former_keys_are_gone_from_trl() -> None:
-    assert not {*keys.RENAMED, *keys.FORMER, *keys.CONVERTED_FORMER} & set(fields_of_trl())
-
-
-def test_targets_are_keys_of_the_run_config() -> None:
-    ours = {key for key, *_ in explain_keys()}
-    targets = [key for table in (keys.SAME, keys.SAME_OF_ADAPTER) for key, _ in table.values()]
-    assert [key for key in targets if key not in ours] == []
+    former = {*keys.RENAMED, *keys.FORMER, *keys.FORMER_CONVERTED}
+    assert not former & set(fields_of_trl())
 
 
 def test_a_key_left_out_has_trls_default(tmp_path: Path) -> None:
@@ -112,7 +107,7 @@ def test_copied_keys_arrive(tmp_path: Path, key: str) -> None:
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     path = tmp_path / "trl.yaml"
     path.write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\nbeta: '0.2'\n")
-    config = yaml.safe_load(import_trl(path, (), 1, None).text)
+    config = yaml.safe_load(import_config(path, (), 1, None, "TRL").text)
     assert (config["train"]["learning_rate"], config["objective"]["beta"]) == (5e-7, 0.2)
 
 
@@ -133,7 +128,7 @@ def test_an_accelerate_config(tmp_path: Path) -> None:
     accelerate = tmp_path / "accelerate.yaml"
     launcher = {"zero_stage": 3, "offload_optimizer_device": "cpu"}
     accelerate.write_text(yaml.safe_dump({"num_processes": 16, "deepspeed_config": launcher}))
-    imported = import_trl(write(tmp_path, NEEDED), (), None, accelerate)
+    imported = import_config(write(tmp_path, NEEDED), (), None, accelerate, "TRL")
     train = yaml.safe_load(imported.text)["train"]
     assert (train["global_batch_size"], train["deepspeed"]) == (128, "zero3_offload")
 
@@ -200,6 +195,55 @@ def test_steps_and_warm_up(tmp_path: Path) -> None:
     assert other.differs[0].startswith("lr_scheduler_type: reduce_lr_on_plateau; train.lr_schedule")
 
 
+def test_a_cosine_that_ends_above_zero(tmp_path: Path) -> None:
+    named = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 2e-6}
+    config, imported = convert(tmp_path, **named, lr_scheduler_kwargs={"min_lr_rate": 0.1})
+    assert (config.train.lr_schedule, config.train.min_lr_rate) == ("cosine", 0.1)
+    assert imported.differs == []
+    absolute, _ = convert(tmp_path, **named, lr_scheduler_kwargs='{"min_lr": 5e-7}')
+    assert absolute.train.min_lr_rate == 0.25
+    other = {"min_lr_rate": 0.1, "num_cycles": 2}
+    ahead = {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": other}
+    assert convert(tmp_path, **ahead)[1].differs == [
+        "lr_scheduler_type: cosine_warmup_with_min_lr; train.lr_schedule cosine is the same curve "
+        "a step later, which begins at 0",
+        "lr_scheduler_kwargs.num_cycles: 2; train.lr_schedule has no such setting",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        convert(tmp_path, **named)
+    assert str(caught.value) == (
+        f"{tmp_path}/trl.yaml: lr_scheduler_type: cosine_with_min_lr without a rate to end at; "
+        "expected min_lr_rate or min_lr in lr_scheduler_kwargs. Put "
+        "lr_scheduler_kwargs={min_lr_rate: 0.1} behind the file."
+    )
+    with pytest.raises(ConfigError, match="lr_scheduler_kwargs: 3; expected a mapping, such as"):
+        convert(tmp_path, lr_scheduler_kwargs=3)
+
+
+@pytest.mark.parametrize(("given", "targets"), [
+    ("all-linear", "all-linear"), (["all-linear"], "all-linear"), ("q_proj", ["q_proj"]),
+    (["q_proj"], ["q_proj"]), (["q_proj", "o_proj"], ["q_proj", "o_proj"]),
+    (r".*\.(q|v)_proj", r".*\.(q|v)_proj"), ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+])  # fmt: skip
+def test_targets_of_an_adapter(tmp_path: Path, given: Any, targets: Any) -> None:
+    adapter = convert(tmp_path, use_peft=True, lora_target_modules=given)[0].adapter
+    assert adapter is not None and adapter.target_modules == targets
+
+
+@pytest.mark.parametrize(("name", "sharding"), [
+    ("ds_z3_config.json", "zero3"), ("zero3_bf16.json", "zero3"), ("zero2.json", "zero2"),
+    ("ds_z3_offload_config.json", "zero3_offload"), ("deepspeed_zero1.yaml", "zero1"),
+])  # fmt: skip
+def test_a_deepspeed_file_that_is_not_here_tells_by_its_name(
+    tmp_path: Path, name: str, sharding: str
+) -> None:
+    config, imported = convert(tmp_path, deepspeed=f"elsewhere/{name}")
+    assert config.train.deepspeed == sharding and imported.differs == []
+    assert f"deepspeed: {name} by its name, as it is not here: stage" in imported.text
+    _, unknown = convert(tmp_path, deepspeed="elsewhere/ours.json")
+    assert unknown.differs[0].startswith("deepspeed: elsewhere/ours.json cannot be read from here")
+
+
 @pytest.mark.parametrize(("given", "dtype"), [
     ({}, "bfloat16"), ({"bf16": True}, "bfloat16"), ({"bf16": False}, "float32"),
     ({"fp16": True}, "bfloat16"), ({"bf16": False, "dtype": "bfloat16"}, "bfloat16"),
@@ -217,6 +261,9 @@ def test_data_and_evaluation(tmp_path: Path) -> None:
         dataset_config="default", eval_strategy="steps", eval_steps=50,
     )  # fmt: skip
     (train,), (held_out,) = config.data.train, config.data.eval
+    assert not config.eval.on_start
+    on_start = {"eval_strategy": "steps", "eval_on_start": True}
+    assert convert(tmp_path, **on_start)[0].eval.on_start
     assert (train.path, train.config, train.split) == ("d/prefs", "default", "train_prefs")
     assert (held_out.split, config.eval.every_steps) == ("test_prefs", 50)
 
@@ -297,7 +344,7 @@ def test_a_handbooks_data_that_cannot_be_read(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         convert(tmp_path, dataset_name=None, **values)
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{tmp_path}/trl.yaml: {message}"
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(7, 25), (1, 3), (50, 200), (29, 100), (3, 3)])
@@ -337,10 +384,15 @@ def test_checkpoints_and_logging(tmp_path: Path) -> None:
         tmp_path, save_steps=0.25, max_steps=40, save_total_limit=1, logging_steps=5,
         report_to=["tensorboard", "wandb"],
     )  # fmt: skip
-    assert (config.checkpoint.every_steps, config.checkpoint.keep) == (10, 2)
+    assert (config.checkpoint.every_steps, config.checkpoint.keep) == (0.25, 2)
     assert (config.logging.every_steps, config.logging.tensorboard) == (5, True)
-    _, imported = convert(tmp_path, save_strategy="epoch", save_steps=5)
-    assert imported.differs == ["save_strategy: epoch; checkpoint.every_steps counts steps"]
+    config, imported = convert(tmp_path, save_strategy="epoch", num_train_epochs=4)
+    assert (config.checkpoint.every_steps, imported.differs) == (0.25, [])
+    _, imported = convert(tmp_path, save_strategy="no", logging_strategy="strange")
+    assert "#   save_strategy: no: a run always ends with a checkpoint" in imported.text
+    assert imported.differs == [
+        "logging_strategy: strange; logging.every_steps counts steps, or is a share of all"
+    ]
 
 
 def held_out(folder: Path, **values: Any) -> tuple[RunConfig, Imported]:
@@ -400,8 +452,10 @@ def test_the_hub(tmp_path: Path) -> None:
     assert convert(tmp_path, hub_model_id="me/dpo")[0].export.push_to_hub is None
     for name, found in ((None, "without hub_model_id"), ("dpo", "with hub_model_id dpo")):
         _, imported = convert(tmp_path, push_to_hub=True, hub_model_id=name)
-        expected = f"push_to_hub: {found}; set export.push_to_hub to owner/name"
-        assert imported.differs == [expected]
+        assert imported.differs == [
+            f"push_to_hub: {found}; set export.push_to_hub to OWNER/{name or 'NAME'}, where OWNER "
+            "is your account or organization (TRL takes the account of the token)"
+        ]
 
 
 def test_the_loss_and_its_smoothing(tmp_path: Path) -> None:
@@ -510,7 +564,7 @@ def test_the_number_of_processes_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         convert(tmp_path, processes=None)
     assert str(error.value) == (
-        "the number of processes is not in TRL's YAML; expected it, because "
+        f"{tmp_path}/trl.yaml: the number of processes is not in TRL's YAML; expected it, because "
         "per_device_train_batch_size x gradient_accumulation_steps x num_processes = "
         "train.global_batch_size. Add --num-processes N, the GPUs of the TRL run, or "
         "--accelerate-config FILE."
@@ -519,17 +573,15 @@ def test_the_number_of_processes_is_needed(tmp_path: Path) -> None:
 
 def test_files_that_are_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="nowhere.yaml: No such file or directory; expected a YAML"
+        ConfigError, match="nowhere.yaml: No such file or directory; expected a trainer's YAML"
     ):
-        import_trl(tmp_path / "nowhere.yaml", (), 1, None)
+        import_config(tmp_path / "nowhere.yaml", (), 1, None, "TRL")
     path = tmp_path / "list.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(
-        ConfigError, match="holds a list; expected a YAML for TRL's dpo script, a map"
-    ):
-        import_trl(path, (), 1, None)
-    with pytest.raises(ConfigError, match="'beta'; expected KEY=VALUE with a key of TRL"):
-        import_trl(write(tmp_path, NEEDED), ["beta"], 1, None)
+    with pytest.raises(ConfigError, match="holds a list; expected a trainer's YAML, a map"):
+        import_config(path, (), 1, None, "TRL")
+    with pytest.raises(ConfigError, match="'beta'; expected KEY=VALUE with a key of the file"):
+        import_config(write(tmp_path, NEEDED), ["beta"], 1, None, "TRL")
 
 
 def test_the_command(tmp_path: Path) -> None:

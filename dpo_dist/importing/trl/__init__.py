@@ -1,0 +1,1 @@
+"""A YAML for TRL's dpo script, or of the alignment-handbook."""

@@ -1,1 +1,0 @@
-"""`dpo-dist import-trl`: a YAML for TRL becomes a run.yaml; neither TRL nor torch is needed."""
