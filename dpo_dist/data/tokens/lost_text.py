@@ -79,7 +79,7 @@ def is_prompt_scored(pair: Pair, text: RenderedPair, settings: DataSection) -> b
     prompt = with_system_message(pair.prompt, settings.system_message)
     shared = os.path.commonprefix([text.prompt, text.chosen, text.rejected])
     missing, lost = (
-        {part.text for part in _lost_in(prompt, pair.tools, rendered)}
+        {part.text for part in _lost_in(prompt, None, rendered)}
         for rendered in (shared, text.chosen)
     )
     return bool(missing - lost)

@@ -182,3 +182,6 @@ def test_a_prompt_that_a_template_rewrites_is_not_scored(model_dir: Path) -> Non
         assert str(found) == "it renders the prompt otherwise before an answer"
     assert isinstance(encoded("qwen3", [user, begun], last), TokenPair)
     assert isinstance(encoded("qwen3", [user, *called], last), TokenPair)
+    # a template without tools, whose name the answer's call has
+    call = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert isinstance(encoded("deepseekv3_training", [user], call), TokenPair)
