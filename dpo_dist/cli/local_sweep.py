@@ -4,8 +4,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_dist.cli.output import print_error
 from dpo_dist.cli.rank import launch
 from dpo_dist.errors import EXIT_RESTART
+from dpo_dist.run.attempts import RestartLimitError
 from dpo_dist.run.logs import console
 from dpo_dist.run.pipeline import Stage
 from dpo_dist.run.status import read_status, update_stage
@@ -69,7 +71,11 @@ def _run_stages(run: Run, stages: Sequence[Stage], config_path: Path) -> int:
     """Runs stages until one does not end well; its exit code."""
     console.rule(run.name, characters="=")
     for stage in stages:
-        code = launch(stage, run.config, config_path, list(run.overrides))
+        try:
+            code = launch(stage, run.config, config_path, list(run.overrides))
+        except RestartLimitError as error:  # of this run alone
+            print_error(error)
+            code = error.exit_code
         if not code:
             continue
         states = read_status(run.paths.status_path).get("stages", {})
