@@ -101,6 +101,10 @@ CASES = {
         "adapter.target_modules: the model has no module query_proj",
         ["adapter.target_modules=[query_proj]"],
     ),
+    "engine/model/adapters.py:_check_names": Case(
+        "the regular expression .*query_proj fits no module's whole name",
+        ["adapter.target_modules=.*query_proj"],
+    ),
     "engine/model/adapters.py:add_adapter": Case(
         "peft cannot adapt this model", ["adapter.target_modules=[input_layernorm]"]
     ),
