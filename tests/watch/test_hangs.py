@@ -45,7 +45,7 @@ def test_fault_04_a_stopped_rank_is_named_and_training_goes_on_by_itself(tmp_pat
     shutil.copytree(paths.root, tmp_path / "unbroken")
     succeed_on(2, "train", run_yaml, *QUICK, f"run.dir={tmp_path}/unbroken")
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), *QUICK, "watchdog.silent=3"],
+        [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), *QUICK, "watchdog.silent=10"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -100,7 +100,7 @@ def test_fault_38_a_hang_of_a_rank_ends_all(
     run_yaml, paths = ready(tmp_path, stage)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    settings = [f"watchdog.{section}=3", "watchdog.silent=6"]
+    settings = [f"watchdog.{section}=6", "watchdog.silent=12"]
     place = (section, rank, kind, str(pipe), stage, str(run_yaml), *settings)
     log_dir = paths.log_dir(stage, paths.count_attempts(stage) + 1)
     log_dir.mkdir(parents=True)
@@ -148,8 +148,8 @@ def test_fault_38_a_stage_of_one_process_is_watched_too(
     run_yaml, paths = ready(tmp_path, stage)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    limit = 600 if kind == "stopped" else 2  # it is woken for a second, and has made no progress
-    settings = [f"watchdog.{section}={limit}", "watchdog.silent=4"]
+    limit = 600 if kind == "stopped" else 5  # it is woken for a second, and has made no progress
+    settings = [f"watchdog.{section}={limit}", "watchdog.silent=8"]
     log_dir = paths.log_dir(stage, paths.count_attempts(stage) + 1)
     log_dir.mkdir(parents=True)
     place = (section, 0, kind, str(pipe), stage, str(run_yaml), *settings)
