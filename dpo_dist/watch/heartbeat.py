@@ -8,12 +8,15 @@
 A sign is a few numbers in memory. The watchdog looks at them once a second, from its own thread.
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dpo_dist.config.watchdog_section import WatchdogSection
+if TYPE_CHECKING:  # the forward alone needs no config
+    from dpo_dist.config.watchdog_section import WatchdogSection
 
 # The keys of `watchdog:`, and one without a limit: what waits for the Hub has its client's own.
 SectionName = Literal[

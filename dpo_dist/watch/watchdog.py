@@ -11,6 +11,8 @@ late, and all leave with 75, on which launchers start the stage again. Time is c
 process's own seconds, so a job that was suspended as a whole goes on; clocks are never compared.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -21,14 +23,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config.watchdog_section import WatchdogSection
 from dpo_dist.errors import EXIT_RESTART
 from dpo_dist.watch.guardian import Guardian, start_guardian
 from dpo_dist.watch.heartbeat import limit_of, signs
 from dpo_dist.watch.peers import Line, Meeting, Pulse, Word
 from dpo_dist.watch.verdict import Tell, Verdict, say_last
+
+if TYPE_CHECKING:  # the forward alone needs no config
+    from dpo_dist.config.watchdog_section import WatchdogSection
 
 TICK_S = 1.0
 RANKS_A_SECOND = 256  # that rank 0 listens to; more of them speak less often

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from support.prepared import make_model
 from support.ranks import ROOT
 from support.servers.hub_server import Files, Hub, hub
-from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.data.pairs import Pairs, open_pairs
 
@@ -51,8 +51,7 @@ def prepare(
 ) -> subprocess.CompletedProcess[str]:
     """`dpo-dist prepare` in a process whose hub and cache are the test's."""
     if not (folder / "model").exists():
-        make_tokenizer(folder / "model")
-        (folder / "model" / "config.json").write_text("{}")
+        make_model(folder)
     config = {
         "run": {"dir": str(folder / "out")},
         "model": {"path": str(folder / "model")},

@@ -108,7 +108,8 @@ def test_quantized_models_are_refused(tmp_path: Path) -> None:
         open_base(tmp_path)
     assert str(error.value) == (
         f"{tmp_path} holds quantized weights (fp8); expected weights in float32, bfloat16 or "
-        "float16. Export from the original of the model."
+        "float16. Set model.path to the original of the model; model.quantization=nf4 packs it "
+        "while it is loaded."
     )
 
 
