@@ -102,10 +102,12 @@ def refused(config: RunConfig, words: str) -> None:
 
 
 def test_an_adapter_that_names_a_folder_of_this_machine(tmp_path: Path, hub: Hub) -> None:
-    run = make_trained_run(tmp_path, "llama", *LORA[:3], "export.merge=false", REPO)
+    lora = (*LORA[:3], "export.merge=false")
+    run = make_trained_run(tmp_path, "llama", *lora)
     export.run(run.config)
     verify.run(run.config)
-    refused(run.config, f"{run.paths.adapter_dir / 'adapter_config.json'} names the base model by")
+    pushed = load_config(tmp_path / "run.yaml", [*lora, REPO])  # `prepare` would have refused it
+    refused(pushed, f"{run.paths.adapter_dir / 'adapter_config.json'} names the base model by")
     assert hub.calls == []
 
 
