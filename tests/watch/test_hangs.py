@@ -74,24 +74,20 @@ def rank_of(launcher: int, rank: int) -> int:
     return int(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "section", "rank", "kind"),
     [
         ("train", "step", 1, "dead file system"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("train", "step", 0, "stopped"),
-                ("train", "step", 1, "asleep"),
-                ("train", "evaluation", 1, "stopped"),
-                ("train", "checkpoint", 1, "stopped"),
-                ("train", "checkpoint", 0, "dead file system"),
-                ("train", "load", 1, "stopped"),
-                ("train", "self_check", 1, "dead file system"),
-                ("reference", "reference", 1, "stopped"),
-                ("reference", "reference", 0, "asleep"),
-            )
-        ),
+        ("train", "step", 0, "stopped"),
+        ("train", "step", 1, "asleep"),
+        ("train", "evaluation", 1, "stopped"),
+        ("train", "checkpoint", 1, "stopped"),
+        ("train", "checkpoint", 0, "dead file system"),
+        ("train", "load", 1, "stopped"),
+        ("train", "self_check", 1, "dead file system"),
+        ("reference", "reference", 1, "stopped"),
+        ("reference", "reference", 0, "asleep"),
     ],
 )
 def test_fault_38_a_hang_of_a_rank_ends_all(
@@ -126,19 +122,15 @@ def test_fault_38_a_hang_of_a_rank_ends_all(
             assert "most recent call first" in log and log.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "section", "kind"),
     [
         ("prepare", "prepare", "stopped"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("prepare", "prepare", "dead file system"),
-                ("export", "export", "dead file system"),
-                ("export", "export", "stopped"),
-                ("verify", "verify", "asleep"),
-            )
-        ),
+        ("prepare", "prepare", "dead file system"),
+        ("export", "export", "dead file system"),
+        ("export", "export", "stopped"),
+        ("verify", "verify", "asleep"),
     ],
 )
 def test_fault_38_a_stage_of_one_process_is_watched_too(
