@@ -31,6 +31,7 @@ NOT_RUN = (
     ("debugging.md", "tail -n 3 RUN/metrics.jsonl", "commands"),
     ("debugging.md", "what would help", "the plan of a model that is not here"),
     ("debugging.md", "train.profile_steps=[2,3]", "a command for GPUs"),
+    ("debugging.md", "rank 1 on node7 in step", "a rank has to be stopped"),
     ("debugging.md", "rank0001.log", "a hang has to be sent a signal"),
     ("debugging.md", "tail -n 1 RUN", "a command"),
     ("debugging.md", "rank0000.trace.json", "a trace takes half a minute"),

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from exporting.test_preflight import CASES
+from test_preflight import CASES
 
 import dpo_dist
 
