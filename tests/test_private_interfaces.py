@@ -242,6 +242,28 @@ def on_second_device() -> dict[str, Any]:
     }
 
 
+@row(
+    "torch", "torch.distributed.checkpoint._state_dict_stager",
+    files=f"{CHECKPOINTS}host_copies.py",
+    why="shards are copied into host memory that is kept, so that a checkpoint is written behind",
+    gone="training fails at import; checkpoint.mode=blocking would need none of it",
+)  # fmt: skip
+def test_a_stager_copies_what_changes_and_keeps_its_memory() -> None:
+    import torch
+    from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+
+    stager, flat = StateDictStager(), torch.zeros(6)
+    state = {"a": [flat[:2], flat[2:]], "b": SimpleNamespace(scale=flat), "step": 3}
+    first = stager.stage(state)
+    flat += 1
+    assert first["a"][1].tolist() == [0, 0, 0, 0] and first["b"].scale.tolist() == [0] * 6
+    place = first["a"][0].untyped_storage().data_ptr()
+    assert place == first["a"][1].untyped_storage().data_ptr()
+    second = stager.stage(state)
+    assert second["b"].scale.tolist() == [1] * 6
+    assert second["a"][0].untyped_storage().data_ptr() == place
+
+
 # transformers
 
 
@@ -489,7 +511,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @row(
-    "deepspeed", "checkpoint_engine", "_copy_recovery_script", files=f"{CHECKPOINTS}checkpoint.py",
+    "deepspeed", "checkpoint_engine", "_copy_recovery_script", files=f"{CHECKPOINTS}saving.py",
     why="every file is hashed on its way to disk, and none is written beside the checkpoint",
     gone="a call that the writer lacks is an AttributeError in the first checkpoint; without the "
     "patch a recovery script lies beside the checkpoints",

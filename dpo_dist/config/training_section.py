@@ -160,6 +160,11 @@ class CheckpointSection(Section):
         200, description="Optimizer steps between checkpoints; below 1, their share of all steps."
     )
     keep: int = Field(2, ge=2, description="How many of the newest checkpoints to keep.")
+    mode: Literal["async", "blocking"] = Field(
+        "async",
+        description="Write while training goes on, from a copy in host memory if it has room; or "
+        "before.",
+    )
     resume: Path | Literal["auto"] = Field(
         "auto", description="Checkpoint folder to resume from; auto takes the newest that verifies."
     )

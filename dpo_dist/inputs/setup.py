@@ -33,6 +33,7 @@ def make_setup(config: RunConfig, world_size: int) -> Setup:
         dropout=config.adapter is not None and config.adapter.dropout > 0,
         padded=config.model.layout == "padded",
         optimizer=settings.optimizer,
+        copies_checkpoints=config.checkpoint.mode == "async",
     )
 
 

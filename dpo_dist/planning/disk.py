@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dpo_dist.planning.memory_resident import OPTIMIZER_BYTES
+from dpo_dist.planning.memory_resident import checkpoint_bytes_each
 from dpo_dist.planning.setup import ModelShape, Setup
 from dpo_dist.planning.sizes import Size, shortened, size_of_parameters
 
@@ -13,9 +13,7 @@ def checkpoint_size(setup: Setup, num_kept: int) -> Size:
     A trained parameter takes its optimizer state and the float32 copy, below ZeRO-3 also the
     parameter in the dtype it is trained in; a frozen one takes nothing.
     """
-    d, stage, trained = setup.dtype_bytes, setup.sharding.stage, setup.shape.num_trained
-    copy_alone = stage == 3 or (stage == 0 and d == 4)
-    each = OPTIMIZER_BYTES.get(setup.optimizer, 0) + (4 if copy_alone else 4 + d)
+    each, trained = checkpoint_bytes_each(setup), setup.shape.num_trained
     return Size(
         "checkpoints",
         round((num_kept + 1) * each * trained),

@@ -55,7 +55,7 @@ def memory_entries(memory: MemoryEstimate, limit_gib: float | None) -> Iterator[
 
 
 def host_entries(memory: MemoryEstimate) -> list[Entry]:
-    """What a host holds for an offloaded optimizer; nothing without one."""
+    """What a host holds for an offloaded optimizer, and to write checkpoints from."""
     return [_entry(size) for size in memory.host]
 
 

@@ -96,17 +96,34 @@ def _optimizer_sizes(setup: Setup) -> Iterator[Size]:
         yield size_of_parameters("second_moment", 4, count, which, ranks=shards)
 
 
-def host_sizes(setup: Setup) -> Iterator[Size]:
-    """What the host of a node holds for an offloaded optimizer, all ranks of the node together.
+def checkpoint_bytes_each(setup: Setup) -> float:
+    """Bytes that a trained parameter takes in a checkpoint, all ranks together."""
+    d, stage = setup.dtype_bytes, setup.sharding.stage
+    copy_alone = stage == 3 or (stage == 0 and d == 4)
+    return OPTIMIZER_BYTES.get(setup.optimizer, 0) + (4 if copy_alone else 4 + d)
 
-    The float32 copy, two moments and the gradient in float32, and once more the gradient's sum.
+
+def host_sizes(setup: Setup) -> Iterator[Size]:
+    """What the host of a node holds, all ranks of the node together.
+
+    For an offloaded optimizer the float32 copy, two moments and the gradient in float32, and once
+    more the gradient's sum; for checkpoints that are written behind a copy of the node's shards.
     """
+    ranks, trained = min(setup.world_size, GPUS_PER_NODE), setup.shape.num_trained
+    of_node = f"{ranks} ranks of a node x "
+    parameters = f" bytes x {shortened(trained)} trained parameters"
     if setup.sharding.offload_optimizer:
-        ranks = min(setup.world_size, GPUS_PER_NODE)
-        each, trained = 16 + setup.gradient_bytes, setup.shape.num_trained
+        each = 16 + setup.gradient_bytes
         yield Size(
             "optimizer",
             ranks * each * trained // setup.world_size,
-            f"{ranks} ranks of a node x {each} bytes x {shortened(trained)} trained parameters"
-            f" / {setup.world_size} ranks",
+            f"{of_node}{each}{parameters} / {setup.world_size} ranks",
         )
+    if setup.copies_checkpoints:
+        each = checkpoint_bytes_each(setup)
+        if setup.sharding.stage == 3:
+            num_bytes = int(ranks * each * trained) // setup.world_size
+            why = f"{of_node}{each:g}{parameters} / {setup.world_size} ranks"
+        else:  # rank 0 writes the weights, and without ZeRO all
+            num_bytes, why = int(each * trained), f"{each:g}{parameters}, on rank 0's node"
+        yield Size("checkpoint_copy", num_bytes, f"{why}, where memory has room")

@@ -70,6 +70,7 @@ class Setup:
     dropout: bool = False  # of an adapter's input
     padded: bool = False
     optimizer: str = "adamw"
+    copies_checkpoints: bool = False  # which are written behind, from host memory
 
     @property
     def gradient_bytes(self) -> int:

@@ -13,6 +13,13 @@ class RunDir:
 
     root: Path
 
+    @classmethod
+    def of_checkpoints(cls, checkpoints_dir: Path) -> "RunDir":
+        """The run whose checkpoints are in a folder."""
+        run = cls(checkpoints_dir.parent)
+        assert run.checkpoints_dir == checkpoints_dir, f"{checkpoints_dir}, {run.checkpoints_dir}"
+        return run
+
     @property
     def config_path(self) -> Path:
         return self.root / "config.resolved.yaml"

@@ -127,13 +127,15 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
             beat()
             if batch.counted:
                 sums.add_tokens(packed)
-        own, sums = sums, sums.over_ranks(stopping=bool(stop))
+        own, sums = sums, sums.over_ranks(stopping=bool(stop), written=records.is_written)
         update = zero.update(job.engine)
         beat()
         if not update.applied:
             records.skip(step, sums, update, own.is_finite and watch.is_finite)
         stopping = sums.ranks_stopping > 0
         records.report(step, sums, update, stopping)
+        if sums.ranks_written == job.topology.world_size:
+            records.commit()
         if records.finish_step(step, stopping):
             break
         if stopping:

@@ -1,12 +1,12 @@
 """A checkpoint of this training: the policy's shards, where training stands, and the probe."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from dpo_dist.data.batches import plan_micro_batches
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import saving
+from dpo_dist.engine.checkpoints.host_copies import HostCopies
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.scoring import score
@@ -17,18 +17,26 @@ from dpo_dist.training.job import Job
 from dpo_dist.watch.heartbeat import during
 
 
+def host_copies(job: Job) -> HostCopies | None:
+    """What checkpoints are copied into, None where training waits until they are written."""
+    if job.config.checkpoint.mode == "blocking":
+        return None
+    return HostCopies(job.topology.local_world_size)
+
+
 @during("checkpoint")
-def save_checkpoint(
+def begin_checkpoint(
     job: Job,
     step: int,
     digests: Mapping[str, str],
     evaluations: Sequence[Evaluation],
     skipped_steps: Sequence[int],
-) -> Path:
-    """Commits the checkpoint of a step; its folder.
+    copies: HostCopies | None,
+) -> saving.Saving:
+    """Begins the checkpoint of a step, to be committed once it is written.
 
     The probe holds this policy's log-probs of a few fixed pairs, which an export must reproduce.
-    Raises CheckpointError on every rank, and commits nothing, when one of them or a weight that
+    Raises CheckpointError on every rank, and writes nothing, when one of them or a weight that
     trains is not finite.
     """
     config, pairs = job.config, job.train.pairs
@@ -49,13 +57,11 @@ def save_checkpoint(
         digests=digests,
         world_size=job.topology.world_size,
         zero_stage=job.engine.zero_optimization_stage(),
-        evaluations=evaluations,
-        skipped_steps=skipped_steps,
+        evaluations=list(evaluations),
+        skipped_steps=list(skipped_steps),
     )
-    return checkpoint.save(
-        job.engine, job.paths.checkpoints_dir, state, indices[order], scores[order],
-        keep=config.checkpoint.keep, best_by=config.checkpoint.best_by,
-    )  # fmt: skip
+    folder = job.paths.checkpoints_dir
+    return saving.begin(job.engine, folder, state, indices[order], scores[order], copies)
 
 
 def _check_finite(step: int, probe_is_finite: bool, weights_are_finite: bool) -> None:

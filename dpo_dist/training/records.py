@@ -12,6 +12,7 @@ from rich.progress import Progress, TaskID
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.checkpoints.retention import best_standing
+from dpo_dist.engine.checkpoints.saving import Saving
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.sharding.zero import Update
@@ -23,7 +24,7 @@ from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import step_of
 from dpo_dist.run.status import update_status
-from dpo_dist.training.checkpointing import save_checkpoint
+from dpo_dist.training.checkpointing import begin_checkpoint, host_copies
 from dpo_dist.training.due import (
     checkpoint_due,
     evaluation_due,
@@ -35,6 +36,7 @@ from dpo_dist.training.evaluation import answer_prompts, evaluate
 from dpo_dist.training.job import Job
 from dpo_dist.training.speed import speed_metrics
 from dpo_dist.training.sums import StepSums
+from dpo_dist.watch.heartbeat import during
 
 _logger = logging.getLogger(__name__)
 # A step that is left out now and then is an accident; more of them are a run that is broken.
@@ -52,6 +54,8 @@ class Records:
         self.evaluations = list[Evaluation](state.evaluations if state else ())
         self.skipped_steps = list[int](state.skipped_steps if state else ())
         self._writer, self._bar, self._task = writer, bar, task
+        self._saving: Saving | None = None
+        self._copies = host_copies(job)
         self._window = StepSums.zeros(job.objective)
         self._since = time.monotonic()  # what the window's steps took, moved on by every pause
         self._paused = self._since
@@ -68,7 +72,7 @@ class Records:
         if self._evaluation_is_missing(last_step):
             self.evaluate(last_step)
             if self.ended_early:
-                self.save(last_step)
+                self.save(last_step, wait=True)
         self._since = time.monotonic()
         return self.ended_early is not None
 
@@ -78,6 +82,7 @@ class Records:
         `own_is_finite` is about this rank. Raises DPODistError on every rank under
         train.non_finite stop, and when too many steps were skipped.
         """
+        self.commit()
         job, path = self.job, self.job.paths.non_finite_path(step)
         counted = [batch for batch in job.micro_batches(step) if batch.counted]
         own = [index for batch in counted for index in batch.pair_indices]
@@ -154,7 +159,7 @@ class Records:
         ending = last or self.ended_early is not None
         due = {"ending": ending, "stopping": stopping}
         if checkpoint_due(step, self._steps_of(config.checkpoint.every_steps), **due):
-            self.save(step)
+            self.save(step, wait=ending or stopping)
         every = config.eval.samples_every_steps
         if samples_due(step, None if every is None else self._steps_of(every), **due):
             self.sample(step)
@@ -173,9 +178,31 @@ class Records:
         self.evaluations.append(record(step, metrics))
         self._write(step, metrics, "eval")
 
-    def save(self, step: int) -> None:
-        """Commits a checkpoint."""
-        path = save_checkpoint(self.job, step, self.digests, self.evaluations, self.skipped_steps)
+    def save(self, step: int, *, wait: bool) -> None:
+        """Begins a checkpoint; it is committed at the end of a step that finds it written.
+
+        With `wait` here, as is one before it that is not committed yet.
+        """
+        self.commit()
+        self._saving = begin_checkpoint(
+            self.job, step, self.digests, self.evaluations, self.skipped_steps, self._copies
+        )
+        if wait or self._copies is None:
+            self.commit()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a checkpoint is under way of which this rank has written its files."""
+        return self._saving is not None and self._saving.is_written
+
+    @during("checkpoint")
+    def commit(self) -> None:
+        """Commits the checkpoint that is under way, if one is; all ranks call together."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        settings = self.job.config.checkpoint
+        path = saving.commit(keep=settings.keep, best_by=settings.best_by)
         if self.job.is_first:
             _logger.info("checkpoint: %s", path)
             status_path = self.job.paths.status_path

@@ -24,6 +24,7 @@ class StepSums:
     tokens_unshared: float = 0  # what they would be with every prompt computed twice
     tokens_scored: float = 0  # that reached the output head
     ranks_stopping: float = 0  # that were told to stop
+    ranks_written: float = 0  # that have written their files of the checkpoint under way
 
     @classmethod
     def zeros(cls, objective: Objective, device: torch.device | str = "cpu") -> "StepSums":
@@ -52,9 +53,10 @@ class StepSums:
         self.tokens_unshared += packed.num_tokens_unshared
         self.tokens_scored += packed.num_scored
 
-    def over_ranks(self, stopping: bool) -> "StepSums":
+    def over_ranks(self, *, stopping: bool, written: bool) -> "StepSums":
         """The sums of all ranks, on the CPU of every rank; the step's one collective."""
-        counts = (self.tokens, self.tokens_unshared, self.tokens_scored, float(stopping))
+        tokens = (self.tokens, self.tokens_unshared, self.tokens_scored)
+        counts = (*tokens, float(stopping), float(written))
         vector = torch.cat([self.metrics, self.metrics.new_tensor(counts)])
         summed = collectives.sum_over_ranks(vector).cpu()
         return StepSums(self.objective, summed[: -len(counts)], *summed[-len(counts) :].tolist())
@@ -64,7 +66,6 @@ class StepSums:
         self.tokens += other.tokens
         self.tokens_unshared += other.tokens_unshared
         self.tokens_scored += other.tokens_scored
-        self.ranks_stopping += other.ranks_stopping
         return self
 
     def means(self) -> dict[str, float]:

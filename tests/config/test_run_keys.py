@@ -121,6 +121,7 @@ TRAINED: dict[str, Seen] = {
     ),
     "checkpoint.every_steps": Seen(1, lambda run: run.steps_kept[-2:], [6, 8], [5, 6]),
     "checkpoint.keep": Seen(3, lambda run: len(set(run.steps_kept) - {1}), 2, 3),
+    "checkpoint.mode": Seen("blocking", lambda run: run.forwards["behind"], True, False),
     "checkpoint.best_by": Seen("eval_loss", lambda run: 1 in run.steps_kept, False, True),
     "checkpoint.probe_pairs": Seen(3, lambda run: len(read_probe(run.last_checkpoint)[0]), 8, 3),
     "eval.every_steps": Seen(

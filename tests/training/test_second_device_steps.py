@@ -140,7 +140,7 @@ def around_the_step(device: torch.device, job: Job) -> dict[str, Any]:
     job = on(device, job)
     waits: dict[str, Any] = {}
     with Traffic() as traffic:
-        StepSums.zeros(job.objective, device).over_ranks(stopping=False)
+        StepSums.zeros(job.objective, device).over_ranks(stopping=False, written=False)
     waits["sums"] = traffic.waits
     for parameter in job.engine.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: written in two phases, verified before they are read.
+"""Sharded checkpoints: verified before they are read. `saving` writes them.
 
     checkpoints/step-000200/
         *_optim_states.pt, *_model_states.pt    DeepSpeed's shards, trainable parameters only
@@ -6,39 +6,25 @@
         train_state.json, probe.safetensors     where training stood; log-probs of a few pairs
         MANIFEST.json, COMMITTED                see commit.py
 
-1. Every rank writes its files into .step-000200.partial and takes their hashes on the way.
-2. All ranks agree that their part is on disk, else all raise and nothing else has changed.
-3. Rank 0 commits the folder and renames it; only then older ones are pruned.
-
-The temporary name keeps a folder that is being written apart from one that is damaged, and lets a
-step be written again without touching its older version first.
-
 K probe pairs.
 """
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import torch as safetensors
 
-from dpo_dist.config.training_section import HeldOutMetric
 from dpo_dist.engine.checkpoints.commit import (
     Files,
     check_pickles,
-    commit,
     find_changed,
     read_committed,
-    remove_leftovers,
 )
 from dpo_dist.engine.checkpoints.resharding import load_resharded, needs_resharding
-from dpo_dist.engine.checkpoints.retention import newest_plausible, prune, quarantine, supersede
+from dpo_dist.engine.checkpoints.retention import newest_plausible, quarantine
 from dpo_dist.engine.checkpoints.shard_loader import load_shards
-from dpo_dist.engine.checkpoints.shard_writer import ShardWriter
 from dpo_dist.engine.checkpoints.train_state import (
     TrainState,
     check_resume,
@@ -46,45 +32,14 @@ from dpo_dist.engine.checkpoints.train_state import (
     read_train_state,
 )
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.rng import restore_rng, rng_states
+from dpo_dist.engine.distributed.rng import restore_rng
 from dpo_dist.errors import CheckpointError, disk_errors_as, is_transient
-from dpo_dist.metrics.evaluations import ranked_steps
 from dpo_dist.reference.arrays import IntArray, LogpArray
-from dpo_dist.run.manifest import fsync_dir
-from dpo_dist.run.run_dir import PROBE_NAME, TRAIN_STATE_NAME, RunDir, rng_name
+from dpo_dist.run.run_dir import PROBE_NAME, RunDir, rng_name
 
 Value = TypeVar("Value")
 # A check may take this long: what a disk that works never needs, for one that hangs.
 READING_S, SLOWEST_BYTES_S = 600.0, 20e6
-
-
-def save(
-    engine: Any,
-    checkpoints_dir: Path,
-    state: TrainState,
-    probe_indices: IntArray,
-    probe_logps: LogpArray,
-    *,
-    keep: int,
-    best_by: HeldOutMetric | None = None,
-) -> Path:
-    """Commits a checkpoint of all ranks and prunes to the `keep` newest; returns its folder.
-
-    The best by `best_by` among the evaluations in `state` is kept too. `probe_indices` is (K,),
-    `probe_logps` (K, 2). Frozen parameters are not written: they are the base model's, whose
-    digest a resume compares. Raises CheckpointError on every rank, naming the rank that failed
-    and why, and leaves the earlier checkpoints as they were.
-    """
-    assert keep >= 2, f"keep={keep}, expected at least 2"
-    run = _run_dir(checkpoints_dir)
-    final = run.checkpoint_dir(state.step)
-    partial = checkpoints_dir / f".{final.name}.partial"
-    _written_by_first(partial, lambda: _make_partial(checkpoints_dir, partial))
-    files = _write_together(engine, partial, state, probe_indices, probe_logps)
-    _written_by_first(partial, lambda: _commit(run, partial, final, files, state.step))
-    if collectives.is_first():
-        prune(checkpoints_dir, keep, ranked_steps(state.evaluations, best_by))
-    return final
 
 
 def choose_resume(checkpoints_dir: Path, resume: Path | Literal["auto"]) -> Path | None:
@@ -110,7 +65,7 @@ def newest_committed(checkpoints_dir: Path) -> Path | None:
     CheckpointError on every rank when all are damaged, which moves none, and when a file cannot
     be read.
     """
-    run, refused = _run_dir(checkpoints_dir), dict[Path, str]()
+    run, refused = RunDir.of_checkpoints(checkpoints_dir), dict[Path, str]()
     while True:
         candidate = _read_by_first(checkpoints_dir, lambda: newest_plausible(run, refused))
         if candidate is None:
@@ -161,61 +116,6 @@ def read_probe(step_dir: Path) -> tuple[IntArray, LogpArray]:
     return tensors["pair_index"].numpy(), tensors["logps"].numpy()
 
 
-def _write_together(
-    engine: Any,
-    partial: Path,
-    state: TrainState,
-    probe_indices: IntArray,
-    probe_logps: LogpArray,
-) -> Files:
-    """Every rank writes its part; the records of all files, or CheckpointError on every rank."""
-    frozen = {
-        name
-        for name, parameter in engine.module.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }
-    writer = ShardWriter(partial, frozen)
-    if not partial.is_dir():
-        writer.failure = f"{partial} is not visible, run.dir must be on a shared file system"
-    with _saving_through(engine, writer):
-        engine.save_checkpoint(
-            str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
-        )
-    rank, _ = collectives.place()
-    writer.write(partial / rng_name(rank), lambda stream: torch.save(rng_states(), stream))
-    if collectives.is_first():
-        probe = {
-            "pair_index": torch.from_numpy(probe_indices),
-            "logps": torch.from_numpy(probe_logps),
-        }
-        writer.write(partial / TRAIN_STATE_NAME, lambda s: s.write(state.to_json().encode()))
-        writer.write(partial / PROBE_NAME, lambda s: s.write(safetensors.save(probe)))
-    reports = collectives.gather((writer.files, writer.failure, writer.transient))
-    failed = {rank: report for rank, report in enumerate(reports) if report[1]}
-    if failed:
-        if collectives.is_first():
-            shutil.rmtree(partial, ignore_errors=True)
-        reasons = (f"rank {rank}: {failure}" for rank, (_, failure, _) in failed.items())
-        error = _not_written(partial, "; ".join(reasons))
-        error.transient = all(transient for _, _, transient in failed.values())
-        raise error
-    return {name: record for files, _, _ in reports for name, record in files.items()}
-
-
-@contextlib.contextmanager
-def _saving_through(engine: Any, writer: ShardWriter) -> Iterator[None]:
-    """DeepSpeed's own writer and its recovery script put aside, on all ranks, for one save."""
-    own = engine.checkpoint_engine
-    engine.checkpoint_engine = writer
-    # Would write a program beside the checkpoints, and fail between collectives on a full disk.
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = own
-        del engine._copy_recovery_script
-
-
 def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     """What is damaged, if anything; every rank reads its share of the files."""
     rank, world_size = collectives.place()
@@ -240,31 +140,6 @@ def _find_changed_together(step_dir: Path, files: Files) -> str | None:
     return next((found[0] for found, _, _ in reports if found), None)
 
 
-def _make_partial(checkpoints_dir: Path, partial: Path) -> None:
-    checkpoints_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(checkpoints_dir, "step-")
-    partial.mkdir()
-
-
-def _commit(run: RunDir, partial: Path, final: Path, files: Files, step: int) -> None:
-    commit(partial, files)
-    supersede(run, step)
-    os.replace(partial, final)
-    fsync_dir(final.parent)
-
-
-def _written_by_first(partial: Path, work: Callable[[], None]) -> None:
-    """File work of rank 0; its OSError becomes a CheckpointError on every rank."""
-
-    def guarded() -> None:
-        try:
-            work()
-        except OSError as error:
-            raise _not_written(partial, f"rank 0: {error.strerror}") from error
-
-    collectives.on_first(guarded)
-
-
 def _read_by_first(path: Path, work: Callable[[], Value]) -> Value:
     """What rank 0 reads, on every rank; its OSError becomes a CheckpointError on every rank."""
 
@@ -276,17 +151,3 @@ def _read_by_first(path: Path, work: Callable[[], Value]) -> Value:
             return work()
 
     return collectives.on_first(guarded)
-
-
-def _not_written(partial: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{partial} could not be written ({reason})",
-        "a writable folder with free space",
-        "Fix this and start again: training continues from the checkpoint before.",
-    )
-
-
-def _run_dir(checkpoints_dir: Path) -> RunDir:
-    run = RunDir(checkpoints_dir.parent)
-    assert run.checkpoints_dir == checkpoints_dir, f"{checkpoints_dir} is not {run.checkpoints_dir}"
-    return run

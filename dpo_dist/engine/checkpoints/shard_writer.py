@@ -1,37 +1,73 @@
-"""Durable files with their hash taken on the way to disk; what DeepSpeed saves through."""
+"""Durable files with their hash taken on the way to disk; what DeepSpeed saves through.
+
+Written at once, or, where the shards fit into host memory, copied there and written behind.
+"""
 
 import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from dpo_dist.engine.checkpoints.commit import FileRecord
+from dpo_dist.engine.checkpoints.host_copies import HostCopies, num_tensor_bytes
 from dpo_dist.errors import is_transient
 from dpo_dist.run.manifest import fsync_dir
 from dpo_dist.watch.heartbeat import beat
 
 
+class Written(NamedTuple):
+    """What one rank has written of a checkpoint, or why not."""
+
+    files: dict[str, FileRecord]  # by name in the folder
+    failure: str | None
+    transient: bool  # whether it is of a file system that may be back
+
+
 class ShardWriter:
     """Takes the place of DeepSpeed's checkpoint engine while one checkpoint is saved.
 
-    A write that fails is remembered in `failure` instead of raised: this rank is between
-    DeepSpeed's collectives then, and the other ranks would wait in the next one for ever.
+    A write that fails is remembered instead of raised: this rank is between DeepSpeed's collectives
+    then, and the other ranks would wait in the next one for ever. With `copies` nothing is written
+    before `catch_up`, which another thread may call.
     """
 
-    def __init__(self, folder: Path, frozen_names: Iterable[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, frozen_names: Iterable[str] = (), copies: HostCopies | None = None
+    ) -> None:
         self.folder = folder
-        self.files: dict[str, FileRecord] = {}  # what this rank wrote, by name in the folder
-        self.failure: str | None = None
-        self.transient = False  # whether it is of a file system that may be back
+        self.written = Written({}, None, transient=False)
+        self.num_bytes = 0  # of tensors, written or not
         self._frozen_names = frozenset(frozen_names)
+        self._copies = copies
+        self._behind: list[tuple[Path, Callable[[BinaryIO], Any]]] = []
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether files are left to write."""
+        return bool(self._behind)
+
+    def fail(self, reason: str, *, transient: bool = False) -> None:
+        """Writes nothing more."""
+        self.written = Written(self.written.files, reason, transient)
 
     def write(self, path: Path, content: Callable[[BinaryIO], Any]) -> None:
-        """Writes one file through `content(stream)` and makes it durable."""
-        if self.failure is not None:
+        """Writes one file through `content(stream)` and makes it durable, now or behind."""
+        if self._copies is None:
+            self._write(path, content)
+        else:
+            self._behind.append((path, content))
+
+    def catch_up(self) -> None:
+        """Writes what is left; the copies are free then."""
+        while self._behind:
+            self._write(*self._behind.pop(0))
+
+    def _write(self, path: Path, content: Callable[[BinaryIO], Any]) -> None:
+        if self.written.failure is not None:
             return
         try:
             with path.open("xb", buffering=0) as raw:
@@ -48,11 +84,10 @@ class ShardWriter:
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()  # the room may serve to write an error report
-            self.failure = f"{path}: {error.strerror or error}"
-            self.transient = is_transient(error)
+            self.fail(f"{path}: {error.strerror or error}", transient=is_transient(error))
             return
         record = FileRecord(stream.size, stream.digest.hexdigest())
-        self.files[path.relative_to(self.folder).as_posix()] = record
+        self.written.files[path.relative_to(self.folder).as_posix()] = record
 
     # From here on: what DeepSpeed calls.
 
@@ -63,12 +98,18 @@ class ShardWriter:
         """The folder is there already, agreed between the ranks."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Writes one shard, without the second names of frozen parameters."""
+        """Writes one shard, without the second names of frozen parameters; a copy, behind."""
         if "module" in state_dict:
             weights = state_dict["module"]
             kept = {name: weights[name] for name in weights if not self._is_frozen(name)}
             state_dict = state_dict | {"module": kept}
-        self.write(Path(path), lambda stream: torch.save(state_dict, stream))
+        num_bytes = num_tensor_bytes(state_dict)
+        self.num_bytes += num_bytes
+        if self._copies is None or not self._copies.have_room(_kind(path), num_bytes):
+            self._write(Path(path), lambda stream: torch.save(state_dict, stream))
+        else:
+            copied = self._copies.copy(state_dict)
+            self.write(Path(path), lambda stream: torch.save(copied, stream))
 
     def _is_frozen(self, name: str) -> bool:
         """Also of the scales that a quantized weight brings along: `...weight.absmax`."""
@@ -84,6 +125,11 @@ class ShardWriter:
     def is_decoupled(self) -> bool:
         """Files are on disk when `save` returns."""
         return False
+
+
+def _kind(path: str) -> str:
+    """What a shard is called in any checkpoint: optim_states."""
+    return "_".join(Path(path).stem.split("_")[-2:])
 
 
 class _HashingStream:

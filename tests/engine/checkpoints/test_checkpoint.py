@@ -18,7 +18,7 @@ import torch
 from support.ranks import run_ranks, started_ranks
 from support.tiny_engine import case_name, checkpoints_of, full_weights, start_engine, train_step
 
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import checkpoint, saving
 from dpo_dist.engine.checkpoints.commit import verify
 from dpo_dist.engine.checkpoints.train_state import TrainState, read_train_state
 from dpo_dist.engine.distributed import collectives
@@ -59,7 +59,7 @@ def save_at(engine: Any, checkpoints_dir: Path, step: int, keep: int = 2) -> Pat
         zero_stage=engine.zero_optimization_stage(),
     )
     logps = np.array([[-1.5, -2.5], [-3.5, -4.5]], dtype=np.float32) * step
-    return checkpoint.save(engine, checkpoints_dir, state, np.array([0, 7]), logps, keep=keep)
+    return saving.save(engine, checkpoints_dir, state, np.array([0, 7]), logps, keep=keep)
 
 
 def what_follows(engine: Any) -> dict[str, Any]:

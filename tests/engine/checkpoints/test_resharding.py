@@ -10,7 +10,7 @@ import torch
 from support.ranks import run_ranks
 from support.tiny_engine import case_name, checkpoints_of, start_engine, train_step
 
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import checkpoint, saving
 from dpo_dist.engine.checkpoints.resharding import needs_resharding
 from dpo_dist.engine.checkpoints.shard_reader import MOMENTS
 from dpo_dist.engine.checkpoints.train_state import TrainState
@@ -60,7 +60,7 @@ def saved_by_two(folder: str) -> Found:
             state = TrainState(2, 12, 0.5, {}, 2, stage)
             probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
             run = checkpoints_of(folder, case_name(*case))
-            checkpoint.save(engine, run, state, *probe, keep=2)
+            saving.save(engine, run, state, *probe, keep=2)
             vectors[case_name(*case)] = vectors_of(engine)
             losses[case_name(*case)] = next_losses(engine)
             engine.destroy()
@@ -121,7 +121,7 @@ def saved_by_one(folder: str) -> None:
             train_step(engine, 1)
             probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
             state = TrainState(2, 12, 0.5, {}, 1, stage)
-            checkpoint.save(engine, checkpoints_of(folder, str(stage)), state, *probe, keep=2)
+            saving.save(engine, checkpoints_of(folder, str(stage)), state, *probe, keep=2)
             engine.destroy()
 
 
@@ -166,14 +166,14 @@ def one_blind_rank(folder: str, other: str) -> str:
         engine = start_engine(0, adapter=False)
         probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
         with pytest.raises(CheckpointError) as saving:
-            checkpoint.save(engine, own, TrainState(9, 54, 1.0, {}, 2, 0), *probe, keep=2)
+            saving.save(engine, own, TrainState(9, 54, 1.0, {}, 2, 0), *probe, keep=2)
     return str(saving.value)
 
 
 def test_a_rank_that_does_not_see_the_run_folder(tmp_path: Path) -> None:
-    for saving in run_ranks(2, one_blind_rank, str(tmp_path), str(tmp_path / "other")):
-        assert "could not be written (rank 1: " in saving
-        assert ".step-000009.partial is not visible, run.dir must be on a shared file" in saving
+    for error in run_ranks(2, one_blind_rank, str(tmp_path), str(tmp_path / "other")):
+        assert "could not be written (rank 1: " in error
+        assert ".step-000009.partial is not visible, run.dir must be on a shared file" in error
 
 
 def test_what_needs_resharding(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from support.ranks import run_ranks
 from support.tiny_engine import case_name, checkpoints_of, full_weights, start_engine, train_step
 
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import saving
 from dpo_dist.engine.checkpoints.commit import commit, record_files
 from dpo_dist.engine.checkpoints.retention import prune
 from dpo_dist.engine.checkpoints.shard_reader import open_checkpoint
@@ -51,7 +51,7 @@ def save_case(run: Path, stage: int, dtype: str, adapter: bool, size: dict[str, 
         train_step(engine, step)
     state = TrainState(2, 12, 0.5, {}, torch.distributed.get_world_size(), stage)
     probe = np.arange(2), np.zeros((2, 2), dtype=np.float32)
-    checkpoint.save(engine, run, state, *probe, keep=2)
+    saving.save(engine, run, state, *probe, keep=2)
     weights = full_weights(engine)
     if collectives.is_first():
         torch.save(weights, run.parent / "expected.pt")

@@ -18,7 +18,7 @@ from support.tiny_run import make_run, metrics_of, succeed
 from dpo_dist.config.run_config import load_config, parse_config
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
 from dpo_dist.data.pairs import open_pairs
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import checkpoint, saving
 from dpo_dist.engine.checkpoints.shard_reader import open_checkpoint
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
@@ -114,7 +114,7 @@ def trained(folder: str, model_dir: str) -> dict[str, Any]:
             run = checkpoints_of(folder, f"{name_of(case)}-{ranks}")
             probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
             state = TrainState(2, 8, 0.5, {}, ranks, case[0])
-            path = checkpoint.save(engine, run, state, *probe, keep=2)
+            path = saving.save(engine, run, state, *probe, keep=2)
             losses += [train_step(engine, step) for step in (3, 4)]
             zero.take_down(engine)
             engine = start(model_dir, case)

@@ -13,7 +13,7 @@ from support.tiny_models import tiny_model
 
 from dpo_dist.config.run_config import parse_config
 from dpo_dist.config.training_section import TrainSection
-from dpo_dist.engine.checkpoints import checkpoint
+from dpo_dist.engine.checkpoints import checkpoint, saving
 from dpo_dist.engine.checkpoints.train_state import TrainState
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.model.model_shape import shape_of
@@ -67,7 +67,7 @@ def trained(folder: str) -> dict[str, Any]:
             state = TrainState(2, 12, 0.5, {"train.optimizer": name}, ranks, stage)
             run = checkpoints_of(folder, f"{name_of(case)}-{ranks}")
             probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
-            path = checkpoint.save(engine, run, state, *probe, keep=2)
+            path = saving.save(engine, run, state, *probe, keep=2)
             losses += [train_step(engine, step) for step in (3, 4)]
             held = state_bytes(engine)
             engine.destroy()

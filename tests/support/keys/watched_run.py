@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.engine.checkpoints.host_copies import HostCopies
 from dpo_dist.metrics.writer import read_lines
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.reference.contract import scoring_contract, store_root
@@ -83,6 +84,11 @@ def watched(stage: str, run_yaml: str, overrides: list[str]) -> dict[str, Any]:
         if type(module).__name__ == "PairScorer":
             training_forward = False
 
+    def copy(copies: HostCopies, state_dict: Any) -> Any:
+        seen["behind"] = True
+        return own_copy(copies, state_dict)
+
+    own_copy, HostCopies.copy, seen["behind"] = HostCopies.copy, copy, False
     hooks.register_module_forward_pre_hook(before)
     hooks.register_module_forward_hook(after)
     os.chdir(Path(run_yaml).parent)
