@@ -13,7 +13,7 @@ MATRIX ?=
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart agent test test-slow gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow soak gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -44,6 +44,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# A training under hundreds of faults, decided by a seed: FAULTS=200 SEED=1.
+FAULTS ?= 200
+SEED ?= 1
+soak: install
+	DPO_DIST_SOAK_FAULTS=$(FAULTS) DPO_DIST_SOAK_SEED=$(SEED) $(BIN)/python -m pytest -s -m slow tests/soak
 
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install
