@@ -37,7 +37,8 @@ def _begin(stage_name: str, config_path: Path, overrides: list[str]) -> str:
     paths = RunDir(config.run.dir)
     if stage == pipeline.PUSH and config.export.push_to_hub is None:
         return "skip"
-    resubmitted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "DPO_DIST_AGAIN"))
+    resubmitted = any(int(count) > 0 for count in restarts)
     log_dir = attempts.begin(paths, stage.name, config.restart, resubmitted=resubmitted)
     if log_dir is None:
         return "skip"
@@ -46,13 +47,13 @@ def _begin(stage_name: str, config_path: Path, overrides: list[str]) -> str:
 
 
 def judge(stage_name: StageName, config_path: ConfigPath, overrides: Overrides = None) -> None:
-    """Print "next" or "restart"; exit with the stage's code when neither will help."""
+    """Print "next", "again", or "requeue" after a signal; exit with the stage's code otherwise."""
     outcome, failure = attempts.patiently(lambda: _judge(stage_name, config_path, overrides or []))
     if failure:
         print(failure, file=sys.stderr)
     if outcome.verdict == "stop":
         raise typer.Exit(outcome.exit_code)
-    print(outcome.verdict)
+    print({"next": "next", "restart": "again", "stopped": "requeue"}[outcome.verdict])
 
 
 def _judge(

@@ -52,7 +52,7 @@ def work(job: dict[str, Any]) -> None:
     )  # fmt: skip
     code = run_rank(job, topology, Path(log_dir), paths)
     outcome = settled(paths, stage, code)
-    if outcome.verdict == "restart":
+    if outcome.verdict in ("restart", "stopped"):
         raise RuntimeError(f"rank {rank} of {stage} ended with {code}: {outcome.reason}")
 
 

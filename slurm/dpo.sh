@@ -67,26 +67,31 @@ give_up() {
     exit "$code"
 }
 
-number=0 cpus=${SLURM_CPUS_PER_TASK:-1}
+number=0 cpus=${SLURM_CPUS_PER_TASK:-1} again=0
 for stage in ${DPO_STAGES:-$every}; do
-    [ "$stopping" = 0 ] || requeue
-    number=$((number + 1))
-    # Jobs that share a node must not share a port, nor steps that follow each other.
-    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + number) % 20000))
-    plan=$(attempt begin "$stage" "$@") || give_up
-    read -r tasks LOG_DIR <<<"$plan"
-    [ "$tasks" != skip ] || continue
-    export LOG_DIR
-    # srun does not inherit --cpus-per-task; a stage of one task has the whole node.
-    size=(--ntasks="$SLURM_NTASKS" --cpus-per-task="$cpus")
-    [ "$tasks" = all ] ||
-        size=(--nodes=1 --ntasks=1 --cpus-per-task=$((cpus * SLURM_NTASKS / SLURM_NNODES)))
-    # A step whose rank dies must end as a whole, within the minute.
-    srun "${SRUN_OPTIONS[@]}" "${size[@]}" --kill-on-bad-exit=1 --wait=60 \
-        "$here/task.sh" "${IN_ENV[@]}" python -m dpo_dist "$stage" "$@" &
-    step=$!
-    # A signal interrupts `wait`, and the step goes on.
-    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
-    verdict=$(attempt judge "$stage" "$@") || give_up
-    [ "$verdict" = next ] || requeue
+    while :; do
+        [ "$stopping" = 0 ] || requeue
+        number=$((number + 1))
+        # Jobs that share a node must not share a port, nor steps that follow each other.
+        export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + number) % 20000))
+        plan=$(DPO_DIST_AGAIN=$again attempt begin "$stage" "$@") || give_up
+        read -r tasks LOG_DIR <<<"$plan"
+        [ "$tasks" != skip ] || break
+        export LOG_DIR
+        # srun does not inherit --cpus-per-task; a stage of one task has the whole node.
+        size=(--ntasks="$SLURM_NTASKS" --cpus-per-task="$cpus")
+        [ "$tasks" = all ] ||
+            size=(--nodes=1 --ntasks=1 --cpus-per-task=$((cpus * SLURM_NTASKS / SLURM_NNODES)))
+        # A step whose rank dies must end as a whole, within the minute.
+        srun "${SRUN_OPTIONS[@]}" "${size[@]}" --kill-on-bad-exit=1 --wait=60 \
+            "$here/task.sh" "${IN_ENV[@]}" python -m dpo_dist "$stage" "$@" &
+        step=$!
+        # A signal interrupts `wait`, and the step goes on.
+        while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+        verdict=$(attempt judge "$stage" "$@") || give_up
+        [ "$verdict" != next ] || break
+        [ "$verdict" = again ] || requeue # it was told to stop: the allocation ends
+        again=1
+        echo "dpo.sh: $stage starts again in job $job"
+    done
 done

@@ -25,7 +25,8 @@ from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_failures, rank_
 from dpo_dist.run.status import read_status, update_stage, update_status
 
 T = TypeVar("T")
-Verdict = Literal["next", "restart", "stop"]
+# "stopped" was told to, and goes on in a new allocation; "restart" may in the one that it has
+Verdict = Literal["next", "restart", "stopped", "stop"]
 ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
 TAIL_LINES = 30
 DYING_S = 120.0  # the longest that a node's NFS locks outlive it
@@ -104,7 +105,7 @@ def judge(paths: RunDir, stage: str) -> Outcome:
     if state == "finished":
         return Outcome("next", "finished", 0)
     if state == "stopped":
-        return Outcome("restart", "stopped by a signal with everything committed", EXIT_RESTART)
+        return Outcome("stopped", "stopped by a signal with everything committed", EXIT_RESTART)
     if state == "failed" and not own.get("restartable", True):
         return Outcome("stop", str(own.get("error")), int(own.get("exit_code", 1)))
     # rank 0 may have ended of another rank, or waited for it until it was killed

@@ -8,6 +8,8 @@
 5. End at the last step, or when evaluations no longer get better.
 """
 
+import logging
+import time
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ from dpo_dist.training.speed import peak_of
 from dpo_dist.training.sums import StepSums
 from dpo_dist.watch.heartbeat import beat, during
 
+_logger = logging.getLogger(__name__)
+
 
 def run(config: RunConfig) -> Path:
     """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
@@ -51,7 +55,9 @@ def run(config: RunConfig) -> Path:
     with collectives.process_group(topology) as device:
         digests = input_digests(models, work.train)
         settings = config.checkpoint
+        began = time.monotonic()
         resume = checkpoint.choose_resume(paths.checkpoints_dir, settings.resume)
+        verified = time.monotonic()
         if resume is not None:
             # verified first: one that is damaged is no end, and an export would refuse it
             if settings.resume == "auto" and has_ended(models, digests, work.num_steps, resume):
@@ -61,8 +67,14 @@ def run(config: RunConfig) -> Path:
         digests |= {"reference": digest_of(job.train.reference.numpy().tobytes().hex())}
         if resume is None:
             check_start(job)
+        built = time.monotonic()
         state = checkpoint.load(job.engine, resume, digests) if resume else None
         last_step = state.step if state else 0
+        if state and collectives.is_first():
+            _logger.info(
+                "goes on after step %d (verified in %.1f s, model and data %.1f s, loaded %.1f s)",
+                last_step, verified - began, built - verified, time.monotonic() - built,
+            )  # fmt: skip
         with open_records(job, state, digests) as records:
             if not records.begin(last_step):
                 with during("step"):
