@@ -1,5 +1,6 @@
 """What all sections of a run config share: frozen, strict, torch-free."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ def _interval(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if 0 < value < 1:
             return value
-        if value >= 1 and value == int(value):
+        if math.isfinite(value) and value >= 1 and value == int(value):
             return int(value)
     raise ValueError(f"{value!r}; expected a number of steps, or a share of all steps below 1")
 
@@ -24,9 +25,11 @@ Rule = tuple[bool, str, str, str]  # (is it broken, found, expected, remedy)
 
 
 class Section(BaseModel):
-    """A frozen group of keys that refuses names it does not know."""
+    """A frozen group of keys that refuses names it does not know, and NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def broken(rules: Iterable[Rule]) -> Iterator[str]:

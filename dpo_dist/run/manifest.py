@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ArtifactError
+from dpo_dist.parsing import parse_as
 from dpo_dist.run.run_dir import MANIFEST_NAME
 from dpo_dist.watch.heartbeat import beat
 
@@ -130,19 +131,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, asdict(manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable."""
+def read_manifest(folder: Path, details: type | None = None) -> Manifest:
+    """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable, or
+    when its details are not of the given kind."""
     path = folder / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_text())
-        return Manifest(**raw)
+        manifest = parse_as(Manifest, path.read_bytes())
+        if details is not None:
+            parse_as(details, json.dumps(manifest.details))
+        return manifest
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} does not exist",
             "an artifact with its manifest",
             "Run the stage that writes it, or `dpo-dist run`.",
         ) from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ArtifactError(
             f"{path} is not readable ({error})",
             "the manifest as it was written",
