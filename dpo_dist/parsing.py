@@ -1,4 +1,4 @@
-"""JSON and YAML that others wrote: a value, or a ValueError that says in one line why there is none.
+"""JSON and YAML that others wrote: a value, or a ValueError that says in one line why not.
 
 The libraries raise a dozen types for text that is none, such as RecursionError for brackets in
 brackets and KeyError for `!!bool x`.
@@ -41,6 +41,14 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
     _check_entries(value, MOST_ENTRIES)
     return value
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The object of a JSON text; raises ValueError, also for another value."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {str(value)[:40]!r}, not an object")
+    return cast("dict[str, Any]", value)
 
 
 def parse_as(kind: type[T], text: str | bytes) -> T:

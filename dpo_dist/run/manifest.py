@@ -134,7 +134,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path, details: type | None = None) -> Manifest:
     """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable, or
     when its details are not of the given kind."""
-    path = folder / MANIFEST_NAME
+    return read_manifest_file(folder / MANIFEST_NAME, folder, details)
+
+
+def read_manifest_file(path: Path, artifact: Path, details: type | None = None) -> Manifest:
+    """`read_manifest` for an artifact that is a single file, with the manifest beside it."""
     try:
         manifest = parse_as(Manifest, path.read_bytes())
         if details is not None:
@@ -150,7 +154,7 @@ def read_manifest(folder: Path, details: type | None = None) -> Manifest:
         raise ArtifactError(
             f"{path} is not readable ({error})",
             "the manifest as it was written",
-            f"Delete {folder} and run its stage again.",
+            f"Delete {artifact} and run its stage again.",
         ) from None
 
 

@@ -164,8 +164,8 @@ def describe_status(
         lines.append(("reference", value))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))
-    if status.get("best_checkpoint"):
-        held_out = f"{status['best_by']} {status['best_metric']:.4f}"
+    if status.get("best_checkpoint") and status.get("best_metric") is not None:
+        held_out = f"{status.get('best_by')} {status['best_metric']:.4f}"
         lines.append(("best checkpoint", f"{status['best_checkpoint']} ({held_out})"))
     if status.get("skipped_steps"):
         lines.append(("skipped steps", ", ".join(map(str, status["skipped_steps"]))))

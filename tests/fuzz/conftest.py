@@ -19,6 +19,7 @@ settings.register_profile(
     database=None,
     deadline=None,
     print_blob=True,
+    report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("dpo-dist")

@@ -1,5 +1,6 @@
 """Values, texts and damaged bytes, and what may come of them: a result, or an error by name."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ NASTY_NUMBERS = (
 DEPTHS = (50, 400, 5000, 100_000)
 
 
+@functools.cache
 def texts() -> st.SearchStrategy[str]:
     """Short ones, of any characters, half a character of UTF-16 among them."""
     characters = st.characters(codec=None, exclude_categories=())
@@ -37,9 +39,10 @@ def scalars() -> st.SearchStrategy[Any]:
     )  # fmt: skip
 
 
-def values(keys: st.SearchStrategy[str] | None = None) -> st.SearchStrategy[Any]:
-    """Any JSON value; objects have `keys` of any text, or those given."""
-    names = texts() if keys is None else keys | texts()
+@functools.cache
+def values(*keys: str) -> st.SearchStrategy[Any]:
+    """Any JSON value; its objects have these keys, or any text."""
+    names = st.sampled_from(keys) | texts() if keys else texts()
 
     def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         return st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)
@@ -87,8 +90,8 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 PIECES = (
-    b"\0", b"\xef\xbb\xbf", b"\r", b"\n", b"\x0b", b"\x0c", b"\xff", b" ", b'"', b"\\ud800", b",", b"{",
-    b"}", b"[", b"]", b":", b"null", b"NaN", b"1e999", b"9" * 5000, b"[" * 100_000, b'{"a":' * 5000,
+    b"\0", b"\xef\xbb\xbf", b"\r", b"\n", b"\x0b", b"\x0c", b"\xff", b" ", b'"', b"\\ud800", b",",
+    b"{", b"}", b"[", b"]", b":", b"null", b"NaN", b"1e999", b"9" * 5000, b"[" * 100_000, b'{"a":' * 5000,
 )  # fmt: skip
 
 
