@@ -10,10 +10,13 @@ AGENT := examples/agent_trajectories
 # What `make coverage` runs, all by default, and options of .ci/matrix.py.
 TESTS ?=
 MATRIX ?=
+# Of each test that `make fuzz` runs, and where its random inputs begin.
+EXAMPLES ?= 300
+SEED ?= $(shell date +%s)
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart agent test test-slow gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow fuzz gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -44,6 +47,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Damaged and made-up inputs, others every time: make fuzz SEED=... tries the same again.
+fuzz: install
+	DPO_DIST_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED)
 
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install

@@ -27,7 +27,8 @@ def canonical_json(value: Any) -> str:
 
 def digest_of(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    # half a character, which JSON can spell, has an identity too
+    return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:

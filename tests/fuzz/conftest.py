@@ -8,7 +8,7 @@ from fuzzing import TRIED
 from hypothesis import HealthCheck, settings
 
 ASKED = os.environ.get("DPO_DIST_FUZZ_EXAMPLES")  # of each test
-SHORT = 25
+SHORT = 10
 
 # what Hypothesis knows of Unicode is kept there, not in this repository
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir() + "/dpo-dist-fuzz")

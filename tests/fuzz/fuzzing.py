@@ -91,7 +91,8 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 PIECES = (
     b"\0", b"\xef\xbb\xbf", b"\r", b"\n", b"\x0b", b"\x0c", b"\xff", b" ", b'"', b"\\ud800", b",",
-    b"{", b"}", b"[", b"]", b":", b"null", b"NaN", b"1e999", b"9" * 5000, b"[" * 100_000, b'{"a":' * 5000,
+    b"{", b"}", b"[", b"]", b":", b"null", b"NaN", b"1e999", b"9" * 5000,
+    b"[" * 100_000, b'{"a":' * 5000,
 )  # fmt: skip
 
 

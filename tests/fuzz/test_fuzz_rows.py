@@ -39,10 +39,13 @@ KEYS = (
 ROLES = ("system", "user", "assistant", "tool", "human", "gpt", "function_call", "critic")
 
 
+PLAIN = st.sampled_from(("Sky?", "Blue.", "\n\nHuman: a\n\nAssistant: b"))
+
+
 @functools.cache
 def messages() -> st.SearchStrategy[Any]:
     message = st.fixed_dictionaries(
-        {"role": st.sampled_from(ROLES), "content": texts() | values()},
+        {"role": st.sampled_from(ROLES), "content": PLAIN | PLAIN | texts() | values()},
         optional={
             "tool_calls": values(*KEYS), "name": values(), "thinking": values(),
             "tool_call_id": values(), "from": values(), "function_call": values(),
@@ -51,30 +54,34 @@ def messages() -> st.SearchStrategy[Any]:
     return st.lists(message, min_size=1, max_size=4)
 
 
+# names of columns by format, those that a row must have first
+SHAPES = (
+    (("prompt", "chosen", "rejected"), ("system", "tools", "chat_template_kwargs", "images")),
+    (("chosen", "rejected"), ("conversations", "messages", "prompt", "query")),
+    (("question", "chosen", "rejected"), ("system", "chosen_score", "rejected_score")),
+    (("question", "response_j", "response_k"), ("system", "score_chosen", "score_rejected")),
+    (("instruction", "chosen", "rejected"), ("input", "history", "system")),
+    (("completion", "label"), ("prompt", "question", "system", "tools")),
+    (("messages", "label"), ("tools", "chosen_score")),
+)
+
+
 @functools.cache
 def fields() -> st.SearchStrategy[Any]:
-    known = messages() | messages().map(lambda m: json.dumps(m)) | texts()
-    return known | known | values(*KEYS)
+    known = messages() | messages().map(lambda m: json.dumps(m)) | PLAIN
+    return known | known | known | texts() | values(*KEYS)
 
 
 @functools.cache
 def rows() -> st.SearchStrategy[Any]:
-    pair = st.fixed_dictionaries(
-        {"prompt": fields(), "chosen": fields(), "rejected": fields()},
-        optional={
-            name: fields() for name in ("system", "tools", "chat_template_kwargs", "history")
-        },
-    )
-    single = st.fixed_dictionaries(
-        {"question": texts(), "chosen": texts(), "rejected": texts()},
-        optional={"system": fields(), "chosen_score": values(), "rejected_score": values()},
-    )
-    labelled = st.fixed_dictionaries(
-        {"prompt": fields(), "completion": fields(), "label": values() | st.booleans()}
-    )
-    return (
-        pair | single | labelled | st.dictionaries(st.sampled_from(COLUMNS), fields(), max_size=6)
-    )
+    shaped = [
+        st.fixed_dictionaries(
+            {name: PLAIN | fields() if name != "label" else st.booleans() for name in needed},
+            optional={name: fields() for name in others},
+        )
+        for needed, others in SHAPES
+    ]
+    return st.one_of(*shaped) | st.dictionaries(st.sampled_from(COLUMNS), fields(), max_size=6)
 
 
 ASKED = {"role": "user", "content": "How many legs has a spider?"}
@@ -94,7 +101,12 @@ VALID: list[list[dict[str, Any]]] = [
         {"messages": [ASKED, {"role": "assistant", "content": text}], "label": text == "Eight."}
         for text in ("Eight.", "Six.")
     ],
-    [{"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4", "history": [["a", "b"]]}],
+    [
+        {
+            "instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4",
+            "history": [["a", "b"]],
+        }
+    ],
 ]  # fmt: skip
 
 
