@@ -10,10 +10,14 @@ AGENT := examples/agent_trajectories
 # What `make coverage` runs, all by default, and options of .ci/matrix.py.
 TESTS ?=
 MATRIX ?=
+# Of each test that `make fuzz` runs, and where its random inputs begin.
+EXAMPLES ?= 300
+FAULTS ?= 200
+SEED ?= $(shell date +%s)
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart agent test test-slow soak gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow fuzz soak gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -45,11 +49,13 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# A training under hundreds of faults, decided by a seed: FAULTS=200 SEED=1.
-FAULTS ?= 200
-SEED ?= 1
+# A training under hundreds of faults: make soak FAULTS=200 SEED=...
 soak: install
 	DPO_DIST_SOAK_FAULTS=$(FAULTS) DPO_DIST_SOAK_SEED=$(SEED) $(BIN)/python -m pytest -s -m slow tests/soak
+
+# Damaged and made-up inputs, others every time: make fuzz SEED=... tries the same again.
+fuzz: install
+	DPO_DIST_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED)
 
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install

@@ -55,6 +55,10 @@ def status(
             f"{path} does not exist", "the folder of a run", "Name the run.dir of a run.yaml."
         )
     values, (age, limit) = read_status(path), last_word(path, paths.heartbeat_path)
+    if not values:
+        raise ArtifactError(
+            f"{path} is not readable", "what a stage wrote", "Start the run again: it is rewritten."
+        )
     if as_json:
         print_json(values)
     else:

@@ -45,6 +45,7 @@ from dpo_dist.run.manifest import (
     digest_of,
     digest_of_file,
     fsync_dir,
+    read_manifest_file,
     write_json,
 )
 from dpo_dist.run.run_dir import RunDir, manifest_beside, partial_path
@@ -228,9 +229,9 @@ def _is_current(out: Path, manifest: Manifest) -> bool:
                 "Choose another --out, or move the file away.",
             )
         return False
-    old = json.loads(beside.read_text())
-    found = differences(old["settings"], manifest.settings)
-    found += differences(old["inputs"], manifest.inputs, "input ")
+    old = read_manifest_file(beside, beside)
+    found = differences(old.settings, manifest.settings)
+    found += differences(old.inputs, manifest.inputs, "input ")
     if found and begun:
         raise ArtifactError(
             f"{out} was begun with other settings ({'; '.join(found)})",

@@ -5,7 +5,6 @@
 3. The folder appears under its name only when it is whole.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_dist import __version__
 from dpo_dist.engine.checkpoints.retention import marked
 from dpo_dist.errors import ArtifactError
 from dpo_dist.metrics.curves import HELD_OUT, PLOTS, Line, displacement, points
 from dpo_dist.metrics.writer import read_lines
+from dpo_dist.parsing import parse_json, parse_yaml
 from dpo_dist.report import data_section
 from dpo_dist.report import sections as parts
 from dpo_dist.report.charts import write_pictures
@@ -64,13 +62,13 @@ class _Files:
     root: Path
     damaged: list[str] = field(default_factory=list)
 
-    def read(self, path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    def read(self, path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
         """The mapping in a file, {} when it is not there yet or damaged."""
         try:
             found = parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (ValueError, yaml.YAMLError):
+        except ValueError:
             found = None
         if isinstance(found, dict):
             return found
@@ -84,7 +82,7 @@ def _page(paths: RunDir, lines: Sequence[Line]) -> Html:
     evaluated, verified = files.read(paths.evaluate_path), files.read(paths.verify_path)
     answers = files.read(paths.generate_path).get("answers", [])
     data = files.read(paths.pairs_dir / PAIRS_REPORT_NAME)
-    config = files.read(paths.config_path, yaml.safe_load)
+    config = files.read(paths.config_path, parse_yaml)
     committed = marked(paths.checkpoints_dir)
     state = files.read(committed[0] / TRAIN_STATE_NAME) if committed else {}
     sections = {  # title: its blocks, and what is said without any

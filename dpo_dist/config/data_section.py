@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dpo_dist.config.section import Fraction, PositiveInt, Rule, Section
+from dpo_dist.config.section import Fraction, PathText, PositiveInt, Rule, Section
 
 PairKey = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Policy = Literal["drop", "raise", "keep"]
@@ -17,7 +17,7 @@ LosablePart = Literal["content", "thought", "earlier_thought", "tool_calls", "to
 
 
 class SourceSection(Section):
-    path: str = Field(
+    path: PathText = Field(
         description="JSONL, JSON, Parquet or CSV file, a pattern of files, datasets folder, or "
         "hub id."
     )
@@ -55,7 +55,7 @@ class DataSection(Section):
         "auto",
         description="Maximum tokens of prompt + answer; auto: p99, rounded up to a multiple of 8.",
     )
-    chat_template: str | None = Field(
+    chat_template: PathText | None = Field(
         None, description="Built-in name or Jinja file; defaults to the tokenizer's own."
     )
     system_message: str | None = Field(

@@ -1,17 +1,16 @@
 """Sections of a run config about the run folder and what comes out of it."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpo_dist.config.section import Interval, PositiveInt, Section
+from dpo_dist.config.section import FilePath, Interval, PositiveInt, Section
 
 StepName = Annotated[str, Field(pattern=r"^step-\d{6,}$")]
 
 
 class RunSection(Section):
-    dir: Path = Field(description="Folder for everything that this run writes.")
+    dir: FilePath = Field(description="Folder for everything that this run writes.")
     seed: int = Field(
         42, ge=0, description="Seed for sample order, adapter initialization, dropout and sampling."
     )

@@ -2,9 +2,8 @@
 
 from typing import Any, cast
 
-import yaml
-
 from dpo_dist.errors import ConfigError
+from dpo_dist.parsing import parse_yaml
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -21,11 +20,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         target = _child(target, part, ".".join(parents[: depth + 1]), override)
     try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        where = " ".join(str(error).split())
+        value = parse_yaml(text) if text else None
+    except ValueError as error:
         raise ConfigError(
-            f"override {override!r} is not YAML ({where})",
+            f"override {override!r} is not YAML ({error})",
             "section.key=value with a YAML value",
             "Quote text that is not YAML: \"run.dir='[x'\".",
         ) from None
@@ -37,12 +35,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _child(target: Any, part: str, path: str, override: str) -> Any:
-    if isinstance(target, list):
-        entries = cast(list[Any], target)
-        return entries[_index(entries, part, override)]
-    child: Any = target.setdefault(part, {})
+    is_list = isinstance(target, list)
+    key = _index(cast(list[Any], target), part, override) if is_list else part
+    child: Any = target[key] if is_list else target.setdefault(part, {})
     if child is None:  # `adapter: null` becomes a section once one of its keys is set
-        child = target[part] = {}
+        child = target[key] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(
             f"override {override!r} goes inside {path}, which is {child!r}",
@@ -59,10 +56,11 @@ def _index(target: list[Any], part: str, override: str) -> int:
             "a list with entries",
             "Override the whole list.",
         )
-    if not part.isdigit() or int(part) >= len(target):
+    names = [str(index) for index in range(len(target))]
+    if part not in names:
         raise ConfigError(
             f"override {override!r}: {part!r} is not an index into a list of {len(target)}",
             f"an index from 0 to {len(target) - 1}",
             "For example, data.train.0.limit=100.",
         )
-    return int(part)
+    return names.index(part)

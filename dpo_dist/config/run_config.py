@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_dist.config.cluster_section import (
@@ -42,6 +41,7 @@ from dpo_dist.config.training_section import (
 )
 from dpo_dist.config.watchdog_section import WatchdogSection
 from dpo_dist.errors import ConfigError
+from dpo_dist.parsing import parse_yaml
 
 
 class RunConfig(Section):
@@ -206,17 +206,16 @@ def _adapter_rules(adapter: AdapterSection | None, model: ModelSection) -> Itera
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run config and applies overrides; raises ConfigError with every problem at once."""
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        raw: Any = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror or error}",
             "a readable YAML run config",
             "Start from one in examples/.",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
+    except ValueError as error:
         raise ConfigError(
-            f"{path} is not YAML ({where})", "a YAML mapping of sections", "Fix its syntax."
+            f"{path} is not YAML ({error})", "a YAML mapping of sections", "Fix its syntax."
         ) from None
     if not isinstance(raw, dict):
         raise ConfigError(

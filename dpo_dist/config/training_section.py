@@ -1,16 +1,15 @@
 """Sections of a run config about the model, the reference and the training."""
 
 import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from dpo_dist.config.section import Fraction, Interval, PositiveInt, Section
+from dpo_dist.config.section import FilePath, Fraction, Interval, PathText, PositiveInt, Section
 
 
 class ModelSection(Section):
-    path: str = Field(description="Folder or hub id of the base model.")
+    path: PathText = Field(description="Folder or hub id of the base model.")
     revision: str | None = Field(None, description="Hub branch, tag or commit of the model.")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Dtype of the forward; the optimizer keeps float32 master weights."
@@ -38,10 +37,10 @@ class ModelSection(Section):
 
 
 class ReferenceSection(Section):
-    model: str | None = Field(
+    model: PathText | None = Field(
         None, description="Folder or hub id of the reference; defaults to the starting policy."
     )
-    store_dir: Path | None = Field(
+    store_dir: FilePath | None = Field(
         None,
         description="Folder of the reference store, which runs may share; by default in run.dir.",
     )
@@ -61,7 +60,7 @@ class ReferenceSection(Section):
 
 
 class AdapterSection(Section):
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="Folder or hub id of a LoRA adapter to start from, e.g. after SFT."
     )
     start: Literal["continue", "merge"] = Field(
@@ -146,7 +145,7 @@ class TrainSection(Section):
     profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="First and last optimizer step to trace with torch's profiler."
     )
-    deepspeed: str = Field(
+    deepspeed: PathText = Field(
         "zero3",
         description="zero0, zero1, zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON.",
     )
@@ -165,7 +164,7 @@ class CheckpointSection(Section):
         description="Write while training goes on, from a copy in host memory if it has room; or "
         "before.",
     )
-    resume: Path | Literal["auto"] = Field(
+    resume: FilePath | Literal["auto"] = Field(
         "auto", description="Checkpoint folder to resume from; auto takes the newest that verifies."
     )
     trusted_owners: list[NonNegativeInt] = Field(

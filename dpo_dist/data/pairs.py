@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel
 
 from dpo_dist.errors import ArtifactError
 from dpo_dist.reference.arrays import IntArray, KeyArray
@@ -41,6 +42,19 @@ SCHEMA = pa.schema(
         ("pair_key", pa.binary(KEY_BYTES)), ("source", pa.string()), ("origin", pa.string()),
     ]
 )  # fmt: skip
+
+
+class SplitDetails(BaseModel):
+    """A split in the manifest."""
+
+    num_pairs: int
+    digest: str
+
+
+class PairsDetails(BaseModel):
+    """What the manifest says of the pairs."""
+
+    splits: dict[str, SplitDetails]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ class Pairs:
 
 def open_pairs(pairs_dir: Path, split: str) -> Pairs:
     """Opens a split; raises ArtifactError when it is missing or damaged."""
-    expected = read_manifest(pairs_dir).details["splits"].get(split)
+    expected = read_manifest(pairs_dir, PairsDetails).details["splits"].get(split)
     folder = pairs_dir / split
     if expected is None:
         raise _damaged(folder, "is not in the manifest")

@@ -9,13 +9,14 @@ import yaml
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.importing.settings import Peer, Settings
+from dpo_dist.parsing import parse_yaml
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """The mapping that a file holds; raises ConfigError, with `what` it should be."""
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values: Any = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         remedy = "Correct the path or the file."
         raise ConfigError(f"{path}: {reason}", f"{what}, readable", remedy) from None
@@ -43,7 +44,13 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
                 f"{override!r}", "KEY=VALUE with a key of the file's trainer",
                 "For example learning_rate=1e-6.",
             )  # fmt: skip
-        values[key] = yaml.safe_load(text) if text else None
+        try:
+            values[key] = parse_yaml(text) if text else None
+        except ValueError as error:
+            raise ConfigError(
+                f"{override!r} is not YAML ({error})", "KEY=VALUE with a YAML value",
+                "Quote text that is not YAML.",
+            ) from None  # fmt: skip
     return values
 
 

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from dpo_dist.errors import ConfigError
 from dpo_dist.importing.settings import Run, wrong
+from dpo_dist.parsing import parse_yaml
 
 SCHEDULES = {
     "linear": "linear",
@@ -148,7 +147,10 @@ def _min_lr(run: Run, schedule: str) -> None:
     settings, key = run.settings, "lr_scheduler_kwargs"
     given = settings.get(key)
     if isinstance(given, str):  # JSON, as on TRL's command line
-        given = yaml.safe_load(given)
+        try:
+            given = parse_yaml(given)
+        except ValueError:
+            raise wrong(key, given, "a mapping, such as {min_lr_rate: 0.1}") from None
     if given is not None and not isinstance(given, dict):
         raise wrong(key, given, "a mapping, such as {min_lr_rate: 0.1}")
     kwargs = cast("dict[str, Any]", given or {})

@@ -60,7 +60,7 @@ def points(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
     found = [(line["step"], line[name]) for line in lines if name in line]
     return (
         [step for step, _ in found],
-        [math.nan if value is None else float(value) for _, value in found],
+        [float(value) if isinstance(value, int | float) else math.nan for _, value in found],
     )
 
 

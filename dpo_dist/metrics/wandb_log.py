@@ -6,7 +6,7 @@ about the run is what changes its numbers, without paths of this machine, tokens
 console output, code, host or user name, or machine statistics.
 """
 
-import json
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.errors import ConfigError, HubError
 from dpo_dist.extras import import_fault
+from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
 
@@ -107,8 +108,9 @@ def redact(value: Any, secrets: set[str]) -> Any:
 
 
 def _run_id(path: Path) -> str:
-    if path.is_file():
-        return str(json.loads(path.read_text())["id"])
+    with contextlib.suppress(OSError, ValueError):  # a damaged one is made anew
+        if isinstance(known := parse_object(path.read_bytes()).get("id"), str):
+            return known
     number = os.urandom(6).hex()
     write_json(path, {"id": number})
     return number

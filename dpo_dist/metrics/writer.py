@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist.metrics.wandb_log import finish_run
+from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import write_atomic
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def read_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     steps = [(_step_of(line), line) for line in lines]
     return [
-        json.loads(line)
+        parse_object(line)
         for step, line in steps
         if step >= 0 and (last_step is None or step <= last_step)
     ]
@@ -215,6 +216,7 @@ def _truncate(jsonl_path: Path, resume_step: int) -> None:
 
 def _step_of(line: str) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        step = parse_object(line).get("step")
+    except ValueError:
         return -1
+    return step if type(step) is int else -1

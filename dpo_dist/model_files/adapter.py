@@ -1,10 +1,10 @@
 """A peft adapter on disk: where it is, what it says of itself, and its identity."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ModelFilesError
+from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file
 from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import first_line
@@ -52,10 +52,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder; raises ModelFilesError when it is missing or not JSON."""
     path = folder / ADAPTER_CONFIG_NAME
     try:
-        return json.loads(path.read_text())
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelFilesError(
-            f"{path} is not readable ({error})", "a JSON file", "Copy the adapter again."
+            f"{path} is not readable ({error})", "a JSON object", "Copy the adapter again."
         ) from None
 
 

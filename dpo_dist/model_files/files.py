@@ -1,7 +1,6 @@
 """A model folder on disk: where it is, which files are its weights, and their identity."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from dpo_dist.errors import ModelFilesError
 from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME, read_adapter_config
+from dpo_dist.parsing import parse_as, parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
 from dpo_dist.watch.heartbeat import during
 from dpo_dist.wording import first_line
 
 HASH_THREADS = 8
+MOST_POSITIONS = 1 << 48  # more is no length, such as the 10^30 of a tokenizer without one
 CONFIG_NAME = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -81,10 +84,10 @@ def read_model_config(model_dir: Path) -> dict[str, Any]:
     """The model's config.json; raises ModelFilesError when it is missing or not JSON."""
     path = model_dir / "config.json"
     try:
-        return json.loads(path.read_text())
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelFilesError(
-            f"{path} is not readable ({error})", "a JSON file", "Download the model again."
+            f"{path} is not readable ({error})", "a JSON object", "Download the model again."
         ) from None
 
 
@@ -120,7 +123,7 @@ def with_vocab_size(config: dict[str, Any], size: int) -> dict[str, Any]:
 def vocab_size_of(model_dir: Path) -> int | None:
     """Rows of the model's embeddings, None when its config does not tell."""
     config = read_model_config(model_dir)
-    for section in (config, config.get("text_config") or {}):
+    for section in (config, _object(config, "text_config")):
         if isinstance(section.get("vocab_size"), int):
             return section["vocab_size"]
     return None
@@ -133,7 +136,7 @@ def position_limit(model_dir: Path) -> int | None:
     config.json files do not put into max_position_embeddings.
     """
     config = read_model_config(model_dir)
-    for section in (config, config.get("text_config") or {}):
+    for section in (config, _object(config, "text_config")):
         for name in ("max_position_embeddings", "n_positions"):
             if isinstance(section.get(name), int):
                 return max(section[name], *_scaled_positions(section, section[name]))
@@ -141,13 +144,27 @@ def position_limit(model_dir: Path) -> int | None:
 
 
 def _scaled_positions(section: dict[str, Any], positions: int) -> list[int]:
-    ropes = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    ropes = _object(section, "rope_parameters") or _object(section, "rope_scaling")
     by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)]
-    outer = section.get("original_max_position_embeddings") or positions
+    outer = _positive(section, "original_max_position_embeddings", positions)
     return [0] + [
-        int((rope.get("original_max_position_embeddings") or outer) * (rope.get("factor") or 1))
+        int(
+            _positive(rope, "original_max_position_embeddings", outer)
+            * _positive(rope, "factor", 1)
+        )
         for rope in by_layer or [ropes]
     ]
+
+
+def _object(section: dict[str, Any], name: str) -> dict[str, Any]:
+    found = section.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _positive(section: dict[str, Any], name: str, default: float) -> float:
+    """A number that can be counted with; another library refuses what is none."""
+    found = section.get(name)
+    return found if type(found) in (int, float) and 0 < found < MOST_POSITIONS else default
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
@@ -167,8 +184,7 @@ def weight_files(model_dir: Path, allow_pickle: bool = False) -> list[Path]:
     """
     index_path = model_dir / "model.safetensors.index.json"
     if index_path.is_file():
-        names = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-        for name in names:
+        for name in (names := _indexed(index_path)):
             if Path(name).name != name:
                 raise ModelFilesError(
                     f"{index_path} names {name!r}",
@@ -201,6 +217,23 @@ def weight_files(model_dir: Path, allow_pickle: bool = False) -> list[Path]:
     )
 
 
+def _indexed(index_path: Path) -> list[str]:
+    """The names that an index gives files, sorted."""
+    try:
+        found = parse_as(_Index, index_path.read_bytes()).weight_map.values()
+    except ValueError as error:
+        raise ModelFilesError(
+            f"{index_path} is not readable ({error})",
+            "a weight_map of tensors to files",
+            "Download the model again.",
+        ) from None
+    return sorted({*found})
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
 def digest_of_weights(model_dir: Path, allow_pickle: bool = False) -> str:
     """Identity of a model's weights and architecture: names and SHA-256 of its files.
 
@@ -220,7 +253,7 @@ def check_named_base(adapter_dir: Path, model_path: str) -> None:
     own. An adapter that names none passes; names and shapes are compared when it is loaded.
     """
     named = read_adapter_config(adapter_dir).get("base_model_name_or_path")
-    if not named or _is_same_model(named, model_path):
+    if not named or _is_same_model(str(named), model_path):
         return
     raise ModelFilesError(
         f"the adapter {adapter_dir} was trained on {named}, and model.path is {model_path}",
@@ -260,10 +293,10 @@ def _cached_digest(path: Path) -> str:
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     cached = home / "dpo-dist" / "digests" / f"{digest_of(identity)}.json"
     try:
-        record = json.loads(cached.read_text())
-        if record["file"] == identity:
-            return record["sha256"]
-    except (OSError, ValueError, KeyError):
+        record = parse_object(cached.read_bytes())
+        if record.get("file") == identity and isinstance(digest := record.get("sha256"), str):
+            return digest
+    except (OSError, ValueError):
         pass
     digest = digest_of_file(path)
     with contextlib.suppress(OSError):  # a read-only home only costs the next run another read

@@ -11,7 +11,6 @@ somebody has read it. Shapes: N keys in a call; a log-prob is a sum over one com
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.errors import ReferenceStoreError, disk_errors_as
+from dpo_dist.parsing import parse_object
 from dpo_dist.reference.arrays import IntArray, KeyArray, LogpArray
 from dpo_dist.reference.pair_key import KEY_DTYPE, Keys, as_key_array
 from dpo_dist.reference.parts import (
@@ -204,13 +204,13 @@ def _directory_name(contract: ScoringContract) -> str:
 
 def _stored_contract(directory: Path) -> StoredContract:
     try:
-        fields = json.loads((directory / _CONTRACT_NAME).read_text())
+        fields = parse_object((directory / _CONTRACT_NAME).read_bytes())
     except ValueError:
         fields = {}
     parts = part_paths(directory)
     return StoredContract(
         directory=directory,
-        fields=fields if isinstance(fields, dict) else {},
+        fields=fields,
         num_rows=sum(map(num_rows_in, parts)),
         num_parts=len(parts),
         num_quarantined=len(list((directory / QUARANTINE_NAME).glob("*"))),

@@ -6,7 +6,6 @@ their logs: exit codes get lost on the way through a scheduler.
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -16,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import BaseModel
+
 from dpo_dist.config.cluster_section import RestartSection
 from dpo_dist.errors import EXIT_DO_NOT_RESTART, EXIT_RESTART, DPODistError, is_transient
+from dpo_dist.parsing import parse_as
 from dpo_dist.run.lock import refuse_if_held
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.pipeline import PUSH, STAGES
@@ -42,6 +44,15 @@ class RestartLimitError(DPODistError):
     """A cap on restarts is reached; the process exits 93."""
 
     exit_code = EXIT_DO_NOT_RESTART
+
+
+class _Failure(BaseModel):
+    """What a rank other than 0 left of its end; whoever killed it knows the signal only."""
+
+    error: str = ""
+    signal: int = 0
+    exit_code: int = 1
+    restartable: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,12 @@ def _rank_failures(paths: RunDir, stage: str) -> list[dict[str, Any]]:
     log_dir = paths.log_dir(stage, paths.count_attempts(stage))
     failures = []
     for rank, path in rank_failures(log_dir).items():
-        failure: dict[str, Any] = json.loads(path.read_text())
-        error = failure.get("error") or died_of(failure["signal"])
-        failures.append(failure | {"error": f"rank {rank}: {error}"})
+        try:
+            failure = parse_as(_Failure, path.read_bytes())
+        except ValueError:  # cut short, as by a full disk: what it failed of is not known
+            failure = _Failure(error=f"{path} is not readable", restartable=True)
+        error = failure.error or died_of(failure.signal)
+        failures.append(failure.model_dump() | {"error": f"rank {rank}: {error}"})
     return failures
 
 

@@ -3,10 +3,20 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel
+
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.run.manifest import FileRecord
 from dpo_dist.run.run_dir import RunDir
 
 ExportKind = Literal["adapter", "merged", "full"]
+
+
+class ExportDetails(BaseModel):
+    """What the manifest of an export says of it."""
+
+    step: int
+    files: dict[str, FileRecord]
 
 
 def export_folders(config: RunConfig) -> dict[ExportKind, Path]:

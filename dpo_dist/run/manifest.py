@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ArtifactError
+from dpo_dist.parsing import parse_as
 from dpo_dist.run.run_dir import MANIFEST_NAME
 from dpo_dist.watch.heartbeat import beat
 
@@ -26,7 +27,8 @@ def canonical_json(value: Any) -> str:
 
 def digest_of(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    # half a character, which JSON can spell, has an identity too
+    return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
@@ -130,23 +132,30 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, asdict(manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable."""
-    path = folder / MANIFEST_NAME
+def read_manifest(folder: Path, details: type | None = None) -> Manifest:
+    """Reads an artifact's manifest; raises ArtifactError when it is missing or not readable, or
+    when its details are not of the given kind."""
+    return read_manifest_file(folder / MANIFEST_NAME, folder, details)
+
+
+def read_manifest_file(path: Path, artifact: Path, details: type | None = None) -> Manifest:
+    """`read_manifest` for an artifact that is a single file, with the manifest beside it."""
     try:
-        raw = json.loads(path.read_text())
-        return Manifest(**raw)
+        manifest = parse_as(Manifest, path.read_bytes())
+        if details is not None:
+            parse_as(details, json.dumps(manifest.details))
+        return manifest
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} does not exist",
             "an artifact with its manifest",
             "Run the stage that writes it, or `dpo-dist run`.",
         ) from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ArtifactError(
             f"{path} is not readable ({error})",
             "the manifest as it was written",
-            f"Delete {folder} and run its stage again.",
+            f"Delete {artifact} and run its stage again.",
         ) from None
 
 

@@ -1,6 +1,5 @@
 """status.json: what a run is doing, for scripts and schedulers."""
 
-import json
 import os
 import socket
 import tempfile
@@ -8,16 +7,80 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
+from dpo_dist.parsing import parse_as, parse_json
 from dpo_dist.run.manifest import write_json
 
 UNKNOWN_S = 1800.0  # that a stage may take without a word whose limit is not known
 POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
 
 
+# What is read of status.json, which holds more.
+class _Stage(BaseModel):
+    state: str = ""
+    error: str | None = None
+    exit_code: int = 1
+    restartable: bool = True
+
+
+class _Late(BaseModel):
+    rank: int
+    host: str
+    section: str
+
+
+class _Restarts(BaseModel):
+    total: int
+    without_progress: int
+    progress: Any
+
+
+class _Reference(BaseModel):
+    num_scored: int
+    num_missing: int
+    pairs_per_second: float
+
+
+class _Train(BaseModel):
+    step: int
+    num_steps: int
+    loss: float
+    margins: float = Field(alias="rewards/margins")
+    accuracies: float = Field(alias="rewards/accuracies")
+    pairs_per_second: float
+    seconds_per_step: float
+
+
+class _Status(BaseModel):
+    time: float
+    host: str
+    pid: int
+    stage: str = ""
+    state: str = ""
+    stages: dict[str, _Stage] = {}
+    restarts: _Restarts | None = None
+    train: _Train | None = None
+    reference: _Reference | None = None
+    last_checkpoint: str = ""
+    best_checkpoint: str | None = None
+    best_by: str | None = None
+    best_metric: float | None = None
+    skipped_steps: list[int] = []
+    early_stop: str | None = None
+    late: list[_Late] = []
+
+
+class _Heartbeat(BaseModel):
+    limit: float | None
+
+
 def read_status(path: Path) -> dict[str, Any]:
-    """The last status, or an empty one when there is none yet."""
+    """The last status; an empty one when there is none yet, or none that was written here."""
     try:
-        return json.loads(path.read_text())
+        text = path.read_bytes()
+        parse_as(_Status, text)
+        return parse_json(text)
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -56,9 +119,9 @@ def last_word(status_path: Path, heartbeat_path: Path) -> tuple[float, float | N
     """(seconds since a run last said something, those that its section may take by `watchdog:`)."""
     age = age_of(status_path)
     try:
-        heartbeat = json.loads(heartbeat_path.read_text())
-        return min(age, age_of(heartbeat_path)), heartbeat["limit"]
-    except (OSError, ValueError, KeyError):
+        limit = parse_as(_Heartbeat, heartbeat_path.read_bytes()).limit
+        return min(age, age_of(heartbeat_path)), limit
+    except (OSError, ValueError):
         return age, UNKNOWN_S
 
 
@@ -95,14 +158,14 @@ def describe_status(
     if reference:
         scored, missing = reference["num_scored"], reference["num_missing"]
         value = f"{scored:,} of {missing:,} new pairs scored"
-        if scored < missing:
-            speed = reference["pairs_per_second"]
+        speed = reference["pairs_per_second"]
+        if scored < missing and speed > 0:
             value += f", {speed:.2f} pairs/s, {duration((missing - scored) / speed)} left"
         lines.append(("reference", value))
     if "last_checkpoint" in status:
         lines.append(("last checkpoint", status["last_checkpoint"]))
-    if status.get("best_checkpoint"):
-        held_out = f"{status['best_by']} {status['best_metric']:.4f}"
+    if status.get("best_checkpoint") and status.get("best_metric") is not None:
+        held_out = f"{status.get('best_by')} {status['best_metric']:.4f}"
         lines.append(("best checkpoint", f"{status['best_checkpoint']} ({held_out})"))
     if status.get("skipped_steps"):
         lines.append(("skipped steps", ", ".join(map(str, status["skipped_steps"]))))

@@ -22,7 +22,7 @@ from rich.console import Console
 from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.drop_reasons import KEPT
-from dpo_dist.data.pairs import SPLITS, Split, open_pairs
+from dpo_dist.data.pairs import SPLITS, PairsDetails, Split, open_pairs
 from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.data_report import (
@@ -95,7 +95,7 @@ def run(config: RunConfig) -> Path:
     template = resolve_template(config.data.chat_template)
     settings, inputs = _identity(config, model_dir, template)
     if is_current(folder, STAGE, settings, inputs):
-        splits = read_manifest(folder).details["splits"]
+        splits = read_manifest(folder, PairsDetails).details["splits"]
         counts = ", ".join(f"{splits[split]['num_pairs']:,} {split}" for split in SPLITS)
         _logger.info("prepare: current, %s pairs in %s", counts, folder)
         return folder

@@ -5,7 +5,7 @@
 3. Push them in one commit; push.json says where they went.
 """
 
-import json
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.checkpoints.commit import FileRecord, find_changed
 from dpo_dist.errors import ArtifactError, ConfigError
-from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME
+from dpo_dist.model_files.adapter import ADAPTER_CONFIG_NAME, read_adapter_config
 from dpo_dist.model_files.hub import push_folder
-from dpo_dist.run.exports import ExportKind, export_folders, pushed_kind
+from dpo_dist.parsing import parse_object
+from dpo_dist.run.exports import ExportDetails, ExportKind, export_folders, pushed_kind
 from dpo_dist.run.manifest import digest_of_file, read_manifest, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
 
@@ -62,11 +63,13 @@ def run(config: RunConfig) -> Path:
 
 def _verified_files(paths: RunDir, kind: ExportKind, folder: Path) -> list[str]:
     """Names of the folder's files, which are those that verify has passed."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, ExportDetails)
     checked: dict[str, Any] = {}
-    if paths.verify_path.is_file():
-        checked = json.loads(paths.verify_path.read_text())
-    same = checked.get("exports", {}).get(kind) == digest_of_file(folder / MANIFEST_NAME)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one proves nothing
+        checked = parse_object(paths.verify_path.read_bytes())
+    exports = checked.get("exports")
+    digests: dict[str, Any] = exports if isinstance(exports, dict) else {}
+    same = digests.get(kind) == digest_of_file(folder / MANIFEST_NAME)
     if not (checked.get("passed") and same):
         found = "failed verification" if same else "has not been verified"
         raise ArtifactError(
@@ -85,8 +88,8 @@ def _verified_files(paths: RunDir, kind: ExportKind, folder: Path) -> list[str]:
 
 def _check_base_name(folder: Path) -> None:
     """Raises when an adapter names a folder of this machine as its base model."""
-    base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
-    if Path(base).is_absolute():
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if Path(str(base)).is_absolute():
         raise ArtifactError(
             f"{folder / ADAPTER_CONFIG_NAME} names the base model by a folder of this machine",
             "its hub id, with which others can load the adapter",

@@ -19,7 +19,7 @@ from dpo_dist.errors import ArtifactError, VerificationError
 from dpo_dist.inputs.frozen_model import Placement, place_model
 from dpo_dist.inputs.setup import without_quantization
 from dpo_dist.model_files.of_run import RunModels
-from dpo_dist.run.exports import export_folders
+from dpo_dist.run.exports import ExportDetails, export_folders
 from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import Manifest, digest_of_file, read_manifest, write_json
 from dpo_dist.run.run_dir import MANIFEST_NAME, RunDir
@@ -53,7 +53,7 @@ def run(config: RunConfig) -> Path:
 def _run(config: RunConfig, placement: Placement | None) -> Path:
     paths, models = RunDir(config.run.dir), RunModels(config)
     folders = [
-        Exported(config, kind, path, read_manifest(path), models.base, placement)
+        Exported(config, kind, path, read_manifest(path, ExportDetails), models.base, placement)
         for kind, path in export_folders(config).items()
     ]
     checkpoint_dir, *_ = [_checkpoint_of(paths, exported.manifest) for exported in folders]

@@ -13,6 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from dpo_dist.parsing import parse_json
+
 MAX_BYTES = 8192
 TIMES = 3  # that a last word is said, since one may be lost
 
@@ -102,7 +104,7 @@ class Line:
 
     def _read(self, message: bytes) -> Word | None:
         try:
-            fields = json.loads(message)
+            fields = parse_json(message)
             if not secrets.compare_digest(fields["token"], self.meeting.token):
                 return None
             return Word(Pulse(**fields["pulse"]), fields["verdict"])

@@ -8,7 +8,6 @@
 FastChat's names the answers only; the questions are in another file.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dpo_dist.data.rows.json_rows import index_json
 from dpo_dist.data.rows.messages import read_messages
 from dpo_dist.data.rows.row import Row, as_list, as_object
 from dpo_dist.errors import DataError
+from dpo_dist.parsing import parse_json
 from dpo_dist.run.manifest import digest_of
 
 Format = Literal["jsonl", "fastchat"]
@@ -69,7 +69,7 @@ def keep_whole_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            row = as_object(json.loads(line))
+            row = as_object(parse_json(line))
         except ValueError:
             row = None
         if row is None:

@@ -196,7 +196,11 @@ def _text_pair(row: Row, source: str) -> Pair:
 def _alpaca_prompt(row: Row) -> Conversation:
     """The instruction and, on a line of its own, its input; system and turns before it if any."""
     turns = system_of(row)
-    for number, turn in enumerate(row.fields.get("history") or []):
+    history = row.fields.get("history") or []
+    before = as_list(history)
+    if before is None:
+        raise row.unusable(f"field 'history' is {type_name(history)}", "a list of turns")
+    for number, turn in enumerate(before):
         name = f"history[{number}]"
         parts = as_list(turn)
         if parts is None or len(parts) != 2:

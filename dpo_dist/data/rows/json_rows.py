@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_dist.data.rows.row import Row, RowError, as_object, type_name
 from dpo_dist.errors import DataError
+from dpo_dist.parsing import parse_json
 from dpo_dist.reference.arrays import IntArray
 from dpo_dist.watch.heartbeat import beat
 
@@ -62,7 +63,7 @@ class JsonRows:
         stream.seek(start)
         raw = stream.read(int(self.stops[position]) - start)
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = parse_json(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError(
                 f"{origin} is not UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start + 1})",
@@ -108,11 +109,11 @@ def _is_document(stream: BinaryIO) -> bool:
     if not first.startswith(b"{"):
         return first.startswith(b"[")
     try:
-        value: Any = json.loads(first)
+        value: Any = parse_json(first)
     except ValueError:
         # an object over several lines; a damaged line would be followed by another object
         return not next(lines, b"{").lstrip().startswith(b"{")
-    return isinstance(value.get("data"), list)
+    return isinstance(value.get("data"), list) and next(lines, None) is None
 
 
 def _line_spans(path: Path, offset: int) -> Iterator[Span]:
@@ -134,9 +135,9 @@ def _document_spans(path: Path, label: str, offset: int) -> Iterator[Span]:
     """
     text = path.read_bytes().decode("latin-1")
     decoder = json.JSONDecoder()
-    line, counted = 1, 0
+    line, counted, position = 1, 0, offset
     try:
-        position = _array_start(text, offset, decoder)
+        position, in_object = _array_start(text, offset, decoder)
         while text[position : position + 1] != "]":
             _, stop = decoder.raw_decode(text, position)
             line, counted = line + text.count("\n", counted, position), position
@@ -147,29 +148,56 @@ def _document_spans(path: Path, label: str, offset: int) -> Iterator[Span]:
                 position = _skip(text, position + 1)
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        _check_end(text, position, decoder, in_object)
     except json.JSONDecodeError as error:
         raise _not_json(f"{label}:{error.lineno}", error) from None
+    except (RecursionError, ValueError) as error:  # a number of more than 4300 digits
+        line += text.count("\n", counted, position)
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise _not_json(f"{label}:{line}", ValueError(deep)) from None
 
 
-def _array_start(text: str, position: int, decoder: json.JSONDecoder) -> int:
-    """Position of the first element of the top-level array, or of the one under "data"."""
+def _array_start(text: str, position: int, decoder: json.JSONDecoder) -> tuple[int, bool]:
+    """Position of the first element of the top-level array, or of the one under "data", and
+    whether it is the latter."""
     position = _skip(text, position)
     if text[position] == "[":
-        return _skip(text, position + 1)
+        return _skip(text, position + 1), False
     position = _skip(text, position + 1)
     while text[position : position + 1] == '"':
-        key, position = decoder.raw_decode(text, position)
-        position = _skip(text, position)
-        if text[position : position + 1] != ":":
-            raise json.JSONDecodeError("Expecting ':'", text, position)
-        position = _skip(text, position + 1)
+        key, position = _key(text, position, decoder)
         if key == "data" and text[position : position + 1] == "[":
-            return _skip(text, position + 1)
+            return _skip(text, position + 1), True
         _, position = decoder.raw_decode(text, position)
         position = _skip(text, position)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
     raise json.JSONDecodeError('No array, and no "data" array in the object', text, position)
+
+
+def _check_end(text: str, position: int, decoder: json.JSONDecoder, in_object: bool) -> None:
+    """Raises JSONDecodeError unless the file ends with the array, whose "]" is at `position`, or
+    with its object: rows behind it would be lost in silence."""
+    position = _skip(text, position + 1)
+    if in_object:
+        while text[position : position + 1] == ",":
+            _, position = _key(text, _skip(text, position + 1), decoder)
+            _, position = decoder.raw_decode(text, position)
+            position = _skip(text, position)
+        if text[position : position + 1] != "}":
+            raise json.JSONDecodeError("Expecting ',' or '}'", text, position)
+        position = _skip(text, position + 1)
+    if position < len(text):
+        raise json.JSONDecodeError("Extra data", text, position)
+
+
+def _key(text: str, position: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    """The key of an object's member, and where its value begins."""
+    key, position = decoder.raw_decode(text, position)
+    position = _skip(text, position)
+    if text[position : position + 1] != ":":
+        raise json.JSONDecodeError("Expecting ':'", text, position)
+    return key, _skip(text, position + 1)
 
 
 def _skip(text: str, position: int) -> int:

@@ -5,10 +5,10 @@ The names that trainers and APIs have for the same thing become one: roles (`hum
 arguments of a tool call as JSON text.
 """
 
-import json
 from typing import Any
 
 from dpo_dist.data.rows.row import Row, as_list, as_object, type_name
+from dpo_dist.parsing import parse_json
 
 Message = dict[str, Any]  # role, content and, where there are, EXTRA_KEYS
 Conversation = list[Message]
@@ -63,7 +63,7 @@ def dialogue_in(row: Row, name: str, text: str) -> list[Any] | None:
     if not any(f"{quote}{key}{quote}" in start for key in _ROLE_KEYS for quote in "\"'"):
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise row.unusable(
             f"field {name!r} looks like a list of messages and is not JSON ({error})",
@@ -78,7 +78,7 @@ def read_tools(row: Row) -> list[Any] | None:
     expected = "a list of JSON schemas"
     if isinstance(value, str) and value:
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise row.unusable("field 'tools' is not JSON", expected) from None
     if not value:
@@ -196,7 +196,7 @@ def _tool_calls(row: Row, name: str, value: Any) -> list[Message]:
 def _decoded(text: str) -> Any:
     """What a text spells as JSON; the text itself when it is not JSON."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

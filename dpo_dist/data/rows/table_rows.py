@@ -111,7 +111,7 @@ def open_parquet(
             _spool(scratch_path, schema, _first_rows(batches, limit))
             texts = file.iter_batches(batch_size=1, columns=_texts(whole, others))
             unread = _first_texts(others, next(texts, None))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{label} is not readable as Parquet ({first_line(error)})",
             "a Parquet file",
@@ -129,14 +129,8 @@ def open_csv(path: Path, label: str, scratch_path: Path, limit: int | None) -> T
         with path.open(encoding="utf-8-sig", newline="") as stream:
             separator = "\t" if path.suffix == ".tsv" else ","
             reader = csv.reader(stream, strict=True, delimiter=separator)
-            names = next(reader, [])
-            _check_separator(names, label)
-            if len(set(names)) != len(names):
-                raise DataError(
-                    f"{label}:1 names a column twice ({', '.join(names)})",
-                    "a header of distinct names",
-                    "Rename one.",
-                )
+            names = next(filter(None, reader), [])
+            _check_header(names, label)
             schema = pa.schema([(name, pa.string()) for name in names])
             rows = itertools.islice(_csv_rows(reader, names, label, lines, faults), limit)
             batches = (
@@ -164,7 +158,7 @@ def open_arrow(path: Path, label: str) -> TableRows:
     """Maps an Arrow stream, the file that `datasets` writes."""
     try:
         return TableRows(_from_file(path), label)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{label} is not readable as an Arrow stream ({first_line(error)})",
             "a file that `datasets` wrote",
@@ -194,8 +188,21 @@ def digest_of_table(rows: TableRows) -> str:
     return digest_of([files, rows.dataset._fingerprint if not files else len(rows)])
 
 
-def _check_separator(names: list[str], label: str) -> None:
-    """Raises DataError at a header that other signs than the suffix says divide."""
+def _check_header(names: list[str], label: str) -> None:
+    """Raises DataError at a header whose names are not distinct text, or that other signs than the
+    suffix says divide."""
+    if len(set(names)) != len(names):
+        raise DataError(
+            f"{label}:1 names a column twice ({', '.join(names)})",
+            "a header of distinct names",
+            "Rename one.",
+        )
+    if wrong := [name for name in names if "\0" in name]:
+        raise DataError(
+            f"{label}:1 names a column {wrong[0]!r}, with a zero byte",
+            "a header of text",
+            "Correct it, or convert the file if it is UTF-16.",
+        )
     others = [sign for sign in ";\t|" if len(names) == 1 and sign in names[0]]
     if others:
         raise DataError(

@@ -173,7 +173,9 @@ def _render(
     first: TemplateRefusal | None = None
     for spelled in _spellings(turns):
         try:
-            return str(tokenizer.apply_chat_template(spelled, tokenize=False, **kwargs))
+            text = str(tokenizer.apply_chat_template(spelled, tokenize=False, **kwargs))
+            text.encode()  # a role or a tool may hold half a character, which has no tokens
+            return text
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             # TypeError: a template that adds a null content to a string
             first = first or TemplateRefusal(str(error) or repr(error))

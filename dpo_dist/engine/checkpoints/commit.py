@@ -13,7 +13,6 @@ them without restrictions, asks `check_pickles` first who wrote them. Another ow
 colleague's checkpoint stays where it is.
 """
 
-import json
 import os
 import shutil
 import stat
@@ -25,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpo_dist.errors import CheckpointError
+from dpo_dist.parsing import parse_json
 from dpo_dist.run.manifest import FileRecord, digest_of_file, fsync_dir, write_atomic, write_json
 from dpo_dist.run.run_dir import COMMIT_NAME, MANIFEST_NAME
 
@@ -215,7 +215,7 @@ def _check_plain(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_bytes())
         if isinstance(value, dict):
             return value
     except ValueError:

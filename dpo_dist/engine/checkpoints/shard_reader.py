@@ -20,7 +20,6 @@ restricted unpickler; the data is then read with plain file reads, so it never s
 import contextlib
 import math
 import mmap
-import pickle
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +138,12 @@ def open_checkpoint(
         if changed:
             raise CheckpointError(changed[0], "the committed content", "Export another checkpoint.")
         wanted = (MASTER, *MOMENTS) if moments else (MASTER,)
-        yield _describe(streams, state.zero_stage, state.world_size, wanted)
+        try:
+            shards = _describe(streams, state.zero_stage, state.world_size, wanted)
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
+            reason = f"holds shards of another layout ({error!r})"
+            raise _unexpected(step_dir, reason) from error
+        yield shards
 
 
 def model_states_name(stage: int) -> str:
@@ -196,7 +200,9 @@ def _unpickle(streams: Mapping[str, BinaryIO], name: str) -> tuple[BinaryIO, dic
     try:
         with torch.serialization.safe_globals(ignored), FakeTensorMode():
             content = torch.load(streams[name], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle makes of the unpickler is any of a dozen
         reason = first_line(error)
         raise _unexpected(streams[name].name, f"is not readable ({reason})") from None
     return streams[name], content

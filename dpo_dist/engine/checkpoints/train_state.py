@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dpo_dist.errors import CheckpointError
 from dpo_dist.metrics.evaluations import Evaluation
+from dpo_dist.parsing import parse_as
 from dpo_dist.run.manifest import differences
 from dpo_dist.run.run_dir import TRAIN_STATE_NAME
 
@@ -45,8 +46,8 @@ def read_train_state(step_dir: Path) -> TrainState:
     """Reads a checkpoint's state; raises CheckpointError when it is missing or not readable."""
     path = step_dir / TRAIN_STATE_NAME
     try:
-        return TrainState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return parse_as(TrainState, path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not readable ({error})",
             "the state of a checkpoint",

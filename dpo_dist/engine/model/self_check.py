@@ -20,6 +20,7 @@ from torch import nn
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.model_parts import base_of
+from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn", "flash_attn")
@@ -52,7 +53,7 @@ def read_check(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         try:
-            found = json.loads(path.read_text())[digest_of(key)]["found"]
+            found = parse_object(path.read_bytes())[digest_of(key)]["found"]
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -65,8 +66,8 @@ def write_check(path: Path, key: Mapping[str, Any], found: Mapping[str, Any]) ->
     if not collectives.is_first():
         return
     try:
-        checks = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        checks = parse_object(path.read_bytes())
+    except (OSError, ValueError):
         checks = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, checks | {digest_of(key): {"found": found, "key": key}})

@@ -3,12 +3,14 @@
 Imports neither torch nor deepspeed, so that the planner can read it on a login node.
 """
 
-import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.training_section import TrainSection
 from dpo_dist.errors import ConfigError
+from dpo_dist.parsing import parse_json
 
 # Who owns a number: setting it twice would let one of the two be silently ignored.
 OWNED = {
@@ -27,6 +29,37 @@ OWNED = {
 }
 
 
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 1
+
+
+# What is read of a DeepSpeed JSON here and by the planner; the rest is DeepSpeed's to check.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "zero_optimization": (_is_object, "an object"),
+    "zero_optimization.stage": (
+        lambda value: type(value) is int and value in range(4), "a ZeRO stage from 0 to 3",
+    ),
+    **{
+        f"zero_optimization.offload_{what}": (lambda v: v is None or _is_object(v), "an object")
+        for what in ("optimizer", "param")
+    },
+    **{
+        f"zero_optimization.{size}": (_is_count, "a number of at least 1")
+        for size in (
+            "reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
+            "sub_group_size", "zero_hpz_partition_size",
+        )
+    },
+    "data_types": (_is_object, "an object"),
+    "data_types.grad_accum_dtype": (lambda value: isinstance(value, str), "the name of a dtype"),
+    "communication_data_type": (lambda value: isinstance(value, str), "the name of a dtype"),
+}  # fmt: skip
+
+
 def config_folder() -> Path:
     """Where the built-in JSON files lie: in the wheel inside the package, else beside it."""
     package = Path(__file__).parents[2]
@@ -39,22 +72,7 @@ def read_sharding(name: str) -> dict[str, Any]:
     Raises ConfigError when there is no such file, when it is not JSON, and when it sets a number
     that the run config owns.
     """
-    path = config_folder() / f"{name}.json"
-    if not path.is_file():
-        path = Path(name)
-    built_in = ", ".join(sorted(p.stem for p in config_folder().glob("*.json")))
-    try:
-        raw = json.loads(path.read_text())
-    except OSError:
-        raise ConfigError(
-            f"train.deepspeed: {name!r} is no file",
-            f"a path, or one of {built_in}",
-            "Correct train.deepspeed.",
-        ) from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not JSON ({error})", "a DeepSpeed JSON", "Correct it."
-        ) from None
+    path, raw = _read_object(name)
     owned = [f"{key} (owned by {OWNED[key]})" for key in raw if key in OWNED]
     if owned:
         raise ConfigError(
@@ -62,6 +80,7 @@ def read_sharding(name: str) -> dict[str, Any]:
             "only how to shard",
             "Remove it there and set the run config's key.",
         )
+    _check_kinds(raw, path)
     if "stage" not in raw.get("zero_optimization", {}):
         raise ConfigError(
             f"{path} has no zero_optimization.stage", "a ZeRO stage from 0 to 3", "Add it."
@@ -79,13 +98,43 @@ def read_sharding(name: str) -> dict[str, Any]:
             "Remove it there.",
         )
     for key in ("offload_optimizer", "offload_param"):
-        if raw["zero_optimization"].get(key, {}).get("device") == "nvme":
+        if (raw["zero_optimization"].get(key) or {}).get("device") == "nvme":
             raise ConfigError(
                 f"{path} offloads to NVMe ({key})",
                 "offload to cpu, or none",
                 "Set its device to cpu: checkpoints do not hold what lies on NVMe.",
             )
     return raw
+
+
+def _read_object(name: str) -> tuple[Path, dict[str, Any]]:
+    """The path of a DeepSpeed JSON and what it holds."""
+    names = sorted(path.stem for path in config_folder().glob("*.json"))
+    path = config_folder() / f"{name}.json" if name in names else Path(name)
+    try:
+        raw = parse_json(path.read_text())
+    except OSError:
+        raise ConfigError(
+            f"train.deepspeed: {name!r} is no file",
+            f"a path, or one of {', '.join(names)}",
+            "Correct train.deepspeed.",
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error})", "a DeepSpeed JSON", "Correct it."
+        ) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {raw!r}", "a DeepSpeed JSON, an object", "Correct it.")
+    return path, raw
+
+
+def _check_kinds(raw: dict[str, Any], path: Path) -> None:
+    """Raises ConfigError at what is of another kind than it is read as."""
+    for name, (fits, expected) in KINDS.items():
+        section, _, key = name.rpartition(".")
+        holder = raw.get(section, {}) if section else raw
+        if key in holder and not fits(holder[key]):
+            raise ConfigError(f"{path} sets {name} to {holder[key]!r}", expected, "Correct it.")
 
 
 def zero_stage(sharding: dict[str, Any]) -> int:

@@ -5,7 +5,6 @@ place. The data is read with plain reads: pages of a memory map would count as m
 process until the file is closed.
 """
 
-import json
 import math
 import struct
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from dpo_dist.errors import ModelFilesError
+from dpo_dist.parsing import parse_object
 from dpo_dist.watch.heartbeat import beat
 
 DTYPES = {
@@ -94,10 +94,10 @@ def _read_header(path: Path) -> dict[str, Place]:
         text = stream.read(length)
     start = HEADER_LENGTH.size + length
     try:
-        header = json.loads(text)
+        header = parse_object(text)
         header.pop("__metadata__", None)
         found = {name: _entry(entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError):
         raise _unusable(path, "has no readable header") from None
     places = {}
     for name, (dtype, shape, begin, end) in found.items():
@@ -108,7 +108,7 @@ def _read_header(path: Path) -> dict[str, Place]:
                 "Use the model's original, not a quantized copy.",
             )
         spec = TensorSpec(DTYPES[dtype], shape)
-        if begin < 0 or end - begin != spec.num_bytes:
+        if end - begin != spec.num_bytes:
             raise _unusable(path, f"gives {name} {end - begin} bytes instead of {spec.num_bytes}")
         if start + end > size:
             raise _unusable(path, f"ends before {name} does")
@@ -118,7 +118,10 @@ def _read_header(path: Path) -> dict[str, Place]:
 
 def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     begin, end = entry["data_offsets"]
-    return entry["dtype"], tuple(int(n) for n in entry["shape"]), int(begin), int(end)
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if type(dtype) is not str or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        raise ValueError("not a name, sizes and places")
+    return dtype, shape, begin, end
 
 
 def _unusable(path: Path, found: str) -> ModelFilesError:

@@ -178,7 +178,7 @@ def test_a_rank_that_does_not_see_the_run_folder(tmp_path: Path) -> None:
 
 def test_what_needs_resharding(tmp_path: Path) -> None:
     for stage, world_size, expected in ((3, 2, False), (3, 1, True), (1, 3, True), (0, 1, False)):
-        state = TrainState(2, 12, 0.5, {}, 2, stage, {})
+        state = TrainState(2, 12, 0.5, {}, 2, stage)
         (tmp_path / TRAIN_STATE_NAME).write_text(state.to_json())
         assert needs_resharding(tmp_path, world_size) is expected
     assert needs_resharding(None, 1) is False

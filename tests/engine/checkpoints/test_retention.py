@@ -20,7 +20,7 @@ def plain(checkpoints_dir: Path, step: int, content: bytes = b"weights") -> Path
     step_dir = checkpoints_dir / f"step-{step:06d}"
     step_dir.mkdir(parents=True)
     (step_dir / "mp_rank_00_model_states.pt").write_bytes(content)
-    state = TrainState(step, 6 * step, 0.5, {}, 1, 0, {})
+    state = TrainState(step, 6 * step, 0.5, {}, 1, 0)
     (step_dir / TRAIN_STATE_NAME).write_text(state.to_json())
     commit(step_dir, record_files(step_dir))
     return step_dir

@@ -54,7 +54,7 @@ def test_an_unreadable_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"train_state.json is not readable \(\[Errno 2\]"):
         read_train_state(tmp_path)
     (tmp_path / TRAIN_STATE_NAME).write_text('{"stepp": 1}')
-    with pytest.raises(CheckpointError, match="unexpected keyword argument 'stepp'"):
+    with pytest.raises(CheckpointError, match="stepp: unknown key"):
         read_train_state(tmp_path)
 
 
