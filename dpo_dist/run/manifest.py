@@ -86,7 +86,8 @@ def atomic_dir(final: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with naming(final):
+            yield partial
         for path in partial.rglob("*"):
             if path.is_file():
                 with naming(path), path.open("rb") as stream:

@@ -3,15 +3,19 @@
 import errno
 import functools
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import ranks
+from support.tiny_run import as_command
 
 SOURCE = Path(__file__).with_name("lying_files.c")
+LIES = ("LIE_UNDER", "LIE_STATE", "LIE_FAIL", "LIE_FLOCK", "LIE_LINK", "LIE_OWNER", "LIE_LATE")
 OTHER_USER = 777
 LATE_MS = 3000
 _another = ranks._server.__wrapped__  # pyright: ignore[reportPrivateUsage]
@@ -27,6 +31,8 @@ MOUNTS = {
 @functools.cache
 def library() -> Path:
     """The shared object, compiled once a session."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
     built = Path(tempfile.mkdtemp()) / "lying_files.so"
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", built, SOURCE, "-ldl"],
@@ -59,6 +65,16 @@ def in_processes(environment: dict[str, str]) -> dict[str, str]:
     return os.environ | environment | {"LD_PRELOAD": str(library())}
 
 
+def as_process(*arguments: str) -> None:
+    """A command that ends this process as it would end its own."""
+    try:
+        as_command(*arguments)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(ended.code or 0))
+
+
 def ranks_can_be_lied_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks ranks from a process with the library; what they are told is in this environment."""
     monkeypatch.setattr(ranks, "_server", _server)
@@ -68,4 +84,6 @@ def ranks_can_be_lied_to(monkeypatch: pytest.MonkeyPatch) -> None:
 def _server() -> tuple[subprocess.Popen[bytes], Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_PRELOAD", str(library()))
+        for name in LIES:  # a process keeps what it was told first
+            patch.delenv(name, raising=False)
         return _another()
