@@ -45,7 +45,8 @@ class DPODistError(Exception):
     def __str__(self) -> str:
         # what was found may be a list, a line each
         separator = "\n" if "\n" in self.found else "; "
-        return f"{self.found}{separator}expected {self.expected}. {self.remedy}"
+        passing = "This may pass: start the same command again. If not: " if self.transient else ""
+        return f"{self.found}{separator}expected {self.expected}. {passing}{self.remedy}"
 
 
 class ConfigError(DPODistError):
@@ -151,8 +152,9 @@ def as_disk_error(error: BaseException) -> DiskError | None:
     told = DiskError(
         found,
         "a file system or a server that answers" if passes else "a writable disk with free space",
-        f"{'It may be back:' if passes else 'Fix this, then'} start the same command again; what "
-        "was done is kept.",
+        "Mend it; what was done is kept."
+        if passes
+        else "Fix this, then start the same command again; what was done is kept.",
     )
     told.transient = passes
     return told

@@ -7,6 +7,7 @@ honest file system; so does a run on a mount that is odd for good.
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,15 +77,16 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Honest:
 
 
 def ran(stage: str, honest: Honest, out: Path, *overrides: str) -> tuple[list[int], str]:
-    """A stage as a launcher starts it: the exit codes and all that was said."""
+    """A stage as a launcher starts it: the exit codes, and what was said by whom to listen to."""
     run_yaml = [str(honest.folder / "run.yaml"), f"run.dir={out}", *overrides]
     words = ["report", str(out)] if stage == "report" else [stage, *run_yaml]
     paths = RunDir(out)
     if stage != "report":
         paths.log_dir(stage, paths.count_attempts(stage) + 1).mkdir(parents=True)
     with started_ranks(RANKS.get(stage, 1), as_process, *words) as ranks:
-        results = ranks.wait(timeout_s=300, grace_s=30)
-    return [result.exit_code for result in results], "\n".join(r.output for r in results)
+        results = ranks.wait(timeout_s=300, grace_s=15)
+    telling = [r for r in results if r.exit_code == EXIT_RESTART] or results
+    return [r.exit_code for r in results], "\n".join(r.output for r in telling)
 
 
 def same(stage: str, honest: Honest, out: Path) -> None:
@@ -184,7 +186,9 @@ def test_fault_36_what_fails_once_is_tried_again(
     if "/logs/" in part:  # a line of a log is lost, the run is not
         assert set(codes) == {0}, said
         return
-    assert EXIT_RESTART in codes and set(codes) <= {1, EXIT_RESTART}, (codes, said)
+    # rank 0 tells, or 1 does; the other may wait for it until it is killed
+    assert EXIT_RESTART in codes and set(codes) <= {1, EXIT_RESTART, -signal.SIGKILL}, (codes, said)
+    assert "This may pass: start the same command again." in said, said
     assert any(name in said for name in names_of(Path(path), out)), f"{path}: {said}"
     assert "Traceback" not in said, said
     codes, said = ran(stage, honest, out)
@@ -209,7 +213,6 @@ def test_fault_36_a_command_goes_on_by_itself(
     said = done.stderr + done.stdout
     (path,) = told_to(out.parent)
     assert done.returncode == 0 and any(name in said for name in names_of(Path(path), out)), said
-    assert "It may be back" in said or "could not be written" in said
     for stage in ("prepare",) if command == "prepare" else ("prepare", "reference", "train"):
         same(stage, honest, out)
 
@@ -238,11 +241,14 @@ def mounted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mount", ["no flock", "no links", "late renames"])
+@pytest.mark.parametrize("mount", ["no flock", "no links", "late renames", "all at once"])
 def test_fault_11_a_run_ends_as_on_an_honest_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: Honest, mount: str
 ) -> None:
-    mounted(tmp_path, monkeypatch, honest, MOUNTS[mount])
+    mounted(
+        tmp_path, monkeypatch, honest, MOUNTS[mount],
+        *([f"checkpoint.trusted_owners=[{OTHER_USER}]"] if "LIE_OWNER" in MOUNTS[mount] else []),
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ MOUNTS = {
     "late renames": {"LIE_LATE": LATE_MS},
     "another owner": {"LIE_OWNER": OTHER_USER},
 }
+MOUNTS["all at once"] = {name: value for lies in MOUNTS.values() for name, value in lies.items()}
 
 
 @functools.cache
