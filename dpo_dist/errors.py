@@ -45,7 +45,8 @@ class DPODistError(Exception):
     def __str__(self) -> str:
         # what was found may be a list, a line each
         separator = "\n" if "\n" in self.found else "; "
-        return f"{self.found}{separator}expected {self.expected}. {self.remedy}"
+        passing = "This may pass: start the same command again. If not: " if self.transient else ""
+        return f"{self.found}{separator}expected {self.expected}. {passing}{self.remedy}"
 
 
 class ConfigError(DPODistError):
@@ -137,21 +138,37 @@ def portable(error: Exception) -> Exception:
 
 
 def as_disk_error(error: BaseException) -> DiskError | None:
-    """What a full or read-only disk is told as; None for any other error.
+    """What a disk that is full, read-only or gone for a moment is told as; None for other errors.
 
     A group is told as its first error when all of them are of the disk.
     """
     if isinstance(error, BaseExceptionGroup):
         told = [as_disk_error(inner) for inner in error.exceptions]
         return told[0] if all(told) else None
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS | TRANSIENT_ERRORS:
         return None
     where = f"{error.filename}: " if error.filename else ""
-    return DiskError(
-        f"{where}{error.strerror or error}",
-        "a writable disk with free space",
-        "Fix this, then start the same command again; what was done is kept.",
+    found, passes = f"{where}{error.strerror or error}", error.errno in TRANSIENT_ERRORS
+    told = DiskError(
+        found,
+        "a file system or a server that answers" if passes else "a writable disk with free space",
+        "Mend it; what was done is kept."
+        if passes
+        else "Fix this, then start the same command again; what was done is kept.",
     )
+    told.transient = passes
+    return told
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An OSError of the block names this file: the system does so only where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

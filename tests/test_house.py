@@ -70,7 +70,8 @@ TOP_LEVEL = {
     "wording.py",
 }
 TEST_ROOMS = {
-    *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "fuzz", "gpu",
+    *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "faults", "fuzz",
+    "gpu", "soak",
     "support",
     "support/devices", "support/docs", "support/faults", "support/keys", "support/oracles",
     "support/servers", "support/weights",

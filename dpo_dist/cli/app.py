@@ -10,7 +10,7 @@ from dpo_dist.cli import evaluating, running, show
 from dpo_dist.cli.importing import import_config, import_trl
 from dpo_dist.cli.output import print_error
 from dpo_dist.cli.sweep import sweep
-from dpo_dist.errors import DPODistError, as_disk_error
+from dpo_dist.errors import EXIT_RESTART, DPODistError, as_disk_error
 
 COMMANDS = (  # in the order of --help
     running.run, sweep,
@@ -52,10 +52,10 @@ def main() -> None:
         app()
     except DPODistError as error:
         print_error(error)
-        sys.exit(error.exit_code)
+        sys.exit(EXIT_RESTART if error.transient else error.exit_code)
     except (OSError, BaseExceptionGroup) as error:
         disk = as_disk_error(error)
         if disk is None:
             raise
         print_error(disk)
-        sys.exit(disk.exit_code)
+        sys.exit(EXIT_RESTART if disk.transient else disk.exit_code)

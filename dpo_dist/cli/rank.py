@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import typer
 from dpo_dist.cli.output import print_error
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error
+from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error, is_transient
 from dpo_dist.run import lock as run_lock
 from dpo_dist.run import pipeline
-from dpo_dist.run.attempts import begin, ended_by_watchdog, note_end
+from dpo_dist.run.attempts import begin, note_end, patiently, worth_another
 from dpo_dist.run.local_ranks import count_workers, run_ranks
 from dpo_dist.run.logs import console, dump_stacks_on_quit, hush_libraries, set_up_logging
 from dpo_dist.run.manifest import write_atomic, write_json
@@ -46,7 +47,7 @@ def run_or_launch(stage: pipeline.Stage, config_path: Path, overrides: list[str]
 def launch(
     stage: pipeline.Stage, config: RunConfig, config_path: Path, overrides: list[str]
 ) -> int:
-    """Runs a stage on this machine, and again where the watchdog ended it; its exit code.
+    """Runs a stage on this machine, and again after a hang or an error that passes; its exit code.
 
     Raises RestartLimitError at a cap.
     """
@@ -56,13 +57,14 @@ def launch(
     argv, again = pipeline.stage_argv(stage.name, config_path, overrides), False
     while True:
         console.rule(f"{stage.name}: {stage.purpose}{ranks}", align="left")
-        log_dir = begin(paths, stage.name, config.restart, resubmitted=again)
+        log_dir = patiently(partial(begin, paths, stage.name, config.restart, resubmitted=again))
         assert log_dir is not None
-        write_atomic(paths.config_path, to_yaml(config))
+        patiently(lambda: write_atomic(paths.config_path, to_yaml(config)))
         code = run_ranks(argv, num_ranks, log_dir)
-        if code:
-            note_end(paths, stage.name)
-        if not code or not ended_by_watchdog(paths, stage.name):
+        if not code:
+            return 0
+        patiently(lambda: note_end(paths, stage.name))
+        if not patiently(partial(worth_another, paths, stage.name, code)):
             return code
         again = True
 
@@ -105,7 +107,7 @@ def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
             code = _guarded(stage, config, paths, lead, noted)
     except ArtifactError as error:  # the folder is another job's, and so is its status.json
         print_error(error)
-        code = error.exit_code
+        code = EXIT_RESTART if error.transient else error.exit_code
     _leave(code)
 
 
@@ -146,9 +148,10 @@ def _guarded(
         else:
             print_error(disk)
         _add_to_log_file(traceback.format_exc())
-        tell_end("failed", error=str(disk or repr(error)), exit_code=1, restartable=True)
+        code = EXIT_RESTART if is_transient(error) else 1
+        tell_end("failed", error=str(disk or repr(error)), exit_code=code, restartable=True)
         _kept.append(error)
-        return 1
+        return code
 
 
 def _import_run(stage: pipeline.StageName) -> Callable[[RunConfig], Path]:

@@ -37,7 +37,7 @@ from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.inputs.scored_pairs import load_chat_tokenizer
 from dpo_dist.model_files.files import digest_of_tokenizer
 from dpo_dist.model_files.of_run import RunModels
-from dpo_dist.run.lock import lock_file
+from dpo_dist.run.lock import alone_with
 from dpo_dist.run.logs import progress_bar
 from dpo_dist.run.manifest import (
     Manifest,
@@ -147,9 +147,9 @@ def _alone_with(out: Path) -> Iterator[TextIO]:
     """The file of answers so far to append to, for this process alone; removed if still empty."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(out)
-    with partial.open("a") as stream:
+    with partial.open("a") as stream, alone_with(stream, out) as alone:
         try:
-            held = lock_file(stream) and partial.samefile(f"/dev/fd/{stream.fileno()}")
+            held = alone and partial.samefile(f"/dev/fd/{stream.fileno()}")
         except FileNotFoundError:  # it was just finished and renamed
             held = False
         if not held:

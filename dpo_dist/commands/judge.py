@@ -45,7 +45,7 @@ from dpo_dist.judging.endpoint import (
     key_from_environment,
 )
 from dpo_dist.judging.verdicts import result_of, write_verdicts
-from dpo_dist.run.lock import lock_file
+from dpo_dist.run.lock import alone_with
 from dpo_dist.run.logs import console, progress_bar
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import JudgedDir
@@ -222,14 +222,15 @@ async def _ask_all(judging: Judging, pending: Sequence[Comparison]) -> None:
 def _replies(paths: JudgedDir) -> Iterator[tuple[TextIO, dict[str, dict[str, Any]]]]:
     """The file of replies to append to, for this process alone, and what it holds by digest."""
     paths.root.mkdir(parents=True, exist_ok=True)
-    with paths.replies_path.open("a") as stream:
-        if not lock_file(stream):
+    replies = paths.replies_path
+    with replies.open("a") as stream, alone_with(stream, replies) as alone:
+        if not alone:
             raise ArtifactError(
-                f"{paths.replies_path} is being written by another judge",
+                f"{replies} is being written by another judge",
                 "one at a time",
                 "Wait for it, or choose another --out.",
             )
-        yield stream, {row["digest"]: row for row in keep_whole_lines(paths.replies_path)}
+        yield stream, {row["digest"]: row for row in keep_whole_lines(replies)}
 
 
 def _names(files: tuple[Path, Path]) -> tuple[str, str]:

@@ -35,9 +35,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dpo_dist.errors import naming
 from dpo_dist.metrics.wandb_log import finish_run
 from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import write_atomic
+from dpo_dist.watch.lease import fence
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -107,7 +109,8 @@ class MetricsWriter:
         """Writes (prompt, answer) texts: lines {"step", "time", "number", "prompt", "answer"}."""
         assert self._samples_path is not None, "opened without samples_path"
         now = time.time()
-        with self._samples_path.open("a", encoding="utf-8") as stream:
+        path = self._samples_path
+        with naming(path), path.open("a", encoding="utf-8") as stream:
             for number, (prompt, answer) in enumerate(samples):
                 line = {"step": step, "time": now, "number": number}
                 stream.write(json.dumps(line | {"prompt": prompt, "answer": answer}) + "\n")
@@ -124,8 +127,10 @@ class MetricsWriter:
 
     def _write_line(self, step: int, values: dict[str, Any]) -> None:
         line = {"step": step, "time": time.time(), **values}
-        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        fence()
+        with naming(self._jsonl.name):
+            self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
+            self._jsonl.flush()
 
 
 class _EventFile:

@@ -8,9 +8,11 @@
 
 Many processes may publish into one folder at once without a lock. A part is written under a
 temporary name and hard-linked to the first free number, which fails when another process took
-that number, so all of them see the same parts in the same order.
+that number, so all of them see the same parts in the same order. On a file system without hard
+links an empty file, which only one process can create, takes the number; it stays.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -28,6 +30,8 @@ from dpo_dist.run.manifest import fsync_dir, write_atomic
 
 ROW_DTYPE = np.dtype([("key", KEY_DTYPE), ("logps", "<f4", (2,))])
 QUARANTINE_NAME = "quarantine"
+# what a file system without hard links answers
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 _logger = logging.getLogger(__name__)
 _MAGIC = b"DPOREF1\n"
@@ -63,7 +67,7 @@ def publish_part(directory: Path, rows: Rows, contract_digest: str) -> None:
         while not _try_link(temporary, directory / f"part-{number:06d}.rows"):
             number += 1
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     fsync_dir(directory)
 
 
@@ -95,6 +99,21 @@ def _try_link(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _rename_alone(source, target)
+    return True
+
+
+def _rename_alone(source: Path, target: Path) -> bool:
+    try:
+        target.with_name(f".{target.name}.taken").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    if os.path.lexists(target):
+        return False
+    source.rename(target)
     return True
 
 

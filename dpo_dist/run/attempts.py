@@ -31,7 +31,7 @@ T = TypeVar("T")
 Verdict = Literal["next", "restart", "stopped", "stop"]
 ORDER = tuple(stage.name for stage in (*STAGES, PUSH))
 TAIL_LINES = 30
-DYING_S = 120.0  # the longest that a node's NFS locks outlive it
+DYING_S = 240.0  # the longest that a node's NFS locks, or its lease, outlive it
 LIKELY_CAUSES: dict[int, str] = {
     signal.SIGKILL: ", often out of memory",
     signal.SIGBUS: ", often a full /dev/shm or a file system that went away",
@@ -152,10 +152,12 @@ def note_end(paths: RunDir, stage: str) -> None:
         update_stage(paths.status_path, stage, "failed", **failures[0])
 
 
-def ended_by_watchdog(paths: RunDir, stage: str) -> bool:
-    """Whether the last attempt at a stage of a run hung, which the next one need not."""
-    stages = read_status(paths.status_path).get("stages", {})
-    return stage in ORDER and "late" in stages.get(stage, {})
+def worth_another(paths: RunDir, stage: str, code: int) -> bool:
+    """Whether the next attempt at a stage of a run may end better than the last one, which left
+    with `code`: it hung, or failed of what passes. One that a signal stopped was meant to."""
+    own = read_status(paths.status_path).get("stages", {}).get(stage, {})
+    passes = code == EXIT_RESTART and own.get("state") != "stopped"
+    return stage in ORDER and ("late" in own or passes)
 
 
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES_S) -> T:

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.errors import ArtifactError
+from dpo_dist.errors import ArtifactError, naming
 from dpo_dist.parsing import parse_as
 from dpo_dist.run.run_dir import MANIFEST_NAME
 from dpo_dist.watch.heartbeat import beat
+from dpo_dist.watch.lease import fence
 
 SCHEMA_VERSION = 1
 READ_BYTES = 1 << 22
@@ -34,7 +35,7 @@ def digest_of(value: Any) -> str:
 def digest_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         while block := stream.read(READ_BYTES):
             digest.update(block)
             beat()
@@ -45,7 +46,8 @@ def fsync_dir(path: Path) -> None:
     """Makes renames and creations inside a folder durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -57,13 +59,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     # not mkstemp, whose files are for their owner alone: here the umask decides, as for all files
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as stream:
+        with naming(path), temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        fence()
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # what went wrong is told, not what follows from it
             temporary.unlink()
         raise
     fsync_dir(path.parent)
@@ -85,15 +88,17 @@ def atomic_dir(final: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with naming(final):
+            yield partial
         for path in partial.rglob("*"):
             if path.is_file():
-                with path.open("rb") as stream:
+                with naming(path), path.open("rb") as stream:
                     os.fsync(stream.fileno())  # some file systems tell only here that they are full
         fsync_dir(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    fence()
     replaced = final.parent / f".{final.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():

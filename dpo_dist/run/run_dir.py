@@ -107,6 +107,11 @@ class RunDir:
         return self.root / "run.lock"
 
     @property
+    def lease_dir(self) -> Path:
+        """In place of the lock, on a file system without."""
+        return self.root / "lease"
+
+    @property
     def metrics_path(self) -> Path:
         return self.root / "metrics.jsonl"
 

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from dpo_dist.parsing import parse_as, parse_json
 from dpo_dist.run.manifest import write_json
+from dpo_dist.watch.lease import age_of
 
 UNKNOWN_S = 1800.0  # that a stage may take without a word whose limit is not known
 POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
@@ -100,19 +100,6 @@ def update_stage(path: Path, stage: str, state: str, **fields: Any) -> None:
     again) or failed, with the error, the exit code and whether a restart may help."""
     stages = read_status(path).get("stages", {}) | {stage: {"state": state} | fields}
     update_status(path, stage=stage, state=state, stages=stages)
-
-
-def age_of(path: Path) -> float:
-    """Seconds since a file was written, by the clock of its file system where this user may write.
-
-    Clocks of hosts differ; the writer's and this one's are never compared unless this fails.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as fresh:
-            now = os.fstat(fresh.fileno()).st_mtime
-    except OSError:
-        now = time.time()
-    return max(0.0, now - path.stat().st_mtime)
 
 
 def last_word(status_path: Path, heartbeat_path: Path) -> tuple[float, float | None]:

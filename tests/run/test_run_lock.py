@@ -1,4 +1,4 @@
-"""One job at a time in a run folder."""
+"""One job at a time in a run folder; without flock: tests/faults/test_leases.py."""
 
 import os
 import signal
@@ -73,17 +73,6 @@ def test_a_dying_predecessor_is_given_time(tmp_path: Path, holder: subprocess.Po
     with run_lock.held(RunDir(tmp_path / "out"), "train", wait_s=20):
         pass
     killer.wait()
-
-
-def test_a_file_system_without_locks_is_used_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(run_lock.UNSUPPORTED[0], "no locks available")
-
-    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
-    with run_lock.held(RunDir(tmp_path), "train", wait_s=0):
-        pass
 
 
 @needs_root
