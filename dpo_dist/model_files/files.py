@@ -146,14 +146,10 @@ def position_limit(model_dir: Path) -> int | None:
 def _scaled_positions(section: dict[str, Any], positions: int) -> list[int]:
     ropes = _object(section, "rope_parameters") or _object(section, "rope_scaling")
     by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)]
-    outer = _positive(section, "original_max_position_embeddings", positions)
-    return [0] + [
-        int(
-            _positive(rope, "original_max_position_embeddings", outer)
-            * _positive(rope, "factor", 1)
-        )
-        for rope in by_layer or [ropes]
-    ]
+    name = "original_max_position_embeddings"
+    outer = _positive(section, name, positions)
+    scaled = [_positive(r, name, outer) * _positive(r, "factor", 1) for r in by_layer or [ropes]]
+    return [0, *map(int, scaled)]
 
 
 def _object(section: dict[str, Any], name: str) -> dict[str, Any]:

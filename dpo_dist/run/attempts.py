@@ -36,6 +36,7 @@ LIKELY_CAUSES: dict[int, str] = {
     signal.SIGKILL: ", often out of memory",
     signal.SIGBUS: ", often a full /dev/shm or a file system that went away",
 }
+TOLD_TO_END = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # by whom a rank was to end
 PAUSES_S = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # four minutes: a file server starts again
 NO_RESTARTS: dict[str, Any] = {"total": 0, "without_progress": 0, "progress": None}
 
@@ -154,10 +155,12 @@ def note_end(paths: RunDir, stage: str) -> None:
 
 def worth_another(paths: RunDir, stage: str, code: int) -> bool:
     """Whether the next attempt at a stage of a run may end better than the last one, which left
-    with `code`: it hung, or failed of what passes. One that a signal stopped was meant to."""
+    with `code`: it hung, failed of what passes, or lost a rank. One that was told to stop was
+    meant to."""
     own = read_status(paths.status_path).get("stages", {}).get(stage, {})
     passes = code == EXIT_RESTART and own.get("state") != "stopped"
-    return stage in ORDER and ("late" in own or passes)
+    died = {failure.get("signal", signal.SIGTERM) for failure in _rank_failures(paths, stage)}
+    return stage in ORDER and ("late" in own or passes or bool(died - TOLD_TO_END))
 
 
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES_S) -> T:

@@ -1,5 +1,6 @@
 """Attempts: what is skipped, what counts as a restart, when it ends, and what follows a stage."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_restarts_without_progress_end_sooner(tmp_path: Path) -> None:
     ("state", "fields", "verdict", "code"),
     [
         ("finished", {}, "next", 0),
-        ("stopped", {}, "restart", 75),
+        ("stopped", {}, "stopped", 75),
         ("running", {}, "restart", 75),
         ("started", {}, "restart", 75),
         ("failed", {"error": "e", "exit_code": 1, "restartable": True}, "restart", 75),
@@ -99,6 +100,30 @@ def test_what_follows(
     update_stage(paths.status_path, "train", state, **fields)
     outcome = attempts.judge(paths, "train")
     assert (outcome.verdict, outcome.exit_code) == (verdict, code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "died_of", "code", "worth"),
+    [
+        ({"state": "stopped"}, None, 75, False),
+        ({"state": "failed", "restartable": True}, None, 75, True),
+        ({"state": "failed", "restartable": True}, None, 1, False),
+        ({"state": "failed", "late": [{}]}, None, 75, True),
+        ({"state": "running"}, signal.SIGKILL, 137, True),
+        ({"state": "failed", "restartable": True}, signal.SIGBUS, 1, True),  # rank 0 lost its peer
+        ({"state": "running"}, signal.SIGTERM, 143, False),
+    ],
+)
+def test_what_is_worth_another_attempt_on_this_machine(
+    tmp_path: Path, fields: dict[str, Any], died_of: int | None, code: int, worth: bool
+) -> None:
+    paths = RunDir(tmp_path)
+    log_dir = attempts.begin(paths, "train", caps(), resubmitted=False)
+    update_stage(paths.status_path, "train", **fields)
+    if died_of is not None and log_dir is not None:
+        attempts.note_death(log_dir, 1, -died_of)
+    assert attempts.worth_another(paths, "train", code) is worth
+    assert not attempts.worth_another(paths, "evaluate", code)
 
 
 def test_forgetting_starts_a_submission(tmp_path: Path) -> None:

@@ -141,8 +141,7 @@ def open_checkpoint(
         try:
             shards = _describe(streams, state.zero_stage, state.world_size, wanted)
         except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
-            reason = f"holds shards of another layout ({error!r})"
-            raise _unexpected(step_dir, reason) from error
+            raise _unexpected(step_dir, f"holds another layout ({error!r})") from error
         yield shards
 
 
@@ -203,8 +202,7 @@ def _unpickle(streams: Mapping[str, BinaryIO], name: str) -> tuple[BinaryIO, dic
     except OSError:
         raise
     except Exception as error:  # what a damaged pickle makes of the unpickler is any of a dozen
-        reason = first_line(error)
-        raise _unexpected(streams[name].name, f"is not readable ({reason})") from None
+        raise _unexpected(streams[name].name, f"is not readable ({first_line(error)})") from None
     return streams[name], content
 
 
