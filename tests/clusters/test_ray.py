@@ -180,6 +180,7 @@ def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:
     assert not processes(lambda arguments, _: any(secret in part for part in arguments))
 
 
+@pytest.mark.slow
 def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:

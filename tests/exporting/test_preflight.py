@@ -202,6 +202,7 @@ def test_prepare_dry_run_and_doctor_refuse(
     assert not (tmp_path / "out" / "pairs").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_exit_with_2_and_write_nothing(tmp_path: Path) -> None:
     path = make_run(tmp_path)
     lora = ["adapter.target_modules=[query_proj]", "local.workers=1"]

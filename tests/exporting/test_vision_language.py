@@ -12,6 +12,7 @@ from dpo_dist.config.run_config import load_config
 from dpo_dist.engine.model.policy import PolicyParts, load_policy
 
 
+@pytest.mark.slow
 def test_full_training_of_a_vision_language_model_leaves_the_rest_of_it(tmp_path: Path) -> None:
     path = make_run(tmp_path, "gemma3")
     whole = json.loads((tmp_path / "model" / "config.json").read_text())

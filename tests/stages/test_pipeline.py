@@ -207,6 +207,7 @@ def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:
     assert sorted((out_of(run_yaml) / "checkpoints").iterdir()) == checkpoints
 
 
+@pytest.mark.slow
 def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "lora")
     arguments = [

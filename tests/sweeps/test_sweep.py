@@ -300,6 +300,7 @@ def attempts_at(sweep: Sweep, stage: str) -> list[int]:
     return [point.paths.count_attempts(stage) for point in sweep.points]
 
 
+@pytest.mark.slow
 def test_two_points_of_which_one_fails(tmp_path: Path) -> None:
     """Real training of both; what failed is recorded and does not stop the rest."""
     path = make_run(tmp_path)

@@ -40,6 +40,7 @@ def ready(folder: Path, stage: str) -> tuple[Path, RunDir]:
     return run_yaml, paths
 
 
+@pytest.mark.slow
 def test_fault_04_a_stopped_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
     run_yaml, paths = ready(tmp_path, "train")
     shutil.copytree(paths.root, tmp_path / "unbroken")
