@@ -40,11 +40,26 @@ def ready(folder: Path, stage: str) -> tuple[Path, RunDir]:
     return run_yaml, paths
 
 
+def test_fault_01_a_killed_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
+    said, paths = struck_and_gone_on(tmp_path, signal.SIGKILL)
+    assert "rank 1 was killed by signal 9, often out of memory" in said
+    assert "goes on after step" in (paths.log_dir("train", 2) / "rank0000.log").read_text()
+
+
 @pytest.mark.slow
 def test_fault_04_a_stopped_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
-    run_yaml, paths = ready(tmp_path, "train")
-    shutil.copytree(paths.root, tmp_path / "unbroken")
-    succeed_on(2, "train", run_yaml, *QUICK, f"run.dir={tmp_path}/unbroken")
+    said, paths = struck_and_gone_on(tmp_path, signal.SIGSTOP)
+    assert f"error: rank 1 on {socket.gethostname()} in " in said
+    assert [rank["rank"] for rank in read_status(paths.status_path)["late"]] == [1]
+    assert "most recent call first" in (paths.log_dir("train", 1) / "rank0000.log").read_text()
+
+
+def struck_and_gone_on(folder: Path, number: int) -> tuple[str, RunDir]:
+    """What `dpo-dist train` said of which a rank got a signal, and its run; its numbers are those
+    of an unbroken one."""
+    run_yaml, paths = ready(folder, "train")
+    shutil.copytree(paths.root, folder / "unbroken")
+    succeed_on(2, "train", run_yaml, *QUICK, f"run.dir={folder}/unbroken")
     launcher = subprocess.Popen(
         [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), *QUICK, "watchdog.silent=10"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -52,17 +67,15 @@ def test_fault_04_a_stopped_rank_is_named_and_training_goes_on_by_itself(tmp_pat
     try:
         written = paths.metrics_path
         wait_until(lambda: written.exists() and len(metrics_of(paths.root)) > 5, timeout_s=300)
-        os.kill(rank_of(launcher.pid, 1), signal.SIGSTOP)
+        os.kill(rank_of(launcher.pid, 1), number)
         _, said = launcher.communicate(timeout=300)
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     assert launcher.returncode == 0
-    assert f"error: rank 1 on {socket.gethostname()} in " in said
-    status = read_status(paths.status_path)
-    assert [rank["rank"] for rank in status["late"]] == [1] and status["restarts"]["total"] == 1
-    assert "most recent call first" in (paths.log_dir("train", 1) / "rank0000.log").read_text()
-    same_training(tmp_path / "unbroken", paths.root, 20)
+    assert read_status(paths.status_path)["restarts"]["total"] == 1
+    same_training(folder / "unbroken", paths.root, 20)
+    return said, paths
 
 
 def rank_of(launcher: int, rank: int) -> int:
