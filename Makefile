@@ -13,7 +13,7 @@ MATRIX ?=
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart agent test test-slow gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow faults gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Every case of docs/reliability.md; how it ended goes into the table there. Hours on two cores.
+faults: install
+	UPDATE_DOCS=1 $(BIN)/python -m pytest -m fault
 
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install

@@ -62,7 +62,8 @@ ROOMS = (
 WITHOUT_TORCH = ROOMS[: ROOMS.index("objective")]
 TOP_LEVEL = {"__init__.py", "__main__.py", "py.typed", "errors.py", "extras.py", "wording.py"}
 TEST_ROOMS = {
-    *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "gpu", "support",
+    *ROOMS[1:], GROUND, "engine", "launch", "examples", "benchmarks", "clusters", "faults", "gpu",
+    "support",
     "support/devices", "support/docs", "support/faults", "support/keys", "support/oracles",
     "support/servers", "support/weights",
 }  # fmt: skip
