@@ -22,7 +22,7 @@ from dpo_dist.run.status import read_status
 pytestmark = pytest.mark.timeout(600)
 LAST_STEP = 10
 DOWN_S = 30.0  # what the promise allows
-STEP = "dpo_dist.training.job:Job.micro_batches"
+STEP = "dpo_dist.training.job:Job.micro_batches"  # the first call is the step-0 gate's
 UPDATE = "dpo_dist.engine.sharding.zero:update"
 USR2, TERM, KILL, ERROR = int(signal.SIGUSR2), int(signal.SIGTERM), int(signal.SIGKILL), 0
 
@@ -138,12 +138,12 @@ LOAD = "dpo_dist.engine.model.policy:build_policy"
 @pytest.mark.parametrize(
     ("strikes", "stopped_at"),
     [
-        pytest.param([(1, STEP, 3, USR2)], 3, id="one rank"),
+        pytest.param([(1, STEP, 4, USR2)], 3, id="one rank"),
         pytest.param(
-            [(1, UPDATE, 2, USR2), (0, STEP, 3, TERM)], 3, id="different steps",
+            [(1, UPDATE, 2, USR2), (0, STEP, 4, TERM)], 3, id="different steps",
             marks=pytest.mark.slow,
         ),
-        pytest.param([(1, STEP, 3, USR2), (0, COMMIT, 1, TERM)], 3, id="save"),
+        pytest.param([(1, STEP, 4, USR2), (0, COMMIT, 1, TERM)], 3, id="save"),
         pytest.param([(0, EVALUATION, 1, USR2)], 6, id="evaluation", marks=pytest.mark.slow),
         pytest.param([(1, LOAD, 1, TERM)], 1, id="load", marks=pytest.mark.slow),
     ],

@@ -19,7 +19,7 @@ from support.tiny_run import make_run, same_training, succeed_on
 from dpo_dist.config.run_config import load_config
 from dpo_dist.run.topology import from_environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 DAY_S = 86_400.0
 QUESTIONS = ("exists", "is_file", "is_dir")  # the package asks by Path, as a test of it sees to
 
@@ -84,14 +84,15 @@ def files_of(folder: Path) -> set[str]:
     "the clock of rank 1 is a day behind and its host has another name",
     becomes="the same files under the same names",
 )
+@pytest.mark.slow
 def test_fault_11_and_12_one_rank_decides(tmp_path: Path) -> None:
     run_yaml = make_run(tmp_path)
     succeed_on(1, "prepare", run_yaml)
     outs = tmp_path / "out", tmp_path / "lied"
     shutil.copytree(*outs)
     for out, lies in zip(outs, (False, True), strict=True):
-        run_ranks(2, staged, str(run_yaml), str(out), ["reference", "train"], lies)
+        run_ranks(2, staged, str(run_yaml), str(out), ["reference", "train"], lies, timeout_s=300)
         shutil.rmtree(out / "checkpoints" / "step-000010")
-        run_ranks(2, staged, str(run_yaml), str(out), ["reference", "train"], lies)
+        run_ranks(2, staged, str(run_yaml), str(out), ["reference", "train"], lies, timeout_s=300)
     same_training(*outs, 10)
     assert files_of(outs[0]) == files_of(outs[1])

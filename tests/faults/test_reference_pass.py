@@ -15,7 +15,7 @@ from dpo_dist.data.pairs import open_pairs
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.reference.contract import complete_store
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 TOTAL = NUM_TRAIN + NUM_EVAL
 SMALL = "reference.micro_batch_tokens=100"  # many waves, and so many parts
 APPEND = "dpo_dist.reference.store:ReferenceStore.append"
