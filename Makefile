@@ -17,7 +17,7 @@ SEED ?= $(shell date +%s)
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart agent test test-slow fuzz soak gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow faults fuzz soak gpu test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ soak: install
 # Damaged and made-up inputs, others every time: make fuzz SEED=... tries the same again.
 fuzz: install
 	DPO_DIST_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED)
+
+# Every case of docs/reliability.md; how it ended goes into the table there. Hours on two cores.
+faults: install
+	UPDATE_DOCS=1 $(BIN)/python -m pytest -m fault
 
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install

@@ -1,9 +1,46 @@
-"""`section.key=value` overrides, applied to the mapping that a YAML file holds."""
+"""`section.key=value` overrides, applied to the mapping that a YAML file holds; and no secrets."""
 
+import os
+import re
 from typing import Any, cast
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.parsing import parse_yaml
+
+_SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{32,}|gh[pousr]_\w{36,}|AKIA[0-9A-Z]{16})\b"
+    r"|://[^/@\s]+:[^/@\s]+@"  # https://user:password@host
+)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+_MIN_SECRET = 12  # characters; shorter values of such variables are switches, not secrets
+
+
+def refuse_secrets(value: Any, key: str = "") -> None:
+    """Raises ConfigError, without the value, when a text of a config is or holds a secret.
+
+    A config goes into the run folder, into dry runs, batch scripts, argv and messages.
+    """
+    if isinstance(value, dict):
+        for name, entry in cast(dict[Any, Any], value).items():
+            refuse_secrets(entry, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, entry in enumerate(cast(list[Any], value)):
+            refuse_secrets(entry, f"{key}.{index}")
+    elif isinstance(value, str) and (_SECRET.search(value) or _is_of_environment(value)):
+        raise ConfigError(
+            f"{key} holds what looks like a token or a password",
+            "none in a config, which is copied into the run folder, commands and logs",
+            "Put it into the environment (HF_TOKEN, OPENAI_API_KEY, WANDB_API_KEY) or use the "
+            "tool's own login, and revoke it if others could read it.",
+        )
+
+
+def _is_of_environment(text: str) -> bool:
+    return any(
+        value in text
+        for name, value in os.environ.items()
+        if len(value) >= _MIN_SECRET and _SECRET_NAME.search(name.upper())
+    )
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -15,6 +52,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             "section.key=value",
             "For example, train.learning_rate=1e-6.",
         )
+    refuse_secrets(text, name)  # before any message quotes it
     *parents, leaf = name.split(".")
     target: Any = raw
     for depth, part in enumerate(parents):

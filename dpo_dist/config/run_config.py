@@ -29,7 +29,7 @@ from dpo_dist.config.output_section import (
     LoggingSection,
     RunSection,
 )
-from dpo_dist.config.overrides import apply_override
+from dpo_dist.config.overrides import apply_override, refuse_secrets
 from dpo_dist.config.section import Rule, Section, broken
 from dpo_dist.config.training_section import (
     AdapterSection,
@@ -226,6 +226,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     settings = cast(dict[str, Any], raw)
     for override in overrides:
         apply_override(settings, override)
+    refuse_secrets(settings)
     return parse_config(settings, str(path))
 
 

@@ -4,7 +4,6 @@ Opened by the planner, the doctor, and the stages that load a model, which look 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
@@ -64,7 +63,7 @@ def check_settings(config: RunConfig) -> None:
     if config.logging.wandb:
         wandb_log.check_installed()
     run, trusted = RunDir(config.run.dir), config.checkpoint.trusted_owners
-    for folder in filter(Path.is_dir, (run.root, run.checkpoints_dir)):
+    for folder in (run.root, run.checkpoints_dir):
         check_new_files(folder, trusted)
 
 

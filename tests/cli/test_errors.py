@@ -25,6 +25,7 @@ def test_only_errors_of_the_disk_are_told_as_such() -> None:
     assert as_disk_error(other) is None
 
 
+@pytest.mark.fault(15, "a file limit in a command", becomes="named; nothing half-written")
 def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> None:
     (tmp_path / "trl.yaml").write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
     command = "import-trl trl.yaml --num-processes 1 --out run.yaml"
@@ -42,6 +43,11 @@ def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> No
 USERS = ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "ENOENT", "ECONNREFUSED", "ENETUNREACH")
 
 
+@pytest.mark.fault(
+    36,
+    "ESTALE, EIO, ETIMEDOUT, ENOTCONN, ECONNRESET behind an error of ours",
+    becomes="worth a restart; a full disk is not",
+)
 @pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", *USERS])
 def test_truth_11_what_may_pass_is_worth_a_restart(name: str) -> None:
     """Behind any of our errors, on this rank and as the others are told of it."""

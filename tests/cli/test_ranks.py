@@ -26,6 +26,11 @@ ONE_WITHOUT_A_MODEL = (
 )
 
 
+@pytest.mark.fault(
+    5,
+    "a model that rank 1 alone does not see",
+    becomes="the stage ends with the code and words of rank 1",
+)
 @pytest.mark.slow
 def test_an_error_on_another_rank_alone_ends_the_stage_with_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +87,11 @@ def fail_alone(config_path: str, reason: str) -> None:
     rank._run_rank(pipeline.REFERENCE, load_config(Path(config_path)))  # pyright: ignore[reportPrivateUsage]
 
 
+@pytest.mark.fault(
+    34,
+    "a failure on rank 1 while shutdown would wait for rank 0",
+    becomes="reason on disk and on the terminal within seconds",
+)
 @pytest.mark.parametrize(
     ("reason", "code", "told", "verdict"),
     [
@@ -121,6 +131,7 @@ def fail_of_disk(config_path: str, number: int) -> None:
     rank._run_rank(pipeline.REFERENCE, load_config(Path(config_path)))  # pyright: ignore[reportPrivateUsage]
 
 
+@pytest.mark.fault(36, "EIO on rank 1", becomes="exit 75, the stage is started again")
 @pytest.mark.parametrize(
     ("number", "verdict", "code"), [(errno.EIO, "restart", 75), (errno.ENOSPC, "stop", 2)]
 )

@@ -94,6 +94,11 @@ def ended(job: subprocess.Popen[str], run_dir: Path) -> str:
     return output
 
 
+@pytest.mark.fault(
+    9,
+    "SIGKILL of a Ray worker in the reference pass and in training",
+    becomes="restarted twice; the numbers of a local run",
+)
 def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +133,11 @@ def test_all_stages_with_workers_killed_on_the_way_give_the_local_numbers(
     assert len(addresses) == 2, "two ranks in two networks"
 
 
+@pytest.mark.fault(
+    9,
+    "16 GPUs asked of a cluster with none",
+    becomes="an error before anything starts",
+)
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(
     cluster: RayCluster, local: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +149,11 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(
     assert "expected room for 16. Lower ray.workers, ray.gpus_per_worker" in output
 
 
+@pytest.mark.fault(
+    9,
+    "SIGKILL of one of three reference tasks",
+    becomes="its range alone is left to the stage",
+)
 @pytest.mark.slow
 def test_the_reference_in_independent_tasks(
     cluster: RayCluster, local: Path, tmp_path: Path
@@ -166,6 +181,11 @@ def test_the_reference_in_independent_tasks(
         assert our == pytest.approx(their, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.fault(
+    30,
+    "the dashboard asked without its token",
+    becomes="401; the token's file is 0600 and in no argv",
+)
 def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:
     token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o777 == 0o600
@@ -180,6 +200,16 @@ def test_without_the_token_nobody_gets_in(cluster: RayCluster) -> None:
     assert not processes(lambda arguments, _: any(secret in part for part in arguments))
 
 
+@pytest.mark.fault(
+    9,
+    "a node stopped, the driver killed, the job submitted again under its name",
+    becomes="fewer workers, then the resubmitted job; the curve of an unbroken run",
+)
+@pytest.mark.fault(
+    19,
+    "a second Ray job in the run folder",
+    becomes="refused with the job of the first",
+)
 @pytest.mark.slow
 def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path
@@ -220,6 +250,7 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.fault(9, "a node drained", becomes="left after a checkpoint, no step is done twice")
 @pytest.mark.slow
 def test_a_node_that_is_drained_is_left_without_a_step_done_twice(
     cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path

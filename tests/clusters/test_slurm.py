@@ -117,6 +117,12 @@ def rank_pids(job_id: str, rank: int) -> list[int]:
     return found
 
 
+@pytest.mark.fault(
+    8,
+    "`scontrol requeue` of a job that has finished",
+    becomes="exits 0, no stage runs again",
+)
+@pytest.mark.fault(30, "a folder named `a run; with $(spaces)`", becomes="all stages run in it")
 def test_all_stages_in_one_allocation_give_the_local_numbers(
     slurm: Slurm, local: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +170,11 @@ def kill_rank(_: Slurm, job_id: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.fault(
+    1,
+    "on Slurm: USR2 to the batch shell, SIGKILL of rank 1, the step canceled, at random steps",
+    becomes="requeued once, started again twice; metrics and weights equal an unbroken run",
+)
 def test_a_job_stopped_in_three_ways_goes_on_and_ends_like_an_unbroken_one(
     slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +229,7 @@ def test_a_chain_ends_at_the_stage_that_fails(slurm: Slurm, local: Path, tmp_pat
     assert not (out / "export").exists()
 
 
+@pytest.mark.fault(11, "a Slurm node without the run folder", becomes="named by `doctor`, exit 2")
 @pytest.mark.slow
 def test_a_node_that_does_not_see_the_run_folder_is_named(
     slurm: Slurm, local: Path, tmp_path: Path

@@ -49,6 +49,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, MINIMAL), ["adapter.rank=4", "adapter="]).adapter is None
 
 
+@pytest.mark.fault(28, "unknown keys, wrong types", becomes="all are named at once")
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     bad = {
         "model": {"path": "m", "dtyp": "bfloat16"},
@@ -68,6 +69,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(28, "a value of the wrong type", becomes="refused")
 @pytest.mark.parametrize(
     ("section", "value", "line"),
     [

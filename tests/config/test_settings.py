@@ -24,6 +24,7 @@ class Model(LlamaForCausalLM):
 """
 
 
+@pytest.mark.fault(29, "a model with code of its own", becomes="refused unless trusted")
 def test_remote_code_runs_only_when_trusted(tmp_path: Path) -> None:
     import json
 

@@ -83,6 +83,7 @@ def test_fractions_of_an_epoch_round_to_whole_pairs() -> None:
     assert num_steps(100, 1, 0.29) == 29  # 100 * 0.29 is 28.999999999999996
 
 
+@pytest.mark.fault(23, "fewer pairs than one batch", becomes="refused with the key to set")
 def test_too_few_pairs_say_what_to_set() -> None:
     with pytest.raises(DataError) as error:
         num_steps(7, 8, 1)
@@ -152,6 +153,7 @@ def test_a_tight_packing_that_leveling_misses_is_kept() -> None:
     assert sorted(tokens_of(m, lengths) for m in plan[0]) == [10, 10, 10]
 
 
+@pytest.mark.fault(24, "fewer pairs than ranks", becomes="filled up, and what fills does not count")
 def test_fewer_pairs_than_ranks_are_filled_with_a_short_pair_that_does_not_count() -> None:
     lengths = np.array([50, 20, 30])
     plan = plan_micro_batches(lengths, [0, 1, 2], 5, 100)

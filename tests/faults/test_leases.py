@@ -89,6 +89,11 @@ def holders(tmp_path: Path):
         holder.process.communicate()
 
 
+@pytest.mark.fault(
+    19,
+    "two runs in one folder, without flock",
+    becomes="the second is refused by the name of the first",
+)
 def test_fault_19_a_second_run_is_refused_by_name_without_flock(tmp_path: Path, holders) -> None:
     holder = holders(SLURM_JOB_ID="77")
     assert holder.says() == "held\n"
@@ -117,6 +122,11 @@ def test_fault_19_of_many_that_start_at_once_one_gets_the_folder(holders) -> Non
     assert sum(" is in use (" in line for line in said) == 3, said
 
 
+@pytest.mark.fault(
+    19,
+    "the owner of a lease is killed",
+    becomes="taken over at once on its machine",
+)
 def test_fault_19_a_killed_owner_on_this_machine_is_taken_over_at_once(holders) -> None:
     holder = holders()
     assert holder.says() == "held\n"
@@ -139,6 +149,11 @@ def test_fault_19_an_owner_on_another_machine_is_taken_over_when_its_lease_is_ol
     assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002"]
 
 
+@pytest.mark.fault(
+    19,
+    "an owner is stopped until its lease is taken over, and woken",
+    becomes="it leaves without writing",
+)
 def test_fault_19_an_owner_that_was_stopped_and_wakes_leaves_without_writing(
     tmp_path: Path, holders
 ) -> None:

@@ -171,6 +171,11 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault(
+    36,
+    "ESTALE, EIO or ETIMEDOUT once, in a write, fsync, open or rename of any artifact",
+    becomes="the file is named, exit 75; the next start ends the same",
+)
 @pytest.mark.parametrize(("stage", "operation", "part", "number", "name"), CASES)
 def test_fault_36_what_fails_once_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: Honest,
@@ -196,6 +201,11 @@ def test_fault_36_what_fails_once_is_tried_again(
     same(stage, honest, out)
 
 
+@pytest.mark.fault(
+    36,
+    "the same under `dpo-dist prepare` and `dpo-dist run`",
+    becomes="started again by itself, up to the caps of `restart`",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "part"), [("prepare", "/.pairs.partial/"), ("run", "/checkpoints/")]
@@ -240,6 +250,11 @@ def mounted(
         same(stage, honest, out)
 
 
+@pytest.mark.fault(
+    11,
+    "no flock; no hard links; what a node renames is seen by others 3 s later",
+    becomes="the run of an honest file system",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("mount", ["no flock", "no links", "late renames", "all at once"])
 def test_fault_11_a_run_ends_as_on_an_honest_file_system(
@@ -251,6 +266,11 @@ def test_fault_11_a_run_ends_as_on_an_honest_file_system(
     )  # fmt: skip
 
 
+@pytest.mark.fault(
+    32,
+    "a mount whose files all belong to another user",
+    becomes="said at the start, with the key that lets it go on",
+)
 @pytest.mark.slow
 def test_fault_32_files_of_another_owner_say_what_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: Honest

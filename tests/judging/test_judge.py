@@ -389,6 +389,7 @@ def run_command(
     )  # fmt: skip
 
 
+@pytest.mark.fault(28, "a judge that sends the key back", becomes="in no file and no message")
 @pytest.mark.parametrize("status", [200, 401, 400, 500])
 def test_the_key_is_in_no_file_and_no_message(
     status: int, files: tuple[Path, Path], tmp_path: Path

@@ -54,6 +54,11 @@ def test_room_is_counted_node_by_node(launch: Any, values: dict[str, Any], room:
     assert launch.resources.count_workers(section(**values), NODES) == room
 
 
+@pytest.mark.fault(
+    9,
+    "more than the cluster has",
+    becomes="an error with the room there is, no wait",
+)
 def test_too_few_resources_are_said_at_once(launch: Any) -> None:
     launch.resources.check_resources(section(workers=16), NODES)
     with pytest.raises(ClusterError) as error:

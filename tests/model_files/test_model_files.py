@@ -51,6 +51,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(29, "weights as `.bin`", becomes="refused unless allowed")
 def test_missing_and_pickled_weights(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", {}, ["x.safetensors"])
     assert error_of(model_files.weight_files, folder) == (
@@ -78,6 +79,11 @@ def test_digest_follows_the_content_not_the_path(tmp_path: Path) -> None:
     assert model_files.digest_of_weights(one) != model_files.digest_of_weights(same)
 
 
+@pytest.mark.fault(
+    21,
+    "new weights under the same path, of the same size",
+    becomes="another digest",
+)
 def test_new_weights_of_the_same_size_and_path_are_noticed(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "a", {"model.safetensors": b"1"})
     before = model_files.digest_of_weights(folder)

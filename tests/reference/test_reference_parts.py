@@ -39,6 +39,11 @@ def damage_bit(content: bytes) -> bytes:
     return content[:100] + bytes([content[100] ^ 4]) + content[101:]
 
 
+@pytest.mark.fault(
+    13,
+    "reference parts with a bit flipped, cut short, empty, zeros",
+    becomes="set aside with the reason",
+)
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

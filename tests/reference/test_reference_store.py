@@ -127,6 +127,11 @@ def test_wrong_shapes_and_types_are_programmer_mistakes(tmp_path: Path) -> None:
         store.append(some_keys(0, 2), doubles, np.arange(2))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.fault(
+    21,
+    "another model, dtype, layout or any other field of the contract",
+    becomes="a miss, with the difference",
+)
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScoringContract)])
 def test_each_field_of_the_contract_makes_another_store(field: str, tmp_path: Path) -> None:
     append(open_store(tmp_path, CONTRACT), 0, 300)
@@ -183,6 +188,7 @@ def test_contracts_are_listed_with_their_counts(tmp_path: Path) -> None:
     assert (stored.num_rows, stored.num_parts, stored.num_quarantined) == (15, 2, 1)
 
 
+@pytest.mark.fault(20, "a bit of one part flipped", becomes="its rows are missing, and no others")
 def test_a_flipped_bit_loses_the_rows_of_that_part_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,6 +255,11 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault(
+    20,
+    "SIGKILL while rows are appended, four times",
+    becomes="every acknowledged row is there",
+)
 def test_a_process_killed_while_it_appends_leaves_a_whole_store(tmp_path: Path) -> None:
     done = 0
     for attempt in range(4):

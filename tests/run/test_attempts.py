@@ -42,6 +42,7 @@ def test_a_resubmitted_job_skips_what_has_finished_and_a_new_one_does_not(tmp_pa
     )
 
 
+@pytest.mark.fault(8, "every stage of a finished run resubmitted", becomes="nothing runs")
 def test_a_finished_run_does_nothing_when_resubmitted(tmp_path: Path) -> None:
     paths = RunDir(tmp_path)
     for stage in attempts.ORDER:
@@ -50,6 +51,11 @@ def test_a_finished_run_does_nothing_when_resubmitted(tmp_path: Path) -> None:
     assert [again(paths, stage) for stage in ("doctor", *attempts.ORDER)] == [None] * 7
 
 
+@pytest.mark.fault(
+    8,
+    "restart after restart, each with progress",
+    becomes="93 at `restart.max_restarts`",
+)
 def test_restarts_are_counted_until_a_cap(tmp_path: Path) -> None:
     paths = RunDir(tmp_path)
     attempts.begin(paths, "train", caps(), resubmitted=False)
@@ -69,6 +75,11 @@ def test_restarts_are_counted_until_a_cap(tmp_path: Path) -> None:
     assert read_status(paths.status_path)["restarts"]["total"] == 0
 
 
+@pytest.mark.fault(
+    8,
+    "restart after restart without progress",
+    becomes="93 at `restart.max_without_progress`",
+)
 def test_restarts_without_progress_end_sooner(tmp_path: Path) -> None:
     paths = RunDir(tmp_path)
     attempts.begin(paths, "train", caps(), resubmitted=False)
@@ -135,6 +146,11 @@ def test_forgetting_starts_a_submission(tmp_path: Path) -> None:
     assert read_status(paths.status_path)["restarts"]["total"] == 0
 
 
+@pytest.mark.fault(
+    5,
+    "logs of three ranks, of which two failed",
+    becomes="the first traceback is the one shown",
+)
 def test_the_first_failure_is_the_one_shown(tmp_path: Path) -> None:
     for rank, text in ((0, "fine"), (2, "Traceback: connection lost"), (1, "Traceback: the cause")):
         (tmp_path / f"rank{rank:04d}.log").write_text(text)

@@ -55,6 +55,11 @@ def test_a_failed_rank_ends_the_others_and_gives_the_exit_code(
     assert "rank 1 failed; the end of" in error and "the reason" in error
 
 
+@pytest.mark.fault(
+    5,
+    "two ranks that end at the same time",
+    becomes="the one that failed by itself gives the exit code",
+)
 def test_a_rank_that_lost_another_is_not_the_reason(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +73,7 @@ def test_death_by_signal_is_reported_as_a_shell_does(out: Path) -> None:
     assert run_ranks(program("import os; os.kill(os.getpid(), 9)"), 1, out / "logs") == 137
 
 
+@pytest.mark.fault(34, "SIGKILL of rank 1", becomes="told by its signal")
 def test_truth_07_a_killed_rank_is_told_by_its_signal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +110,7 @@ def start_launcher(text: str, out: Path) -> subprocess.Popen[bytes]:
     return launcher
 
 
+@pytest.mark.fault(6, "USR2 to the launcher", becomes="every rank gets it")
 def test_stop_signals_reach_every_rank(out: Path) -> None:
     text = (
         "import signal, sys, time\n"

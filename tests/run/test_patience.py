@@ -47,6 +47,11 @@ def test_patience_ends() -> None:
     assert not failures
 
 
+@pytest.mark.fault(
+    36,
+    "EIO while a launcher reads status.json",
+    becomes="asked again; 75 when it stays",
+)
 @pytest.mark.parametrize("command", ["begin", "judge"])
 def test_truth_11_a_chain_goes_on_after_its_file_server(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -44,6 +44,11 @@ def holder(tmp_path: Path):
     process.wait()
 
 
+@pytest.mark.fault(
+    19,
+    "a second command in the folder of a running job",
+    becomes="refused with host, process and job of the first; changes nothing",
+)
 def test_a_second_job_is_refused_and_changes_nothing(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
@@ -57,6 +62,7 @@ def test_a_second_job_is_refused_and_changes_nothing(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
+@pytest.mark.fault(19, "SIGKILL of the lock's owner", becomes="taken over")
 def test_the_lock_is_gone_with_its_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     paths = RunDir(tmp_path / "out")
     with pytest.raises(ArtifactError, match="in use"), run_lock.held(paths, "train", wait_s=0):
@@ -68,6 +74,7 @@ def test_the_lock_is_gone_with_its_process(tmp_path: Path, holder: subprocess.Po
     assert attempts.begin(paths, "train", CAPS, resubmitted=False)
 
 
+@pytest.mark.fault(19, "a predecessor that ends a second later", becomes="waited for")
 def test_a_dying_predecessor_is_given_time(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
     with run_lock.held(RunDir(tmp_path / "out"), "train", wait_s=20):

@@ -15,6 +15,11 @@ def test_launched_needs_rank_and_world_size() -> None:
     assert not launched({"RANK": "0"})
 
 
+@pytest.mark.fault(
+    10,
+    "a wrong number of tasks a node, missing variables",
+    becomes="refused with the variable and its value",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

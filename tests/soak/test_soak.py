@@ -28,6 +28,11 @@ def unbroken(folder: Path, steps: int) -> tuple[Path, Path, Path]:
     return run_yaml, start, trained
 
 
+@pytest.mark.fault(
+    1,
+    "ten faults that a seed decides: signals, damaged files, a full disk",
+    becomes="metrics and weights equal an unbroken run",
+)
 @pytest.mark.timeout(600)
 def test_ten_faults_change_no_number(tmp_path: Path) -> None:
     run_yaml, start, trained = unbroken(tmp_path, steps=40)
@@ -37,6 +42,11 @@ def test_ten_faults_change_no_number(tmp_path: Path) -> None:
     same_training(trained, tmp_path / "soaked", 40)
 
 
+@pytest.mark.fault(
+    1,
+    "200 of them, with a cut network and other numbers of ranks",
+    becomes="metrics and weights equal an unbroken run, within 1e-5 on other ranks",
+)
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_soak(tmp_path: Path) -> None:

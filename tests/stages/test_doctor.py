@@ -121,6 +121,11 @@ print(json.dumps((opened, facts["gpus"], facts.get("num_gpus"))))
 """
 
 
+@pytest.mark.fault(
+    11,
+    "a node that writes nothing into the run folder",
+    becomes="named with its ranks",
+)
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [

@@ -240,6 +240,7 @@ def exported_step(config: RunConfig) -> int:
     return read_manifest(export.run(config) / "adapter").details["step"]
 
 
+@pytest.mark.fault(32, "a note in the last checkpoint", becomes="it is the one exported")
 def test_truth_05_a_note_beside_the_last_checkpoint_changes_no_export(
     lora_run: TrainedRun, tmp_path: Path
 ) -> None:
@@ -251,6 +252,11 @@ def test_truth_05_a_note_beside_the_last_checkpoint_changes_no_export(
     assert sorted(os.listdir(last.parent)) == ["step-000006", "step-000008"]
 
 
+@pytest.mark.fault(
+    33,
+    "the last checkpoint damaged",
+    becomes="no export of an older one unless it is named",
+)
 def test_truth_05_an_older_checkpoint_is_exported_only_by_name(
     lora_run: TrainedRun, tmp_path: Path
 ) -> None:
@@ -297,6 +303,7 @@ def test_truth_05_a_training_that_has_not_ended_is_exported_only_by_name(
     assert exported_step(config.model_copy(update={"export": section})) == 8
 
 
+@pytest.mark.fault(26, "another base model", becomes="refused")
 def test_another_base_model_is_refused(lora_run: TrainedRun, tmp_path: Path) -> None:
     other = make_trained_run(tmp_path / "other", "qwen3")
     config = copy_of(lora_run, tmp_path, f"model.path={other.config.model.path}")
@@ -331,6 +338,7 @@ def test_a_missing_template_file_is_named(lora_run: TrainedRun, tmp_path: Path) 
         export.run(config)
 
 
+@pytest.mark.fault(26, "a shard index that names `../x`", becomes="refused")
 def test_a_shard_index_that_leaves_the_folder_is_refused(
     lora_run: TrainedRun, tmp_path: Path
 ) -> None:
@@ -343,6 +351,7 @@ def test_a_shard_index_that_leaves_the_folder_is_refused(
         export.run(config)
 
 
+@pytest.mark.fault(7, "USR2 in the middle of an export", becomes="stopped; no half-written model")
 def test_a_signal_ends_the_export_and_leaves_nothing(
     lora_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +389,7 @@ def test_a_full_disk_is_named(
     )
 
 
+@pytest.mark.fault(15, "a file limit in an export", becomes="named; nothing half-written")
 def test_a_write_that_fails_is_named(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
     folder = tmp_path / "out" / "export" / "adapter"
@@ -416,6 +426,11 @@ export.run(load_config(Path(sys.argv[1]), sys.argv[2:]))
 """
 
 
+@pytest.mark.fault(
+    26,
+    "SIGKILL in the middle of an export",
+    becomes="nothing under the final name; the next export is whole",
+)
 def test_killed_half_way(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
     run_yaml = lora_run.paths.root.parent / "run.yaml"

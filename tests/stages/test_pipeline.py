@@ -88,6 +88,11 @@ def test_the_run_learns_and_reports(run_yaml: Path) -> None:
     assert status["state"] == "finished" and status["train"]["step"] == LAST_STEP
 
 
+@pytest.mark.fault(
+    24,
+    "10 held-out pairs and batches of 8 on 3 ranks",
+    becomes="no deadlock; the numbers of 2 ranks",
+)
 @pytest.mark.parametrize(
     ("num_ranks", "overrides"),
     [
@@ -131,6 +136,11 @@ def test_every_sharding_trains_resumes_and_exports(
     assert json.loads((other / "verify.json").read_text())["passed"]
 
 
+@pytest.mark.fault(
+    1,
+    "SIGKILL of the launcher and all ranks after step 6",
+    becomes="goes on from step 4; metrics and weights equal an unbroken run to the bit",
+)
 def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "killed")
     command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
@@ -145,6 +155,11 @@ def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     same_training(out_of(run_yaml), other, LAST_STEP)
 
 
+@pytest.mark.fault(
+    6,
+    "USR2 to the launcher in step 2",
+    becomes="a checkpoint, `stopped`, exit 75; three ranks continue the same curve",
+)
 def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "stopped")
     command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
@@ -171,6 +186,11 @@ def copied(run_yaml: Path, name: str) -> Path:
     return other
 
 
+@pytest.mark.fault(
+    13,
+    "a bit of the last checkpoint flipped",
+    becomes="set aside, trained again from the one before; equals an unbroken run",
+)
 def test_truth_05_a_damaged_last_checkpoint_is_trained_again(run_yaml: Path) -> None:
     other = copied(run_yaml, "damaged")
     last = other / "checkpoints" / f"step-{LAST_STEP:06d}"
@@ -185,6 +205,13 @@ def test_truth_05_a_damaged_last_checkpoint_is_trained_again(run_yaml: Path) -> 
     same_training(out_of(run_yaml), other, LAST_STEP)
 
 
+@pytest.mark.fault(
+    32,
+    "a run folder of a colleague",
+    becomes=(
+        "an error with the remedy, nothing moved; trusted, it goes on and equals an unbroken run"
+    ),
+)
 @needs_root
 def test_truth_06_a_colleagues_resubmission_stops_before_it_moves_anything(run_yaml: Path) -> None:
     other = copied(run_yaml, "colleague")
@@ -207,6 +234,11 @@ def test_a_finished_run_ends_at_once(run_yaml: Path) -> None:
     assert sorted((out_of(run_yaml) / "checkpoints").iterdir()) == checkpoints
 
 
+@pytest.mark.fault(
+    27,
+    "an adapter and its merged model, loaded in a process of their own",
+    becomes="the probe is reproduced",
+)
 @pytest.mark.slow
 def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "lora")
@@ -237,6 +269,11 @@ def test_lora_is_exported_merged_and_verified(run_yaml: Path) -> None:
     assert len(generated) == 2 and {"prompt", "before", "after"} == set(generated[0])
 
 
+@pytest.mark.fault(
+    27,
+    "a whole model, loaded in a process of its own",
+    becomes="the probe is reproduced",
+)
 def test_full_is_exported_and_verified(run_yaml: Path) -> None:
     succeed_on(1, "export", run_yaml)
     succeed_on(1, "verify", run_yaml)
@@ -284,12 +321,14 @@ def test_a_reference_that_is_not_the_start_stops_at_the_gate(run_yaml: Path) -> 
     assert not (other / "checkpoints").exists()
 
 
+@pytest.mark.fault(16, "another beta and number of epochs", becomes="refused with the difference")
 def test_resume_with_other_settings_is_refused(run_yaml: Path) -> None:
     message = fail_on(2, "train", run_yaml, "objective.beta=0.1", "train.num_epochs=3")
     assert 'objective.beta: "0.5" -> "0.1"' in message
     assert 'train.num_epochs: "2.0" -> "3.0"' in message
 
 
+@pytest.mark.fault(17, "`checkpoint.resume=no/such`", becomes="an error that names it")
 def test_a_mistyped_resume_path_is_an_error(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "mistyped")
     message = fail_on(2, "train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
@@ -329,6 +368,11 @@ def test_stale_pairs_are_refused(run_yaml: Path) -> None:
     assert "max_length: 64 -> 32" in message
 
 
+@pytest.mark.fault(
+    23,
+    "fewer pairs than one batch, a pair longer than a micro-batch",
+    becomes="refused before a model is loaded",
+)
 @pytest.mark.parametrize(
     ("override", "message"),
     [

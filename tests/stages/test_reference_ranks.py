@@ -41,6 +41,11 @@ def own_disk_worker(run_yaml: str, stage: str, store: str) -> list[str]:
     return hashed
 
 
+@pytest.mark.fault(
+    11,
+    "a store on rank 0 that rank 1 does not have",
+    becomes="rank 0 decides for all",
+)
 def test_only_rank_0_looks_at_the_store_and_reads_the_weights(run_yaml: Path) -> None:
     store = run_yaml.parent / "store"
     arguments = str(run_yaml), "reference", str(store)

@@ -141,6 +141,7 @@ def remove_config(export_dir: Path) -> None:
     (export_dir / "merged" / "config.json").unlink()
 
 
+@pytest.mark.fault(27, "ten kinds of damage to an export", becomes="not verified, the check named")
 @pytest.mark.parametrize(
     ("damage", "failing"),
     [

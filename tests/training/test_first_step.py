@@ -52,6 +52,7 @@ def test_truth_02_the_first_loss_is_ln_2_whatever_the_packing(tmp_path: Path) ->
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.fault(40, "a pair that another one moves", becomes="stopped at the step-0 gate")
 def test_truth_02_the_gate_looks_at_every_micro_batch(tmp_path: Path) -> None:
     run_yaml = prepared(tmp_path, "llama")
     overrides = [*ONE_STEP, "train.micro_batch_tokens=100"]

@@ -91,6 +91,16 @@ def steps_kept(out: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.fault(
+    25,
+    "NaN in the loss of one rank",
+    becomes="all ranks stop before the update; the pairs are written down",
+)
+@pytest.mark.fault(
+    31,
+    "a gradient that is not finite, with a finite loss, on one rank of one and two",
+    becomes="all ranks stop before the update; the pairs are written down",
+)
 @pytest.mark.parametrize(
     ("stage", "ranks", "where"),
     [
@@ -131,6 +141,11 @@ def rates(out: Path) -> dict[int, float]:
     return {m["step"]: m["learning_rate"] for m in metrics_of(out) if "learning_rate" in m}
 
 
+@pytest.mark.fault(
+    31,
+    "a gradient that is not finite at a checkpoint step, to be skipped",
+    becomes="weights stay, the schedule goes on, the step is counted, also over a resume",
+)
 def test_truth_01_a_skipped_step_changes_nothing_and_shifts_nothing(run_yaml: Path) -> None:
     """Also over a resume, which keeps the count; the schedule is that of a run without NaN."""
     clean, errors = trained(run_yaml, "clean", "nowhere", [], *SKIP)
@@ -156,6 +171,11 @@ def test_truth_01_a_skipped_step_changes_nothing_and_shifts_nothing(run_yaml: Pa
     assert read_train_state(again / "checkpoints" / "step-000005").skipped_steps == [3]
 
 
+@pytest.mark.fault(
+    25,
+    "NaN in step after step, to be skipped",
+    becomes="skipped up to the cap, then stopped",
+)
 def test_truth_01_skipping_has_a_cap_and_losses_that_are_not_finite_are_skipped_too(
     run_yaml: Path,
 ) -> None:
@@ -201,6 +221,11 @@ def spoiled(run_yaml: str, overrides: list[str], what: str) -> str:
     return ""
 
 
+@pytest.mark.fault(
+    31,
+    "a weight or probe that is not finite at a checkpoint step",
+    becomes="nothing is committed",
+)
 @pytest.mark.parametrize(
     ("what", "stage"), [("weights", 3), pytest.param("probe", 0, marks=pytest.mark.slow)]
 )

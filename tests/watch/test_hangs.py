@@ -40,12 +40,25 @@ def ready(folder: Path, stage: str) -> tuple[Path, RunDir]:
     return run_yaml, paths
 
 
+@pytest.mark.fault(
+    1,
+    "SIGKILL of rank 1 in training, by `dpo-dist train`",
+    becomes="named with its signal, started again; metrics and weights equal an unbroken run",
+)
 def test_fault_01_a_killed_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
     said, paths = struck_and_gone_on(tmp_path, signal.SIGKILL)
     assert "rank 1 was killed by signal 9, often out of memory" in said
     assert "goes on after step" in (paths.log_dir("train", 2) / "rank0000.log").read_text()
 
 
+@pytest.mark.fault(
+    4,
+    "SIGSTOP of rank 1 in training, by `dpo-dist train`",
+    becomes=(
+        "found by `silent`: named with its host, stacks written, started again; metrics "
+        "and weights equal an unbroken run"
+    ),
+)
 @pytest.mark.slow
 def test_fault_04_a_stopped_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
     said, paths = struck_and_gone_on(tmp_path, signal.SIGSTOP)
@@ -88,6 +101,17 @@ def rank_of(launcher: int, rank: int) -> int:
     return int(found)
 
 
+@pytest.mark.fault(
+    4,
+    "a sleep of a rank before a collective",
+    becomes="found by the section: the late rank is named, all write stacks and leave with 75",
+)
+@pytest.mark.fault(
+    38,
+    "SIGSTOP, a sleep or a read that never returns, of rank 0 or 1, in load, "
+    "self-check, step, evaluation, checkpoint, reference pass",
+    becomes="found by `silent` or the section: the late rank is named, all leave with 75",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "section", "rank", "kind"),
@@ -136,6 +160,11 @@ def test_fault_38_a_hang_of_a_rank_ends_all(
             assert "most recent call first" in log and log.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.fault(
+    38,
+    "SIGSTOP, a sleep or a read that never returns, in prepare, export, verify",
+    becomes="found by `silent` or the section; the next run is whole",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "section", "kind"),
@@ -172,6 +201,7 @@ def test_fault_38_a_stage_of_one_process_is_watched_too(
     succeed_on(1, stage, run_yaml)
 
 
+@pytest.mark.fault(8, "a stage that hangs each time", becomes="started again up to the cap")
 def test_a_launcher_starts_a_stage_again_that_hung_up_to_the_cap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,11 @@ def test_a_process_alone_that_makes_no_progress() -> None:
     assert verdict is not None and [rank["section"] for rank in verdict.late] == ["step"]
 
 
+@pytest.mark.fault(
+    38,
+    "a rank that is a hundred times slower, or works alone",
+    becomes="left alone",
+)
 def test_a_rank_that_is_only_slow_is_left_alone(line: Line) -> None:
     """One that writes a file for all, or is a hundred times slower: the others wait for it."""
     dog = dog_of(0, line)

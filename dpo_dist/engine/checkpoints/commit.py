@@ -95,11 +95,15 @@ def check_pickles(folder: Path, trusted: Container[int] = ()) -> None:
 def check_new_files(folder: Path, trusted: Container[int] = ()) -> None:
     """Raises CheckpointError unless this process may write files into a folder that are its own.
 
-    A file system that maps owners would have every checkpoint refused at the next resume.
+    A file system that maps owners would have every checkpoint refused at the next resume. A folder
+    that is not there yet is written by whoever makes it: nobody asks first, since a rank may see it
+    later than another, or lose it meanwhile.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as stream:
             owner = os.fstat(stream.fileno()).st_uid
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except PermissionError as error:
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror})",

@@ -130,8 +130,6 @@ def begin(
         if not parameter.requires_grad
     }
     writer = ShardWriter(partial, frozen, copies)
-    if not partial.is_dir():
-        writer.fail(f"{partial} is not visible, run.dir must be on a shared file system")
     with _saving_through(engine, writer):
         engine.save_checkpoint(
             str(partial.parent), tag=partial.name, save_latest=False, exclude_frozen_parameters=True

@@ -81,6 +81,9 @@ class ShardWriter:
                     raise stream.error from None
                 os.fsync(raw.fileno())
             fsync_dir(path.parent)
+        except FileNotFoundError:
+            self.fail(f"{self.folder} is not visible, run.dir must be on a shared file system")
+            return
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()  # the room may serve to write an error report

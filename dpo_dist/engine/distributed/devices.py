@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
-from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    DistNetworkError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.distributed.rendezvous import rendezvous
 
 from dpo_dist.errors import ClusterError
@@ -84,16 +88,32 @@ def agree_on_device(
     launcher's variables set.
 
     Also the store they met in, to be held until their group has started: it shares rank 0's server.
-    Raises ClusterError on every rank when the claims do not fit together.
+    Raises ClusterError on every rank when the claims do not fit together, and on rank 0 when
+    another process has its port.
     """
     claim, store = own_claim(topology), None
     claims = [claim]
     if topology.world_size > 1:
-        meeting = rendezvous("env://", topology.rank, topology.world_size, timeout=timeout)
-        store = next(iter(meeting))[0]
+        store = _meet(topology, timeout)
         claims = _exchanged(claim, topology, PrefixStore("devices", store))
     refuse_claims(claims)
     return device_of(topology), store
+
+
+def _meet(topology: Topology, timeout: datetime.timedelta) -> Store:
+    try:
+        meeting = rendezvous("env://", topology.rank, topology.world_size, timeout=timeout)
+        return next(iter(meeting))[0]
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        taken = ClusterError(
+            f"port {topology.master_port} of {topology.master_addr} is in use by another process",
+            "a free port, at which the ranks meet",
+            "Start the job again, or set another MASTER_PORT in your launcher.",
+        )
+        taken.transient = True  # whoever has it may be gone by then
+        raise taken from None
 
 
 def _exchanged(claim: Claim, topology: Topology, store: Store) -> list[Claim]:

@@ -34,6 +34,7 @@ def test_lines_keep_their_numbers_across_blank_lines(tmp_path: Path) -> None:
     assert rows_of(rows) == [({"a": 1}, "rows.jsonl:1"), ({"a": "ä"}, "rows.jsonl:4")]
 
 
+@pytest.mark.fault(23, "BOM and CRLF", becomes="read as without")
 def test_a_bom_and_windows_line_ends_are_no_part_of_a_row(tmp_path: Path) -> None:
     rows = indexed(tmp_path, b'\xef\xbb\xbf{"a": "x"}\r\n{"a": "y"}\r\n')
     assert rows_of(rows) == [({"a": "x"}, "rows.jsonl:1"), ({"a": "y"}, "rows.jsonl:2")]
@@ -44,6 +45,7 @@ def test_rows_are_read_by_position_in_any_order(tmp_path: Path) -> None:
     assert [row.fields["a"] for row in rows.read([4, 0, 2])] == [4, 0, 2]
 
 
+@pytest.mark.fault(23, "a line of 10 MB", becomes="read")
 def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
     text = "word " * 2_000_000
     rows = indexed(tmp_path, json.dumps({"a": text}) + '\n{"a": "next"}\n')
@@ -84,6 +86,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     assert [row.fields["a"] for row in rows.read([0, 1])] == [1, 2]
 
 
+@pytest.mark.fault(23, "0 rows in a file", becomes="no rows")
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", '{"data": []}'])
 def test_no_rows(tmp_path: Path, content: str) -> None:
     assert len(indexed(tmp_path, content, "rows.json")) == 0
@@ -117,6 +120,7 @@ def test_a_row_that_is_no_object_is_named(tmp_path: Path) -> None:
     assert "rows.json:1 holds a number" in error_of(tmp_path, "[1, 2]", "rows.json")
 
 
+@pytest.mark.fault(23, "bytes that are not UTF-8", becomes="named with their place")
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     assert error_of(tmp_path, b'{"a": 1}\n{"a": "caf\xe9"}\n') == (
         "rows.jsonl:2 is not UTF-8 (byte 0xe9 at byte 11); expected UTF-8 text. "

@@ -152,6 +152,7 @@ def test_an_unknown_suffix(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(23, "0 rows in a source", becomes="refused, the source named")
 def test_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n")

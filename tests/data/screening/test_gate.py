@@ -39,6 +39,7 @@ def reasons_of(columns: PairColumns) -> list[str]:
     return [names[code] for code in columns.reasons]
 
 
+@pytest.mark.fault(23, "identical answers, also after truncation", becomes="dropped and counted")
 def test_identical_answers(tmp_path: Path) -> None:
     rows: list[TokenRow] = [GOOD, ([1], [5, 6], [5, 6]), ([9], [5, 6, 7], [5, 6, 8])]
     assert reasons_of(gated(tmp_path, rows)) == ["kept", "identical", "kept"]
@@ -48,6 +49,7 @@ def test_identical_answers(tmp_path: Path) -> None:
     assert reasons_of(kept) == ["kept"] * 3
 
 
+@pytest.mark.fault(23, "a prompt that fills max_length", becomes="dropped and counted")
 def test_a_prompt_that_fills_the_length(tmp_path: Path) -> None:
     rows: list[TokenRow] = [([1, 2, 3], [4], [5]), ([1, 2, 3, 4], [5], [6]), GOOD]
     assert reasons_of(gated(tmp_path, rows, max_length=4)) == ["kept", "prompt_fills", "kept"]
@@ -104,6 +106,11 @@ def test_held_out_prompts_that_are_trained_on(tmp_path: Path) -> None:
     assert reasons_of(kept) == ["kept"] * 3
 
 
+@pytest.mark.fault(
+    23,
+    "empty answers and prompts",
+    becomes="dropped and counted, or kept where a token is left to score",
+)
 def test_empty_parts_can_be_kept_where_a_token_is_left_to_score(tmp_path: Path) -> None:
     rows: list[TokenRow] = [([1], [2], [3]), ([], [2], [3]), ([1], [], [3]), GOOD]
     empty = {0: "empty", 1: "empty", 2: "empty"}

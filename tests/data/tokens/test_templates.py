@@ -115,6 +115,7 @@ def test_a_tool_call_without_content_has_an_empty_one_for_a_template_that_needs_
     assert "<|im_start|>assistant\n<|im_end|>\n" in found.prompt
 
 
+@pytest.mark.fault(23, "a role that the template does not name", becomes="refused with the row")
 def test_a_role_that_the_template_does_not_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TemplateRefusal) as caught:
         rendered(tmp_path, "chatml", conversation(message("narrator", "Q")))
@@ -130,6 +131,7 @@ def test_a_developer_is_a_system_where_the_template_has_none(tmp_path: Path) -> 
     assert found.prompt.startswith("<|im_start|>system\nS<|im_end|>")
 
 
+@pytest.mark.fault(23, "a tokenizer without a chat template", becomes="refused with the remedy")
 def test_no_chat_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, chat_template=None), None)
     with pytest.raises(DataError) as caught:

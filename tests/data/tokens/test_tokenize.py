@@ -89,6 +89,7 @@ def test_text_ends_in_eos_and_has_no_bos_where_the_tokenizer_adds_none(tmp_path:
     assert tokenizer.decode(pair.rejected_ids) == " is no.<|im_end|>"
 
 
+@pytest.mark.fault(23, "BOS in the text and by the tokenizer", becomes="one BOS")
 def test_text_gets_the_bos_of_its_tokenizer_once() -> None:
     tokenizer = sentencepiece_like("always")
     pair = encoded(tokenizer, text("The sky", " is blue.", " is no."))
@@ -98,6 +99,7 @@ def test_text_gets_the_bos_of_its_tokenizer_once() -> None:
     assert written.prompt_ids.count(int(tokenizer.bos_token_id)) == 1
 
 
+@pytest.mark.fault(23, "BOS by the template and by the tokenizer", becomes="one BOS")
 def test_a_template_that_writes_bos_gets_no_second_one() -> None:
     tokenizer = sentencepiece_like("always")
     tokenizer.chat_template = "{{ bos_token }}" + ZEPHYR
@@ -171,6 +173,7 @@ def test_a_tokenizer_that_prepends_a_space_puts_none_before_an_answer(prepend_sc
     assert not tokenizer.convert_ids_to_tokens(merged.chosen_ids)[0].startswith("\u2581")
 
 
+@pytest.mark.fault(23, "special tokens inside the text", becomes="noted in the report")
 def test_notes_on_the_text(tmp_path: Path) -> None:
     tokenizer = tiny(tmp_path)
     inside = encoded(tokenizer, chat("The <|im_end|> token", "No."))

@@ -146,6 +146,16 @@ def test_resume_on_the_same_ranks_is_bit_exact(
     assert first[0][case]["losses"][0] != first[0][case]["losses"][1]
 
 
+@pytest.mark.fault(
+    11,
+    "a rank that cannot open the checkpoint's files",
+    becomes="the same error on every rank, naming it",
+)
+@pytest.mark.fault(
+    17,
+    "a path without a checkpoint, without a marker, of 300 characters",
+    becomes="an error on every rank",
+)
 def test_what_is_no_checkpoint_is_an_error_on_every_rank(
     runs: tuple[Path, list[Any], list[Any]],
 ) -> None:
@@ -167,6 +177,11 @@ def test_what_is_no_checkpoint_is_an_error_on_every_rank(
     assert (run / "step-000002").exists()
 
 
+@pytest.mark.fault(
+    16,
+    "another beta, other pairs, another model",
+    becomes="refused on every rank with the difference",
+)
 def test_another_run_is_refused_on_every_rank(runs: tuple[Path, list[Any], list[Any]]) -> None:
     _, _, (first, second) = runs
     assert first["errors"] == second["errors"]
@@ -260,6 +275,11 @@ def small_disk(tmp_path: Path) -> Iterator[str | None]:
     subprocess.check_call(["umount", str(folder)])
 
 
+@pytest.mark.fault(
+    15,
+    "a full tmpfs, a read-only one, a file limit on one rank, in a save",
+    becomes="all ranks give the reason; what was committed stays",
+)
 def test_a_failed_write_stops_all_ranks_alike_and_keeps_what_stood(
     tmp_path: Path, small_disk: str | None
 ) -> None:
@@ -305,6 +325,17 @@ def killed(folder: str, rank: int, function: str, call: int) -> None:
         save_at(engine, run, 3)
 
 
+@pytest.mark.fault(
+    2,
+    "SIGKILL of rank 1 between two of its shards",
+    becomes="the checkpoint before is taken, the partial one replaced; the other rank leaves",
+)
+@pytest.mark.fault(
+    3,
+    "SIGKILL between manifest and marker, before the rename, between commit and "
+    "prune, while pruning",
+    becomes="what was committed is taken, nothing is set aside",
+)
 @pytest.mark.parametrize(
     ("rank", "function", "call", "newest"),
     [

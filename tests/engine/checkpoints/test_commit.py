@@ -169,6 +169,17 @@ SAME_SIZE = [
 ]
 
 
+@pytest.mark.fault(
+    13,
+    "a file cut short or emptied, a lost shard, swapped or lost manifests",
+    becomes="refused, the damage named",
+)
+@pytest.mark.fault(
+    14,
+    "a marker of garbage or outside the run folder, links that leave it, a pipe, a "
+    "manifest that names `../x`",
+    becomes="refused, the damage named",
+)
 @pytest.mark.parametrize(("damage", "found"), CHEAP, ids=lambda p: getattr(p, "__name__", ""))
 def test_damage_is_found_without_reading_the_files(
     tmp_path: Path, damage: Callable[[Path], None], found: str
@@ -180,6 +191,11 @@ def test_damage_is_found_without_reading_the_files(
     assert "expected a checkpoint as it was committed. Use another checkpoint" in str(caught.value)
 
 
+@pytest.mark.fault(
+    13,
+    "a bit flipped, two shards swapped, manifest and marker of another checkpoint",
+    becomes="refused by content",
+)
 @pytest.mark.parametrize(("damage", "found"), SAME_SIZE, ids=lambda p: getattr(p, "__name__", ""))
 def test_damage_of_equal_size_is_found_by_content(
     tmp_path: Path, damage: Callable[[Path], None], found: str
@@ -212,6 +228,7 @@ FOREIGN = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault(32, "a note, .nfs, backups and copies in a checkpoint", becomes="no damage")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_truth_05_a_foreign_file_is_no_damage(tmp_path: Path, name: str) -> None:
     folder = committed(tmp_path / "step-000001")
@@ -221,6 +238,7 @@ def test_truth_05_a_foreign_file_is_no_damage(tmp_path: Path, name: str) -> None
     check_pickles(folder)
 
 
+@pytest.mark.fault(32, "a link and a pipe in a checkpoint", becomes="no damage")
 def test_truth_05_nor_is_a_foreign_link_or_pipe(tmp_path: Path) -> None:
     folder = committed(tmp_path / "step-000001")
     os.mkfifo(folder / "pipe")
@@ -228,6 +246,7 @@ def test_truth_05_nor_is_a_foreign_link_or_pipe(tmp_path: Path) -> None:
     assert sorted(verify(folder)) == sorted(SHARDS)
 
 
+@pytest.mark.fault(29, "a pickle that is not in the manifest", becomes="refused")
 def test_a_pickle_that_was_not_committed_is_not_opened(tmp_path: Path) -> None:
     """DeepSpeed looks for shards by pattern; what it might find must be of the checkpoint."""
     folder = committed(tmp_path / "step-000001")
@@ -242,6 +261,8 @@ def test_a_pickle_that_was_not_committed_is_not_opened(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(29, "a pickle of another owner", becomes="refused with the remedy")
+@pytest.mark.fault(32, "files of another owner", becomes="no damage; an error with the remedy")
 @needs_root
 def test_truth_06_files_of_another_user_are_whole_and_not_opened(tmp_path: Path) -> None:
     folder = committed(tmp_path / "step-000001")

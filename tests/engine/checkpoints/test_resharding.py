@@ -90,6 +90,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
     return folder, run_ranks(2, saved_by_two, str(folder))[0]
 
 
+@pytest.mark.fault(
+    16,
+    "a checkpoint of 2 ranks on 1 and on 3",
+    becomes="weights to the bit, the same losses",
+)
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
@@ -170,6 +175,11 @@ def one_blind_rank(folder: str, other: str) -> str:
     return str(saving.value)
 
 
+@pytest.mark.fault(
+    11,
+    "another disk under the path of the run on rank 1",
+    becomes="the save fails on every rank, naming rank 1",
+)
 def test_a_rank_that_does_not_see_the_run_folder(tmp_path: Path) -> None:
     for error in run_ranks(2, one_blind_rank, str(tmp_path), str(tmp_path / "other")):
         assert "could not be written (rank 1: " in error

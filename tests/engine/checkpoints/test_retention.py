@@ -33,6 +33,11 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
+@pytest.mark.fault(
+    17,
+    "a path in an empty run folder",
+    becomes="an error; a fresh start under `auto` only",
+)
 def test_no_checkpoint_is_a_fresh_start_only_under_auto(tmp_path: Path) -> None:
     assert checkpoint.choose_resume(tmp_path / "checkpoints", "auto") is None
     (tmp_path / "checkpoints").mkdir()
@@ -52,6 +57,11 @@ def test_the_newest_is_by_number_and_a_copy_may_have_any_name(run: Path, tmp_pat
     assert checkpoint.choose_resume(run, copy) == copy
 
 
+@pytest.mark.fault(
+    13,
+    "two damaged checkpoints of three",
+    becomes="set aside with the reason, the third is taken",
+)
 def test_damaged_ones_go_to_quarantine_and_an_older_one_is_taken(run: Path) -> None:
     (run / "step-000300" / "mp_rank_00_model_states.pt").write_bytes(b"weighty")
     os.truncate(run / "step-000200" / "mp_rank_00_model_states.pt", 2)
@@ -92,6 +102,11 @@ def test_truth_06_what_belongs_to_another_user_is_neither_moved_nor_passed_over(
     assert sorted(os.listdir(run)) == ["step-000200", "step-000300"], "and the damaged one stays"
 
 
+@pytest.mark.fault(
+    33,
+    "three checkpoints, all damaged",
+    becomes="a stop that names each reason; nothing is moved",
+)
 def test_truth_06_when_all_are_refused_auto_stops_and_moves_nothing(run: Path) -> None:
     (run / "step-000300" / "mp_rank_00_model_states.pt").write_bytes(b"weighty")
     os.truncate(run / "step-000200" / "mp_rank_00_model_states.pt", 2)

@@ -119,6 +119,11 @@ def failing_behind(folder: str) -> tuple[str, list[str]]:
         return str(caught.value), sorted(os.listdir(run))
 
 
+@pytest.mark.fault(
+    15,
+    "a file limit on one rank, behind training",
+    becomes="all ranks give the reason; that checkpoint only",
+)
 def test_fault_15_a_write_that_fails_behind_is_told_by_all_and_costs_that_checkpoint_only(
     tmp_path: Path,
 ) -> None:
@@ -147,6 +152,11 @@ def bug_behind(folder: str) -> str:
         return str(caught.value)
 
 
+@pytest.mark.fault(
+    5,
+    "an exception in the background of one rank",
+    becomes="raised on every rank; nothing is committed",
+)
 def test_fault_05_any_error_behind_ends_all_ranks(tmp_path: Path) -> None:
     told = run_ranks(2, bug_behind, str(tmp_path / "checkpoints"))
     assert told == ["division by zero"] * 2
@@ -166,6 +176,11 @@ def killed_behind(folder: str) -> None:
         train_step(engine, 3)
 
 
+@pytest.mark.fault(
+    2,
+    "SIGKILL of rank 1 while both write behind training",
+    becomes="the checkpoint before is taken; the other rank leaves",
+)
 def test_fault_02_killed_while_it_is_written_behind(tmp_path: Path) -> None:
     run = tmp_path / "checkpoints"
     with started_ranks(2, killed_behind, str(run)) as ranks:

@@ -171,6 +171,7 @@ def test_flipped_bit_is_found_unless_verified_before(
         assert len(shards.names_and_shapes) == 4
 
 
+@pytest.mark.fault(29, "a pickle with code in it", becomes="refused and not run")
 def test_a_foreign_pickle_is_refused_and_not_run(saved: dict[int, Path], tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -209,6 +210,11 @@ def test_a_shard_less_than_the_ranks_is_refused(saved: dict[int, Path], tmp_path
         pass
 
 
+@pytest.mark.fault(
+    18,
+    "the checkpoint pruned while it is read",
+    becomes="the reader ends with the right numbers",
+)
 def test_pruning_does_not_disturb_a_reader(saved: dict[int, Path], tmp_path: Path) -> None:
     step_dir = copy_of(saved, tmp_path, (3, "float32", False))
     for step in (4, 6):

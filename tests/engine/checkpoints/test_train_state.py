@@ -14,6 +14,11 @@ from dpo_dist.errors import CheckpointError
 from dpo_dist.run.run_dir import TRAIN_STATE_NAME
 
 
+@pytest.mark.fault(
+    16,
+    "another seed, other pairs, another model",
+    becomes="refused with every difference",
+)
 def test_every_difference_is_named(tmp_path: Path) -> None:
     state = TrainState(1, 6, 0.5, {"run.seed": "1", "pairs": "a", "model": "m"}, 2, 3, {})
     check_resume(tmp_path, state, dict(state.digests))

@@ -99,6 +99,11 @@ def test_exchanges_between_three_ranks() -> None:
         }
 
 
+@pytest.mark.fault(
+    37,
+    "three exceptions that do not pickle",
+    becomes="every rank is told name and text",
+)
 @pytest.mark.parametrize("kind", ["keyword", "handle", "user"])
 def test_truth_14_an_error_that_does_not_pickle_is_the_one_told_on_every_rank(kind: str) -> None:
     told = run_ranks(2, fail_on_first, kind, timeout_s=30)
@@ -170,6 +175,11 @@ def slow_files(seconds: float, limit_s: float, fail: bool) -> str:
             return str(error)
 
 
+@pytest.mark.fault(
+    37,
+    "files slower than the limit of a collective",
+    becomes="waited for, up to a limit of their own",
+)
 def test_truth_12_slow_files_are_waited_for_in_short_exchanges() -> None:
     assert run_ranks(2, slow_files, 4.0, 60.0, False) == ["[0, 1]"] * 2
     assert run_ranks(2, slow_files, 0.0, 60.0, True) == ["a file; expected none. Do."] * 2

@@ -35,6 +35,7 @@ def test_truth_08_claims_that_fit_together() -> None:
     devices.refuse_claims([claim("a", 0, 0, None), claim("b", 0, 0, None)])
 
 
+@pytest.mark.fault(35, "more ranks than GPUs", becomes="refused")
 def test_truth_08_more_ranks_than_gpus_are_refused() -> None:
     with pytest.raises(ClusterError) as error:
         devices.refuse_claims([claim("a", 0, 1, "u0"), claim("a", 1, 1, "u0")])
@@ -58,6 +59,11 @@ def join(odd_rank: int) -> str:
         return str(error)
 
 
+@pytest.mark.fault(
+    35,
+    "a rank without a working GPU",
+    becomes="refused on all ranks, the rank named",
+)
 def test_truth_08_ranks_with_and_without_a_gpu_do_not_start_a_group() -> None:
     with started_ranks(2, join, 1) as ranks:
         results = ranks.wait(timeout_s=30)
@@ -86,6 +92,7 @@ def deepspeeds_ordinal() -> list[Any]:
         return [str(device), os.environ["LOCAL_RANK"], topology.local_rank]
 
 
+@pytest.mark.fault(35, "a launcher that shows each rank one GPU", becomes="each rank takes its own")
 def test_truth_08_one_visible_gpu_a_rank_is_ordinal_0_for_deepspeed() -> None:
     with started_ranks(2, deepspeeds_ordinal) as ranks:
         results = ranks.wait(timeout_s=30)

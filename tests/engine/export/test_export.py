@@ -108,6 +108,7 @@ def test_full_export_in_shards_and_bfloat16(tmp_path: Path) -> None:
         assert torch.equal(loaded[name.removeprefix("policy.")], tensor.to(torch.bfloat16)), name
 
 
+@pytest.mark.fault(26, "tied embeddings", becomes="written once, tied when loaded")
 def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     base_dir = save_base(tmp_path / "base", "llama_tied")
     trained = randomly_trained(tiny_model("llama_tied"))
@@ -243,6 +244,7 @@ IN_PEFT = (
 )  # fmt: skip
 
 
+@pytest.mark.fault(27, "an adapter, loaded with PEFT", becomes="the logits of training")
 @pytest.mark.parametrize("case", IN_PEFT)
 def test_the_adapter_loads_in_peft(case: str, tmp_path: Path) -> None:
     if case.startswith("tied, "):
@@ -273,6 +275,7 @@ def lora_case(tmp_path: Path) -> tuple[Path, AdapterSection, InMemory]:
     return base_dir, adapter, adapted(tiny_model("llama"), adapter, base_dir)[1]
 
 
+@pytest.mark.fault(26, "an adapter of size 0", becomes="refused")
 def test_an_adapter_of_size_0_is_refused(tmp_path: Path) -> None:
     base_dir, adapter, trained = lora_case(tmp_path)
     name = "policy.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"

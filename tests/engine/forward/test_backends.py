@@ -123,6 +123,11 @@ doctor.print_machine(doctor.look(Path(), SINGLE_PROCESS))
 """
 
 
+@pytest.mark.fault(
+    35,
+    "a flash-attn that does not import",
+    becomes="the next kernel is taken, the reason shown",
+)
 def test_truth_09_a_flash_attn_that_does_not_import_is_passed_over(tmp_path: Path) -> None:
     """On a GPU by its capability, in a process that finds the package installed."""
     done = subprocess.run(

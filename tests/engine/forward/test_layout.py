@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.oracles.plain_forward import PACKED, PADDED
@@ -115,6 +117,30 @@ def test_unknown_head_is_an_error() -> None:
     assert caught.value.remedy == (
         "The model changes its logits in a way that dpo-dist does not know: use another one."
     )
+
+
+def less_the_batchs_mean(output: torch.Tensor) -> torch.Tensor:
+    return output - output.mean(dim=(0, 1), keepdim=True)
+
+
+def for_40_tokens(output: torch.Tensor) -> torch.Tensor:
+    kept = torch.arange(output[..., 0].numel()).view(output.shape[:2]) < 40
+    return output * kept[..., None]
+
+
+@pytest.mark.fault(
+    40,
+    "statistics over a micro-batch, and a capacity of it, inside the model",
+    becomes="found at load and refused",
+)
+@pytest.mark.parametrize("change", [less_the_batchs_mean, for_40_tokens])
+def test_fault_40_what_a_micro_batch_shares_is_found_at_load(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: change(output))
+    with pytest.raises(DPODistError, match="nats per token away from its own logits"):
+        settle(PairScorer(model))
 
 
 def test_a_model_of_not_a_number_is_an_error() -> None:

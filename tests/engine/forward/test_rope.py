@@ -36,6 +36,11 @@ def pairs() -> dict[str, PairIds]:
     }
 
 
+@pytest.mark.fault(
+    40,
+    "rotary scaling by the longest position, six kinds",
+    becomes="a pair scores as it does alone",
+)
 @pytest.mark.parametrize("family", [*KINDS, "stablelm_dynamic"])
 @torch.no_grad()
 def test_truth_02_a_pair_scores_the_same_beside_any_other(family: str) -> None:
@@ -83,6 +88,7 @@ def test_truth_02_the_self_check_sees_what_it_allows(
     assert "rope_parameters.rope_type" in caught.value.remedy
 
 
+@pytest.mark.fault(40, "rotary scaling that calls itself default", becomes="found at load")
 def test_truth_02_a_kind_that_calls_itself_default_is_seen() -> None:
     model = tiny_model("llama_dynamic")
     model.config.rope_parameters["rope_type"] = "default"
@@ -90,6 +96,7 @@ def test_truth_02_a_kind_that_calls_itself_default_is_seen() -> None:
         check_neighbors(PairScorer(model), CPU)
 
 
+@pytest.mark.fault(40, "rotary scaling that cannot be tried", becomes="refused")
 def test_truth_02_what_cannot_be_tried_is_refused() -> None:
     """Code of its own that hands its embedding a length instead of positions."""
     scorer = PairScorer(tiny_model("llama"))

@@ -46,6 +46,7 @@ def everything(engine: Any) -> list[float]:
     return [float(tensor.double().sum()) for tensor in tensors]
 
 
+@pytest.mark.fault(31, "NaN and inf in gradients of every ZeRO stage", becomes="no update")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_truth_01_no_update_with_a_gradient_that_is_not_finite(ranks: int) -> None:
     for seen in run_ranks(ranks, poisoned):
