@@ -23,6 +23,7 @@ LATER = {
     "engine/checkpoints/commit.py": CHECKPOINTS,
     "engine/checkpoints/resharding.py": CHECKPOINTS,
     "engine/checkpoints/retention.py": CHECKPOINTS,
+    "engine/checkpoints/saving.py": MACHINE,
     "engine/checkpoints/shard_loader.py": CHECKPOINTS,
     "engine/checkpoints/shard_reader.py": CHECKPOINTS,
     "engine/checkpoints/train_state.py": CHECKPOINTS,
