@@ -73,11 +73,15 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _child(target: Any, part: str, path: str, override: str) -> Any:
-    is_list = isinstance(target, list)
-    key = _index(cast(list[Any], target), part, override) if is_list else part
-    child: Any = target[key] if is_list else target.setdefault(part, {})
+    holder = cast(dict[Any, Any], target)  # or a list, which is asked for an index
+    key: Any = part
+    if isinstance(target, list):
+        key = _index(cast(list[Any], target), part, override)
+    else:
+        holder.setdefault(part, {})
+    child: Any = holder[key]
     if child is None:  # `adapter: null` becomes a section once one of its keys is set
-        child = target[key] = {}
+        child = holder[key] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(
             f"override {override!r} goes inside {path}, which is {child!r}",

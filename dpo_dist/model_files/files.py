@@ -159,7 +159,7 @@ def _object(section: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _positive(section: dict[str, Any], name: str, default: float) -> float:
     """A number that can be counted with; another library refuses what is none."""
-    found = section.get(name)
+    found: Any = section.get(name)
     return found if type(found) in (int, float) and 0 < found < MOST_POSITIONS else default
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpo_dist.errors import DPODistError, VerificationError
+from dpo_dist.errors import DPODistError, VerificationError, is_transient
 
 NUM_SHOWN = 3  # problems that a check names
 
@@ -20,12 +20,19 @@ class Check:
 
 
 def check(name: str, look: Callable[[], str]) -> Check:
-    """Runs a check that tells what it saw, or raises: whatever a broken folder makes of it."""
+    """Runs a check that tells what it saw, or raises: whatever a broken folder makes of it.
+
+    A file system that may be back says nothing of the folder: its error is raised.
+    """
     try:
         return Check(name, True, look())
     except DPODistError as error:
+        if error.transient:
+            raise
         return Check(name, False, error.found)
     except Exception as error:
+        if is_transient(error):
+            raise
         return Check(name, False, repr(error))
 
 

@@ -128,7 +128,7 @@ def table(suffix: str) -> bytes:
     return stream.getvalue()
 
 
-CSV = b'prompt,chosen,rejected\n"Sky?","Bl,ue",Red\nx,"y\nz",w\n'
+CSV = b'prompt,chosen,rejected\n"Sky?","Red,dish",Red\nx,"y\nz",w\n'
 TABLES = {
     ".csv": CSV, ".tsv": CSV.replace(b",", b"\t"), ".parquet": table(".parquet"),
     ".arrow": table(".arrow"), ".jsonl.gz": gzip.compress(spelled(VALID[0])[0], mtime=0),

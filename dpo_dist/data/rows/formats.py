@@ -196,7 +196,7 @@ def _text_pair(row: Row, source: str) -> Pair:
 def _alpaca_prompt(row: Row) -> Conversation:
     """The instruction and, on a line of its own, its input; system and turns before it if any."""
     turns = system_of(row)
-    history = row.fields.get("history") or []
+    history: object = row.fields.get("history") or []
     before = as_list(history)
     if before is None:
         raise row.unusable(f"field 'history' is {type_name(history)}", "a list of turns")

@@ -32,17 +32,17 @@ def free_host_bytes() -> int:
 
     Slurm and Kubernetes limit a job by a control group, whose file cache counts as free.
     """
-    free = psutil.virtual_memory().available
+    free: float = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next(line[3:] for line in lines if line.startswith("0::"))
         group = CGROUPS / own.lstrip("/")
         for folder in (group, *group.parents):
             free = min(free, _left_in(folder))
-    return free
+    return int(free)
 
 
-def _left_in(cgroup: Path) -> int | float:
+def _left_in(cgroup: Path) -> float:
     """Bytes that a version 2 control group has left, infinity without a limit."""
     limit = cgroup / "memory.max"
     if not limit.is_file() or (most := limit.read_text().strip()) == "max":
