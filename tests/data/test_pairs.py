@@ -35,8 +35,8 @@ def written(folder: Path, max_length: int = 100, weight: float = 1.0) -> Path:
     pairs_dir = folder / "pairs"
     kept = replace(cut, reasons=reasons)
     splits = {
-        "train": {"digest": write_pairs(pairs_dir / "train", kept, scratch_path)},
-        "eval": {"digest": write_pairs(pairs_dir / "eval", None, scratch_path)},
+        split: {"num_pairs": count, "digest": write_pairs(pairs_dir / split, which, scratch_path)}
+        for split, which, count in (("train", kept, int((reasons == 0).sum())), ("eval", None, 0))
     }
     write_manifest(pairs_dir, Manifest("prepare", {}, {}, {"splits": splits}))
     return pairs_dir

@@ -170,9 +170,9 @@ def one_blind_rank(folder: str, other: str) -> str:
         own = Path(folder if collectives.is_first() else other) / "checkpoints"
         engine = start_engine(0, adapter=False)
         probe = np.arange(1), np.zeros((1, 2), dtype=np.float32)
-        with pytest.raises(CheckpointError) as saving:
+        with pytest.raises(CheckpointError) as caught:
             saving.save(engine, own, TrainState(9, 54, 1.0, {}, 2, 0), *probe, keep=2)
-    return str(saving.value)
+    return str(caught.value)
 
 
 @pytest.mark.fault(
