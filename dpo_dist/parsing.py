@@ -7,10 +7,12 @@ brackets and KeyError for `!!bool x`.
 import functools
 import json
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -54,6 +56,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 def parse_as(kind: type[T], text: str | bytes) -> T:
     """A JSON text as a dataclass, all keys of which are known, or a model, of which more may be
     there; types are checked. Raises ValueError."""
+    from pydantic import ValidationError  # not needed by the forward alone, and half a second
+
     value = parse_json(text)
     if is_dataclass(kind) and isinstance(value, dict):
         known = [field.name for field in fields(kind)]
@@ -69,6 +73,8 @@ def parse_as(kind: type[T], text: str | bytes) -> T:
 
 @functools.cache
 def _adapter(kind: type[T]) -> "TypeAdapter[T]":
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

@@ -16,9 +16,8 @@ from typing import BinaryIO
 from dpo_dist.config.cluster_section import LocalSection
 from dpo_dist.run.attempts import TAIL_LINES, note_death
 from dpo_dist.run.run_dir import rank_log_path
-from dpo_dist.run.status import POLL_S
 from dpo_dist.run.stop_flag import SIGNALS
-from dpo_dist.run.topology import Topology
+from dpo_dist.run.topology import POLL_S, Topology
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 15.0  # for the other ranks to leave by themselves once one has failed

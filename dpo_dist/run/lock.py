@@ -17,7 +17,7 @@ from typing import IO
 
 from dpo_dist.errors import ArtifactError
 from dpo_dist.run.run_dir import RunDir
-from dpo_dist.run.status import POLL_S
+from dpo_dist.run.topology import POLL_S
 from dpo_dist.watch import lease
 
 # what a file system without locks answers

@@ -13,7 +13,6 @@ from dpo_dist.run.manifest import write_json
 from dpo_dist.watch.lease import age_of
 
 UNKNOWN_S = 1800.0  # that a stage may take without a word whose limit is not known
-POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
 
 
 # What is read of status.json, which holds more.

@@ -10,6 +10,7 @@ VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
+POLL_S = 0.2  # between two looks at what another process does: its end, its file, its lock
 NODES_VARIABLE = "DPO_DIST_NODES"  # for words only: the node to leave out
 
 

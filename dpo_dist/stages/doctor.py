@@ -35,8 +35,7 @@ from dpo_dist.planning.sizes import GIB, total
 from dpo_dist.run.logs import console
 from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import RunDir
-from dpo_dist.run.status import POLL_S
-from dpo_dist.run.topology import Topology, from_environment, node_names
+from dpo_dist.run.topology import POLL_S, Topology, from_environment, node_names
 
 _logger = logging.getLogger(__name__)
 PACKAGES = (

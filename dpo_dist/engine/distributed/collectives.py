@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from dpo_dist.engine.distributed.devices import agree_on_device
 from dpo_dist.errors import ClusterError, portable
-from dpo_dist.run.status import POLL_S
-from dpo_dist.run.topology import Topology
+from dpo_dist.run.topology import POLL_S, Topology
 from dpo_dist.watch.watchdog import group_watched
 
 Value = TypeVar("Value")
