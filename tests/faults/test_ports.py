@@ -34,7 +34,8 @@ def test_fault_10_a_port_in_use_is_named() -> None:
     assert first.exit_code == 1
     assert (
         f"ClusterError: port {port} of 127.0.0.1 is in use by another process; expected a free "
-        "port, at which the ranks meet. Start the job again" in first.output
+        "port, at which the ranks meet. This may pass: start the same command again."
+        in first.output
     )
 
 

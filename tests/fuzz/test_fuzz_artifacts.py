@@ -110,7 +110,7 @@ def test_the_state_of_a_run(folder: Path, status: bytes, heartbeat: bytes, failu
     judged = outcome("status", lambda: attempts.judge(paths, "train"), str(paths.root))
     assert judged is not None and judged.verdict in ("next", "restart", "stop")
     attempts.note_end(paths, "train")
-    attempts.ended_by_watchdog(paths, "train")
+    attempts.worth_another(paths, "train", 75)
     caps = RestartSection(max_restarts=10**30, max_without_progress=10**30)
     outcome("status", lambda: attempts.begin(paths, "train", caps, resubmitted=True), "train")
     for log_dir in (path for path in paths.logs_dir.glob("train-*") if path.name != "train-01"):
