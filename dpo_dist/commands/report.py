@@ -46,7 +46,8 @@ def run(run_dir: Path) -> Path:
             write_pictures(lines, PLOTS, folder)
             (folder / REPORT_PAGE_NAME).write_text(_page(paths, lines), encoding="utf-8")
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
+        known = error.filename in (None, str(paths.report_dir))
+        where = "" if known else f": {error.filename}"
         raise ArtifactError(
             f"{paths.report_dir} could not be written ({error.strerror or error}{where})",
             "a writable folder with free space",

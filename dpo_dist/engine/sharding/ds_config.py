@@ -49,10 +49,11 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     },
     **{
         f"zero_optimization.{size}": (_is_count, "a number of at least 1")
-        for size in (
-            "reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
-            "sub_group_size", "zero_hpz_partition_size",
-        )
+        for size in ("reduce_bucket_size", "sub_group_size", "zero_hpz_partition_size")
+    },
+    **{
+        f"zero_optimization.stage3_{size}": (lambda v: v == 0 or _is_count(v), "0 or more")
+        for size in ("prefetch_bucket_size", "max_live_parameters")  # 0 gathers when it is needed
     },
     "data_types": (_is_object, "an object"),
     "data_types.grad_accum_dtype": (lambda value: isinstance(value, str), "the name of a dtype"),
