@@ -161,7 +161,7 @@ def test_names_are_safe_and_distinct(run_yaml: Path) -> None:
     assert all("model.path=" in name and "data.train.0.path=" in name for name in names), (
         "two keys end in path"
     )
-    long = plan_sweep(run_yaml, [f"model.path={'m' * 300},{'m' * 299}"]).points
+    long = plan_sweep(run_yaml, [f"model.path={'m' * 250},{'m' * 249}"]).points
     assert max(len(point.name) for point in long) < 80 and len({p.name for p in long}) == 2
 
 
