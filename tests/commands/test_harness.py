@@ -95,6 +95,7 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_both_models_are_measured_on_the_same_rows(run_yaml: Path) -> None:
     folder, config = run_yaml.parent, load_config(run_yaml)
     path = harness.run(config, "colors", folder / "tasks", None, False, "8")

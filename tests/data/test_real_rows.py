@@ -24,7 +24,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_all_formats_through_all_stages_with_smollm2(tmp_path: Path, stage: str) -> None:
     """The two shortest rows of each format, all of which are kept and trained on."""
     for name in FILES:

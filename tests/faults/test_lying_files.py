@@ -163,11 +163,10 @@ PLACES = [
     ("report", "write", "/.report.partial/", 1),
 ]
 ERRORS = {"ESTALE": errno.ESTALE, "EIO": errno.EIO, "ETIMEDOUT": errno.ETIMEDOUT}
-QUICK = PLACES[:1]  # the others are slow
 CASES = [
     pytest.param(
         *place, list(ERRORS)[number % 3], id="-".join(map(str, place)).replace("/", ""),
-        marks=() if place in QUICK else pytest.mark.slow,
+        marks=pytest.mark.slow,
     )
     for number, place in enumerate(PLACES)
 ]  # fmt: skip

@@ -78,6 +78,7 @@ def codes_of(ranks: Ranks, grace_s: float = DOWN_S) -> list[int]:
     becomes="down within 30 s; goes on from step 4: metrics, weights and the pairs of every step "
     "equal an unbroken run to the bit",
 )
+@pytest.mark.slow
 def test_fault_01_a_rank_is_killed_in_mid_step(run_yaml: Path, record_property: Any) -> None:
     paths, noted = copy_of(run_yaml, "killed"), run_yaml.parent / "pairs-killed"
     arguments = ["train", str(run_yaml), f"run.dir={paths.root}"]

@@ -48,6 +48,7 @@ def scored_in(said: str) -> int:
 @pytest.mark.fault(
     20, "a bit of one part flipped, then the pass again", becomes="that part alone is scored again"
 )
+@pytest.mark.slow
 def test_fault_20_a_killed_pass_goes_on_and_a_damaged_part_is_scored_again(run_yaml: Path) -> None:
     whole, out = run_yaml.parent / "out", run_yaml.parent / "killed"
     shutil.copytree(whole / "pairs", out / "pairs")
@@ -107,6 +108,7 @@ def test_fault_21_what_the_reference_depends_on(run_yaml: Path, tmp_path: Path) 
     "training after its own reference pass, and on the store of another run",
     becomes="metrics and weights equal to the bit",
 )
+@pytest.mark.slow
 def test_fault_22_a_cold_and_a_warm_store_train_alike(run_yaml: Path) -> None:
     cold, warm = run_yaml.parent / "out", run_yaml.parent / "warm"
     shutil.copytree(cold / "pairs", warm / "pairs")

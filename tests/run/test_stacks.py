@@ -13,6 +13,7 @@ from support.tiny_run import make_run, metrics_of, succeed_on
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_ranks_write_their_stacks_and_go_on(tmp_path: Path) -> None:
     run_yaml, out = make_run(tmp_path), tmp_path / "out"
     for stage in ("prepare", "reference"):

@@ -127,6 +127,7 @@ def test_check_exits_by_what_it_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_truth_18_a_stopped_run_is_told_within_its_limit(tmp_path: Path) -> None:
     """SIGSTOP to both ranks of a real training, of which none is left to find it."""
     run_yaml = make_run(tmp_path)

@@ -431,6 +431,7 @@ export.run(load_config(Path(sys.argv[1]), sys.argv[2:]))
     "SIGKILL in the middle of an export",
     becomes="nothing under the final name; the next export is whole",
 )
+@pytest.mark.slow
 def test_killed_half_way(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
     run_yaml = lora_run.paths.root.parent / "run.yaml"

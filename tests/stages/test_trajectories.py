@@ -68,6 +68,7 @@ def test_the_tools_words_are_read_and_the_agents_scored(run_yaml: Path) -> None:
     assert report["splits"]["train"]["noted"]["several_turns"] == 24
 
 
+@pytest.mark.slow
 def test_a_whole_run(run_yaml: Path, tmp_path: Path) -> None:
     """The reference is a plain forward with the same mask; one rank trains as two do."""
     config = load_config(run_yaml, SETTINGS)

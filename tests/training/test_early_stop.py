@@ -68,6 +68,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "status.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest(run_yaml: Path) -> None:
     out = run_yaml.parent / "out"
     losses = {m["step"]: m["eval_loss"] for m in metrics_of(out) if "eval_loss" in m}

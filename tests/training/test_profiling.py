@@ -40,6 +40,7 @@ def trained(run_yaml: Path, name: str, *overrides: str) -> tuple[Path, list[Any]
     return out, run_ranks(2, worker, str(run_yaml), settings)
 
 
+@pytest.mark.slow
 def test_a_trace_of_every_rank_and_the_same_training(run_yaml: Path) -> None:
     plain, deterministic = trained(run_yaml, "plain")
     assert deterministic == [False, False]

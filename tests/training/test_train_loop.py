@@ -140,6 +140,7 @@ def test_a_stopped_run_saves_at_once_and_evaluates_when_it_goes_on(run_yaml: Pat
     same_training(unbroken, out, 6)
 
 
+@pytest.mark.slow
 def test_an_early_stop_by_an_evaluation_that_had_to_wait(run_yaml: Path) -> None:
     """The second evaluation in a row that is not good enough is that of the step of the signal."""
     settings = [

@@ -137,6 +137,7 @@ def test_a_fraction_that_leaves_a_side_empty(
 
 
 @needs_real
+@pytest.mark.slow
 def test_real_prompts_are_split_alike_with_and_without_a_template(tmp_path: Path) -> None:
     data, model = os.environ["DPO_DIST_REAL_DATA"], os.environ["DPO_DIST_REAL_MODEL"]
     sides: list[set[str]] = []
