@@ -236,8 +236,9 @@ def run_soak(
     The run is copied to `folder` at the end. What was done, how often, and the seconds it took.
     """
     began = time.monotonic()
-    with small_disk(folder.with_name("disk")) as limited:
-        run = RunDir(folder.with_name("disk") / "out")
+    disk = folder.with_name(f"{folder.name}-disk")
+    with small_disk(disk) as limited:
+        run = RunDir(disk / "out")
         shutil.copytree(start, run.root)
         settings = settings_of(steps)
         chance = random.Random(seed)

@@ -71,7 +71,7 @@ def namespace() -> list[str]:
 
 def soaked(folder: Path) -> None:
     """FAULTS faults on two ranks, then a tenth of them on one to three."""
-    own_network, steps = bool(namespace()), 2 * FAULTS
+    own_network, steps = bool(namespace()), 8 * FAULTS  # some three go by for one
     run_yaml, start, trained = unbroken(folder, steps)
     told = run_soak(
         run_yaml, start, folder / "soaked", faults=FAULTS, seed=SEED, steps=steps,
