@@ -1,6 +1,7 @@
 """A stage as processes: a user's command starts the ranks, and a rank runs the stage."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -26,7 +27,7 @@ from dpo_dist.run.run_dir import RunDir, rank_failure_path, rank_log_path
 from dpo_dist.run.status import update_stage, update_status
 from dpo_dist.run.stop_flag import Stopped
 from dpo_dist.run.topology import from_environment, launched
-from dpo_dist.watch import watchdog
+from dpo_dist.watch import fault, watchdog
 from dpo_dist.wording import counted
 
 # To the end of the process: freeing what the frames of a failure hold, engines and profilers, may
@@ -126,8 +127,10 @@ def _guarded(
 
     logger = logging.getLogger("dpo_dist")
     try:
+        fault.arm(from_environment().rank)
         tell("running")
-        artifact = _import_run(stage.name)(config)
+        run = _imported(stage.name)
+        artifact = run(config)
         tell("finished", artefact=str(artifact))
         return 0
     except Stopped as stopped:
@@ -152,6 +155,17 @@ def _guarded(
         tell_end("failed", error=str(disk or repr(error)), exit_code=code, restartable=True)
         _kept.append(error)
         return code
+
+
+def _imported(stage: pipeline.StageName) -> Callable[[RunConfig], Path]:
+    """As `_import_run`, a fifth faster: the half million objects that come are looked at for
+    garbage neither then nor later."""
+    gc.disable()
+    try:
+        return _import_run(stage)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _import_run(stage: pipeline.StageName) -> Callable[[RunConfig], Path]:

@@ -52,6 +52,7 @@ from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
 from dpo_dist.exporting.preflight import preflight
 from dpo_dist.inputs.own_base import make_base
+from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.files import digest_of_tokenizer, position_limit
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.report.data_section import report_page
@@ -85,7 +86,8 @@ def run(config: RunConfig) -> Path:
     """Makes the pairs folder of a run unless it is current; returns it.
 
     Raises DataError for unusable rows or settings, ArtifactError when a folder made from other
-    settings stands there, and as `preflight` for the stages to come.
+    settings stands there, as `preflight` for the stages to come, and as `checked_work` when
+    training could not begin on the pairs, which stay.
     """
     folder = RunDir(config.run.dir).pairs_dir
     models = RunModels(config)
@@ -98,16 +100,18 @@ def run(config: RunConfig) -> Path:
         splits = read_manifest(folder, PairsDetails).details["splits"]
         counts = ", ".join(f"{splits[split]['num_pairs']:,} {split}" for split in SPLITS)
         _logger.info("prepare: current, %s pairs in %s", counts, folder)
-        return folder
-    with atomic_dir(folder) as partial:
-        scratch = partial / "scratch"
-        scratch.mkdir()
-        details = _prepare(config, model_dir, template, partial, scratch)
-        shutil.rmtree(scratch)
-        write_manifest(partial, Manifest(STAGE, settings, inputs, details))
-        for split in SPLITS:
-            check_vocabulary(open_pairs(partial, split), model_dir, config.model.trust_remote_code)
-    _logger.info("prepare: pairs in %s", folder)
+    else:
+        with atomic_dir(folder) as partial:
+            scratch = partial / "scratch"
+            scratch.mkdir()
+            details = _prepare(config, model_dir, template, partial, scratch)
+            shutil.rmtree(scratch)
+            write_manifest(partial, Manifest(STAGE, settings, inputs, details))
+            for split in SPLITS:
+                pairs = open_pairs(partial, split)
+                check_vocabulary(pairs, model_dir, config.model.trust_remote_code)
+        _logger.info("prepare: pairs in %s", folder)
+    checked_work(config)  # the pairs stay: what is wrong here is a setting of training
     return folder
 
 

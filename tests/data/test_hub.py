@@ -56,6 +56,7 @@ def prepare(
         "run": {"dir": str(folder / "out")},
         "model": {"path": str(folder / "model")},
         "data": {"train": [{"path": REPO, **train}], "max_length": 128, "num_workers": 1, **data},
+        "train": {"global_batch_size": 1},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))

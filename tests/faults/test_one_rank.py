@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faults.at_call import Strike, struck, with_pairs_noted
+from support.faults.at_call import struck, with_pairs_noted
 from support.ranks import Ranks, started_ranks, wait_until
 from support.tiny_run import make_run, metrics_of, same_training, succeed_on
 
@@ -22,9 +22,7 @@ from dpo_dist.run.status import read_status
 pytestmark = pytest.mark.timeout(600)
 LAST_STEP = 10
 DOWN_S = 30.0  # what the promise allows
-STEP = "dpo_dist.training.job:Job.micro_batches"  # the first call is the step-0 gate's
-UPDATE = "dpo_dist.engine.sharding.zero:update"
-USR2, TERM, KILL, ERROR = int(signal.SIGUSR2), int(signal.SIGTERM), int(signal.SIGKILL), 0
+PLAN = "training.job:Job.micro_batches"  # of a step; the first call is the step-0 gate's
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +31,12 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(tmp_path_factory.mktemp("one_rank"))
     succeed_on(1, "prepare", path)
     succeed_on(2, "reference", path)
-    with started_ranks(2, training, str(path.parent / "pairs"), [], "train", str(path)) as ranks:
+    with started_ranks(2, training, str(path.parent / "pairs"), "", "train", str(path)) as ranks:
         assert [result.exit_code for result in ranks.wait(300, grace_s=10)] == [0, 0]
     return path
 
 
-def training(noted: str, strikes: list[Any], *arguments: str) -> None:
+def training(noted: str, fault: str, *arguments: str) -> None:
     """A command as one rank; the pairs of its steps go into a file of this rank."""
     path = Path(f"{noted}-{os.environ['RANK']}")
 
@@ -46,7 +44,7 @@ def training(noted: str, strikes: list[Any], *arguments: str) -> None:
         with path.open("a") as stream:
             stream.write(json.dumps([step, pairs]) + "\n")
 
-    with_pairs_noted(note, strikes, *arguments)
+    with_pairs_noted(note, fault, *arguments)
 
 
 def pairs_of(noted: Path) -> dict[int, list[int]]:
@@ -82,13 +80,13 @@ def codes_of(ranks: Ranks, grace_s: float = DOWN_S) -> list[int]:
 def test_fault_01_a_rank_is_killed_in_mid_step(run_yaml: Path, record_property: Any) -> None:
     paths, noted = copy_of(run_yaml, "killed"), run_yaml.parent / "pairs-killed"
     arguments = ["train", str(run_yaml), f"run.dir={paths.root}"]
-    with started_ranks(2, training, str(noted), [(1, UPDATE, 6, KILL)], *arguments) as ranks:
+    with started_ranks(2, training, str(noted), "kill@train.step=6,rank=1", *arguments) as ranks:
         wait_until(lambda: ranks.processes[1].poll() is not None, 300)
         began = time.monotonic()
-        assert codes_of(ranks) == [1, -KILL]
+        assert codes_of(ranks) == [1, -signal.SIGKILL]
         assert time.monotonic() - began < DOWN_S
     assert sorted(path.name for path in paths.checkpoints_dir.glob("step-*")) == ["step-000004"]
-    with started_ranks(2, training, str(noted), [], *arguments) as ranks:
+    with started_ranks(2, training, str(noted), "", *arguments) as ranks:
         wait_until(lambda: metrics_of(paths.root)[-1]["step"] >= 6, 300)
         record_property("recovered_s", time.monotonic() - began)
         assert codes_of(ranks) == [0, 0]
@@ -104,26 +102,25 @@ def test_fault_01_a_rank_is_killed_in_mid_step(run_yaml: Path, record_property: 
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("dpo_dist.engine.forward.pair_scorer:score_pairs", 4),
-        pytest.param("dpo_dist.training.checkpointing:_check_finite", 1, marks=pytest.mark.slow),
+        ("engine.forward.pair_scorer:score_pairs", 4),
+        pytest.param("training.checkpointing:_check_finite", 1, marks=pytest.mark.slow),
     ],
 )
 def test_fault_05_a_rank_raises_while_the_other_gathers(
     run_yaml: Path, where: str, call: int
 ) -> None:
     paths = copy_of(run_yaml, f"raised-{call}")
-    strikes = [(1, where, call, ERROR)]
-    with started_ranks(2, struck, strikes, "train", str(run_yaml), f"run.dir={paths.root}") as r:
+    fault = f"raise@{where}={call},rank=1"
+    with started_ranks(2, struck, fault, "train", str(run_yaml), f"run.dir={paths.root}") as r:
         first, second = r.wait(300, grace_s=DOWN_S)
     assert (first.exit_code, second.exit_code) == (1, 1), first.output + second.output
-    assert "Traceback" in second.output and "StrikeError: at call" in second.output
+    assert "Traceback" in second.output and "InjectedFaultError: at call" in second.output
     outcome = attempts.judge(paths, "train")
-    assert outcome.verdict == "restart" and outcome.reason.startswith("rank 1: StrikeError(")
+    assert outcome.verdict == "restart" and outcome.reason.startswith("rank 1: InjectedFaultError(")
 
 
-EVALUATION = "dpo_dist.training.evaluation:evaluate"
-COMMIT = "dpo_dist.engine.checkpoints.commit:commit"
-LOAD = "dpo_dist.engine.model.policy:build_policy"
+EVALUATION = "training.evaluation:evaluate"
+LOAD = "engine.model.policy:build_policy"
 
 
 @pytest.mark.fault(
@@ -137,24 +134,24 @@ LOAD = "dpo_dist.engine.model.policy:build_policy"
     becomes="the checkpoint is whole, exit 75; the restart equals an unbroken run",
 )
 @pytest.mark.parametrize(
-    ("strikes", "stopped_at"),
+    ("fault", "stopped_at"),
     [
-        pytest.param([(1, STEP, 4, USR2)], 3, id="one rank"),
+        pytest.param(f"usr2@{PLAN}=4,rank=1", 3, id="one rank"),
         pytest.param(
-            [(1, UPDATE, 2, USR2), (0, STEP, 4, TERM)], 3, id="different steps",
+            f"usr2@train.step=2,rank=1;term@{PLAN}=4,rank=0", 3, id="different steps",
             marks=pytest.mark.slow,
         ),
-        pytest.param([(1, STEP, 4, USR2), (0, COMMIT, 1, TERM)], 3, id="save"),
-        pytest.param([(0, EVALUATION, 1, USR2)], 6, id="evaluation", marks=pytest.mark.slow),
-        pytest.param([(1, LOAD, 1, TERM)], 1, id="load", marks=pytest.mark.slow),
+        pytest.param(f"usr2@{PLAN}=4,rank=1;term@train.commit=1,rank=0", 3, id="save"),
+        pytest.param(f"usr2@{EVALUATION}=1,rank=0", 6, id="evaluation", marks=pytest.mark.slow),
+        pytest.param(f"term@{LOAD}=1,rank=1", 1, id="load", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_fault_06_and_07_signals_stop_all_ranks_at_one_step(
-    run_yaml: Path, strikes: list[Strike], stopped_at: int, tmp_path: Path
+    run_yaml: Path, fault: str, stopped_at: int, tmp_path: Path
 ) -> None:
     paths = copy_of(run_yaml, tmp_path.name)
     arguments = ["train", str(run_yaml), f"run.dir={paths.root}"]
-    with started_ranks(2, struck, strikes, *arguments) as ranks:
+    with started_ranks(2, struck, fault, *arguments) as ranks:
         assert codes_of(ranks) == [EXIT_RESTART] * 2
     assert read_status(paths.status_path)["state"] == "stopped"
     names = sorted(path.name for path in paths.checkpoints_dir.iterdir())
@@ -174,8 +171,8 @@ def test_fault_07_a_signal_in_the_reference_pass(run_yaml: Path) -> None:
     arguments = [
         "reference", str(run_yaml), f"run.dir={paths.root}", "reference.micro_batch_tokens=100",
     ]  # fmt: skip
-    wave = "dpo_dist.engine.forward.scoring:score_on_all_ranks"
-    with started_ranks(2, struck, [(1, wave, 1, USR2)], *arguments) as ranks:
+    fault = "usr2@engine.forward.scoring:score_on_all_ranks=1,rank=1"
+    with started_ranks(2, struck, fault, *arguments) as ranks:
         assert codes_of(ranks) == [EXIT_RESTART] * 2
     assert read_status(paths.status_path)["state"] == "stopped"
     said = succeed_on(2, *arguments)
@@ -193,9 +190,9 @@ def test_fault_37_a_rank_dies_in_a_conversion(run_yaml: Path) -> None:
     kept = run_yaml.parent / "out" / "checkpoints" / "step-000008"
     shutil.copytree(kept, paths.checkpoints_dir / kept.name)
     arguments = ["train", str(run_yaml), f"run.dir={paths.root}"]
-    where = "dpo_dist.engine.checkpoints.resharding:_fill_fragment"
-    with started_ranks(3, struck, [(1, where, 2, KILL)], *arguments) as ranks:
+    fault = "kill@engine.checkpoints.resharding:_fill_fragment=2,rank=1"
+    with started_ranks(3, struck, fault, *arguments) as ranks:
         codes = codes_of(ranks)
-    assert codes[1] == -KILL and codes[0] == codes[2] == 1
+    assert codes[1] == -signal.SIGKILL and codes[0] == codes[2] == 1
     assert [path.name for path in paths.checkpoints_dir.iterdir()] == [kept.name]
     assert f"step {LAST_STEP}/" in succeed_on(3, *arguments)

@@ -18,7 +18,6 @@ from dpo_dist.reference.contract import complete_store
 pytestmark = pytest.mark.timeout(600)
 TOTAL = NUM_TRAIN + NUM_EVAL
 SMALL = "reference.micro_batch_tokens=100"  # many waves, and so many parts
-APPEND = "dpo_dist.reference.store:ReferenceStore.append"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,8 @@ def test_fault_20_a_killed_pass_goes_on_and_a_damaged_part_is_scored_again(run_y
             break
         rows, waves = rows + rows_in(part), waves + 1
     arguments = ["reference", str(run_yaml), SMALL, f"run.dir={out}"]
-    with started_ranks(2, struck, [(0, APPEND, waves + 1, signal.SIGKILL)], *arguments) as ranks:
+    fault = f"kill@reference.part={waves + 1},rank=0"
+    with started_ranks(2, struck, fault, *arguments) as ranks:
         results = ranks.wait(120, grace_s=30)
     assert results[0].exit_code == -signal.SIGKILL and results[1].exit_code == 1
     assert sum(map(rows_in, parts_of(out))) == rows

@@ -116,6 +116,31 @@ def test_a_split_template_marker_is_hinted_at(tmp_path: Path) -> None:
     assert hint.startswith("chat template llama3 writes <|start_header_id|>, ")
 
 
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        (("train", "global_batch_size", 9), "8 pairs; expected at least one global batch of 9"),
+        (("train", "micro_batch_tokens", 9), "expected at most 9 tokens"),
+        (("train", "num_epochs", 0.01), "do not fill one optimizer step"),
+    ],
+)
+def test_pairs_that_training_cannot_begin_on_are_refused_here(
+    tmp_path: Path, setting: tuple[str, str, Any], found: str
+) -> None:
+    """And stay: with another setting the next run finds them current."""
+    write_jsonl(tmp_path / "train.jsonl", [orca_row(number) for number in range(8)])
+    config = make_config(tmp_path)
+    section, key, value = setting
+    wrong = config.model_copy(
+        update={section: getattr(config, section).model_copy(update={key: value})}
+    )
+    with pytest.raises(DataError, match=found):
+        prepare.run(wrong)
+    made = (config.run.dir / "pairs" / "manifest.json").stat().st_mtime_ns
+    prepare.run(config)
+    assert (config.run.dir / "pairs" / "manifest.json").stat().st_mtime_ns == made
+
+
 def test_a_current_folder_is_left_alone(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [orca_row(n) for n in range(4)])
     config = make_config(tmp_path)
