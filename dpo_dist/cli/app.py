@@ -1,6 +1,5 @@
 """dpo-dist STAGE run.yaml [section.key=value ...]: the command line, without torch at start."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from dpo_dist import __version__
 from dpo_dist.cli import evaluating, running, show
 from dpo_dist.cli.importing import import_config, import_trl
-from dpo_dist.cli.output import print_error
+from dpo_dist.cli.output import leave, print_error
 from dpo_dist.cli.sweep import sweep
 from dpo_dist.errors import EXIT_RESTART, DPODistError, as_disk_error
 
@@ -46,16 +45,27 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Entry point: an error of the user is one message and exit code 2, never a traceback."""
+def command() -> int:
+    """Runs the command of sys.argv; its exit code.
+
+    An error of the user is one message and exit code 2, never a traceback.
+    """
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except DPODistError as error:
         print_error(error)
-        sys.exit(EXIT_RESTART if error.transient else error.exit_code)
+        return EXIT_RESTART if error.transient else error.exit_code
     except (OSError, BaseExceptionGroup) as error:
         disk = as_disk_error(error)
         if disk is None:
             raise
         print_error(disk)
-        sys.exit(EXIT_RESTART if disk.transient else disk.exit_code)
+        return EXIT_RESTART if disk.transient else disk.exit_code
+    return 0
+
+
+def main() -> None:
+    """Entry point: as `command`, and ends the process."""
+    leave(command())

@@ -3,8 +3,6 @@
 import contextlib
 import gc
 import logging
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any
 
 import typer
 
-from dpo_dist.cli.output import print_error
+from dpo_dist.cli.output import leave, print_error
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.errors import EXIT_RESTART, ArtifactError, DPODistError, as_disk_error, is_transient
@@ -109,7 +107,7 @@ def _run_rank(stage: pipeline.Stage, config: RunConfig) -> None:
     except ArtifactError as error:  # the folder is another job's, and so is its status.json
         print_error(error)
         code = EXIT_RESTART if error.transient else error.exit_code
-    _leave(code)
+    leave(code)
 
 
 def _guarded(
@@ -197,12 +195,3 @@ def _add_to_log_file(text: str) -> None:
     for handler in logging.getLogger("dpo_dist").handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR}))
-
-
-def _leave(code: int) -> None:
-    """Ends the process at once: libraries sometimes abort in their exit handlers, after the work,
-    and a rank that failed must not wait in one for the others."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

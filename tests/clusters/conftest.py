@@ -1,10 +1,10 @@
-"""What the runs on clusters are compared with: the same run by `dpo-dist` on this machine."""
+"""What the runs on clusters are compared with: the same run on this machine."""
 
 from pathlib import Path
 
 import pytest
 from cluster_runs import LONG, scored_copy
-from support.tiny_run import make_run, succeed, succeed_on
+from support.tiny_run import make_run, succeed_on
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(folder)
     succeed_on(1, "prepare", path)
     succeed_on(2, "reference", path)
-    succeed("train", path)
+    succeed_on(2, "train", path)
     return folder
 
 

@@ -56,16 +56,13 @@ def _run(command: str, folder: str, hub: str) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    from dpo_dist.cli.app import main
+    from dpo_dist.cli.app import command
 
     sys.argv = ["dpo-dist", *arguments]
     try:
-        main()
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return command()
     finally:
         _flush()
-    return 0
 
 
 class _Forking(subprocess.Popen):  # pyright: ignore
