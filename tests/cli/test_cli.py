@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.tiny_run import dpo_dist, succeed
+from support.commands import dpo_dist, succeed
 from typer.main import get_command
 
 import dpo_dist as package

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.commands import dpo_dist, succeed
 from support.ranks import started_ranks
-from support.tiny_run import dpo_dist, make_run, succeed
+from support.tiny_run import make_run
 
 from dpo_dist.config.cluster_section import RestartSection
 from dpo_dist.config.run_config import RunConfig, load_config

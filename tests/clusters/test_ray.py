@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
 from ray_cluster import RAY, RayCluster, ray_cluster
+from support.commands import succeed
 from support.ranks import wait_until
-from support.tiny_run import metrics_of, succeed
+from support.tiny_run import metrics_of
 
 from dpo_dist.run.attempts import died_of
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import dpo_dist, succeed
 from support.keys.data_settings import data_settings
 from support.ranks import ROOT, wait_until
 from support.tiny_models import tiny_model
-from support.tiny_run import dpo_dist, make_run, succeed
+from support.tiny_run import make_run
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.commands import answers as stage

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import succeed
 from support.ranks import ROOT
-from support.tiny_run import WORDS, make_run, succeed
+from support.tiny_run import WORDS, make_run
 
 from dpo_dist.commands import harness
 from dpo_dist.config.run_config import load_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.tiny_run import dpo_dist, succeed
+from support.commands import dpo_dist, succeed
 
 from dpo_dist.commands.import_config import import_config, trainer_of
 from dpo_dist.errors import ConfigError

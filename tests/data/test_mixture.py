@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.commands import succeed
 from support.prepared import make_config, orca_row, write_jsonl
-from support.tiny_run import make_run, metrics_of, succeed, write_rows
+from support.tiny_run import make_run, metrics_of, write_rows
 
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.inputs.scored_pairs import ScoredPairs

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.commands import succeed
 from support.ranks import ROOT
 from support.tiny_models import tiny_model
-from support.tiny_run import metrics_of, succeed
+from support.tiny_run import metrics_of
 from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.commands.plan import make_plan

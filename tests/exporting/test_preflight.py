@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import dpo_dist
 from support.tiny_export import trained_run
-from support.tiny_run import dpo_dist, make_run
+from support.tiny_run import make_run
 from support.weights.start_adapters import edited, save_adapter
 from transformers import AutoTokenizer, Blip2Config
 

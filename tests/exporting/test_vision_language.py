@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_run import make_run, succeed
+from support.commands import succeed
+from support.tiny_run import make_run
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from dpo_dist.config.run_config import load_config

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import succeed
 from support.ranks import ROOT, wait_until
-from support.tiny_run import make_run, metrics_of, same_training, succeed
+from support.tiny_run import make_run, metrics_of, same_training
 
 DRY = os.environ.get("DPO_DIST_GPU_DEVICE") == "cpu"
 NUM_STEPS = 10

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from support.tiny_run import dpo_dist, succeed
+from support.commands import dpo_dist, succeed
 
 from dpo_dist.commands.import_config import import_config
 from dpo_dist.config.objective_section import REFERENCE_FREE, LossName

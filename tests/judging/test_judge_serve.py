@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.commands import dpo_dist
 from support.ranks import wait_until
-from support.tiny_run import dpo_dist
 
 from dpo_dist.judging.comparison import parse_verdict
 

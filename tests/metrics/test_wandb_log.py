@@ -145,7 +145,8 @@ def test_without_a_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_real_training_sends_its_metrics(offline: None, tmp_path: Path) -> None:
-    from support.tiny_run import make_run, succeed
+    from support.commands import succeed
+    from support.tiny_run import make_run
 
     path = make_run(tmp_path)
     for stage in ("prepare", "reference"):

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import dpo_dist, succeed
 from support.tiny_models import FAMILIES, tiny_model
-from support.tiny_run import NUM_EVAL, NUM_TRAIN, dpo_dist, make_run, succeed
+from support.tiny_run import NUM_EVAL, NUM_TRAIN, make_run
 from transformers import LlamaConfig
 
 from dpo_dist.commands.plan import make_plan

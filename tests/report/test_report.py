@@ -19,8 +19,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from support.commands import dpo_dist
 from support.ranks import ROOT
-from support.tiny_run import dpo_dist
 
 from dpo_dist.commands import report
 from dpo_dist.data.screening.distributions import length_bias

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import dpo_dist
 from support.faults.other_user import files_of_another_user, needs_root
 from support.ranks import wait_until
-from support.tiny_run import dpo_dist, make_run
+from support.tiny_run import make_run
 
 from dpo_dist.config.cluster_section import RestartSection
 from dpo_dist.errors import ArtifactError

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import as_command, dpo_dist, succeed
 from support.ranks import started_ranks, wait_until
-from support.tiny_run import as_command, dpo_dist, make_run, succeed, succeed_on
+from support.tiny_run import make_run, succeed_on
 
 from dpo_dist.run.status import (
     describe_status,

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.commands import as_command
 from support.ranks import POLL_S, Ranks, started_ranks
-from support.tiny_run import as_command, succeed_on
+from support.tiny_run import succeed_on
 
 from dpo_dist.engine.checkpoints.commit import verify
 from dpo_dist.errors import CheckpointError

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_run import make_run, succeed
+from support.commands import succeed
+from support.tiny_run import make_run
 
 from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ClusterError

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import succeed
 from support.faults.other_user import give_away, needs_root
 from support.ranks import ROOT, wait_until
 from support.tiny_run import (
@@ -19,7 +20,6 @@ from support.tiny_run import (
     make_run,
     metrics_of,
     same_training,
-    succeed,
     succeed_on,
     write_rows,
 )

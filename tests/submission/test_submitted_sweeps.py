@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import slurm_launcher
 import yaml
+from support.commands import dpo_dist, succeed
 from support.ranks import ROOT
-from support.tiny_run import dpo_dist, succeed
 
 from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ClusterError

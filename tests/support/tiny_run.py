@@ -1,15 +1,13 @@
 """A whole tiny run: random model, tiny tokenizer, seeded preference rows, and its run.yaml."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from support.ranks import ROOT, started_ranks
+from support.commands import as_command
+from support.ranks import started_ranks
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import make_tokenizer
 
@@ -93,25 +91,6 @@ def write_rows(path: Path, prefix: str, count: int, seed: int = 0) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def dpo_dist(*arguments: str | Path, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own; its ranks die with it."""
-    return subprocess.run(
-        [sys.executable, "-m", "dpo_dist", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "1000", "HF_HUB_OFFLINE": "1"},
-    )
-
-
-def succeed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """As `dpo_dist`; fails with its output when the command does."""
-    done = dpo_dist(*arguments)
-    assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
-
-
 def succeed_on(num_ranks: int, *arguments: str | Path) -> str:
     """A stage as a launcher runs it, on ranks that need not import all anew; rank 0's output."""
     codes, output = _launched(num_ranks, arguments)
@@ -130,13 +109,6 @@ def _launched(num_ranks: int, arguments: tuple[str | Path, ...]) -> tuple[list[i
     with started_ranks(num_ranks, as_command, *map(str, arguments)) as ranks:
         results = ranks.wait(timeout_s=400, grace_s=15)
     return [result.exit_code for result in results], results[0].output
-
-
-def as_command(*arguments: str) -> None:
-    from dpo_dist.cli.app import main
-
-    sys.argv = ["dpo-dist", *arguments]
-    main()
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib import colormaps
-from support.tiny_run import dpo_dist, make_run, metrics_of, succeed
+from support.commands import dpo_dist, succeed
+from support.tiny_run import make_run, metrics_of
 
 from dpo_dist.config.keys import to_yaml
 from dpo_dist.errors import ArtifactError, ConfigError

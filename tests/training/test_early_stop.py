@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.commands import succeed
 from support.ranks import ROOT, run_ranks, wait_until
-from support.tiny_run import make_run, metrics_of, same_training, succeed, succeed_on
+from support.tiny_run import make_run, metrics_of, same_training, succeed_on
 
 from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import DataError

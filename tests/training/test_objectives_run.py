@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.commands import succeed
 from support.ranks import run_ranks
-from support.tiny_run import make_run, metrics_of, succeed, succeed_on, weights_of
+from support.tiny_run import make_run, metrics_of, succeed_on, weights_of
 
 from dpo_dist.config.run_config import load_config
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import succeed
 from support.ranks import run_ranks
 from support.tiny_engine import checkpoints_of
 from support.tiny_models import tiny_model
-from support.tiny_run import make_run, metrics_of, succeed
+from support.tiny_run import make_run, metrics_of
 
 from dpo_dist.config.run_config import load_config, parse_config
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection

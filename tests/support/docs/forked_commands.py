@@ -1,26 +1,17 @@
-"""The command line as a user sees it, without importing torch anew for every process.
+"""A command of the docs as a reader would give it, in a folder of the test's.
 
-    output = run_command("dpo-dist train run.yaml", folder)
-
-The command runs in a fork of the process behind `support.ranks`, which has imported what the stages
-need; the ranks that it starts are forks of it in turn. All else is as in a shell: arguments,
-environment, working directory, exit codes.
+output = run_command("dpo-dist train run.yaml", folder, hub)
 """
 
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
+from support.commands import as_command, as_user
 from support.ranks import started_ranks
-
-from dpo_dist.run.topology import VARIABLES
 
 TIMEOUT_S = 240
 COLUMNS = 1000  # of the terminal: nothing is wrapped
-FIRST_OWN_FD, LAST_FD = 3, 4096
 
 
 def run_command(command: str, folder: Path, hub: str) -> str:
@@ -30,19 +21,18 @@ def run_command(command: str, folder: Path, hub: str) -> str:
     """
     with started_ranks(1, _run, command, str(folder), hub) as ranks:
         (result,) = ranks.wait(TIMEOUT_S)
-    ended = "" if result.value in (0, 2) else f"\nexit code {result.value or result.exit_code}\n"
-    return result.output + ended
+    code = result.exit_code
+    return result.output + ("" if code in (0, 2) else f"\nexit code {code}\n")
 
 
-def _run(command: str, folder: str, hub: str) -> int:
+def _run(command: str, folder: str, hub: str) -> None:
     from huggingface_hub import constants
 
     from dpo_dist.run import logs
 
     os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
-    for name in (*VARIABLES, "HF_TOKEN"):
-        os.environ.pop(name, None)
+    as_user()
+    os.environ.pop("HF_TOKEN", None)
     words = shlex.split(command)
     program = words.index("dpo-dist")
     variables = dict(word.split("=", 1) for word in words[:program])
@@ -51,44 +41,4 @@ def _run(command: str, folder: str, hub: str) -> int:
     logs.console.width = COLUMNS
     constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub, False, True
     constants.HF_TOKEN_PATH = f"{folder}/no-token"
-    subprocess.Popen = _Forking
-    return _main(words[program + 1 :])
-
-
-def _main(arguments: list[str]) -> int:
-    from dpo_dist.cli.app import command
-
-    sys.argv = ["dpo-dist", *arguments]
-    try:
-        return command()
-    finally:
-        _flush()
-
-
-class _Forking(subprocess.Popen):  # pyright: ignore
-    """`python -m dpo_dist ...` goes on as a fork of this process; all else is really started."""
-
-    def __init__(self, argv: Any, **settings: Any) -> None:
-        if list(argv[:3]) == [sys.executable, "-m", "dpo_dist"]:
-            before = settings.get("preexec_fn")
-
-            def instead_of_exec() -> None:
-                if before is not None:
-                    before()
-                os.closerange(FIRST_OWN_FD, LAST_FD)  # Popen waits for the end of a pipe
-                os.environ.clear()
-                os.environ.update(settings["env"])
-                code = 1
-                try:
-                    code = _main(list(argv[3:]))
-                finally:
-                    os._exit(code)
-
-            _flush()
-            settings["preexec_fn"] = instead_of_exec
-        super().__init__(argv, **settings)
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    as_command(*words[program + 1 :])

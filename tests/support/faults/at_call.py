@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from support.tiny_run import as_command
+from support.commands import as_command
 
 from dpo_dist.watch.fault import VARIABLE
 

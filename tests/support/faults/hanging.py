@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from support.tiny_run import as_command
+from support.commands import as_command
 
 from dpo_dist.run.topology import from_environment
 from dpo_dist.watch import heartbeat

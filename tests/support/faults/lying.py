@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import ranks
-from support.tiny_run import as_command
+from support.commands import as_command
 
 SOURCE = Path(__file__).with_name("lying_files.c")
 LIES = ("LIE_UNDER", "LIE_STATE", "LIE_FAIL", "LIE_FLOCK", "LIE_LINK", "LIE_OWNER", "LIE_LATE")
