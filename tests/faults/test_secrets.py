@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.commands import succeed
 from support.ranks import ROOT
 from support.tiny_run import make_run
 
@@ -78,19 +79,23 @@ def test_fault_28_a_run_tells_no_token(tmp_path: Path) -> None:
 @pytest.mark.fault(
     28, "the same, and dry runs for this machine, Slurm and Ray", becomes="in no output"
 )
-def test_fault_28_no_dry_run_tells_a_token(tmp_path: Path) -> None:
+def test_fault_28_no_dry_run_tells_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_yaml, cluster = make_run(tmp_path), ("slurm.nodes=2", "objective.beta=0.1,0.5")
     written = sorted(tmp_path.rglob("*"))
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
     for command in (
-        ("-m", "dpo_dist", "run", run_yaml, "--dry-run"),
-        (LAUNCHER, run_yaml, "slurm.nodes=2", "--dry-run"),
-        ("-m", "dpo_dist", "sweep", run_yaml, *cluster, "--slurm", "--dry-run"),
-        ("-m", "dpo_dist", "sweep", run_yaml, cluster[1], "--ray", "--dry-run"),
+        ("run", run_yaml, "--dry-run"),
+        ("sweep", run_yaml, *cluster, "--slurm", "--dry-run"),
+        ("sweep", run_yaml, cluster[1], "--ray", "--dry-run"),
     ):
-        dry = start(*command)
-        said, _ = dry.communicate(timeout=120)
-        assert dry.returncode == 0 and str(run_yaml).encode() in said, said.decode()
-        assert told_in(said) == [], command
+        done = succeed(*command)
+        assert str(run_yaml) in done.stdout + done.stderr
+        assert told_in(f"{done.stdout}{done.stderr}".encode()) == [], command
+    dry = start(LAUNCHER, run_yaml, "slurm.nodes=2", "--dry-run")
+    said, _ = dry.communicate(timeout=120)
+    assert dry.returncode == 0 and str(run_yaml).encode() in said, said.decode()
+    assert told_in(said) == []
     assert sorted(tmp_path.rglob("*")) == written
 
 

@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import succeed
+from support.commands import started, succeed
 from support.faults.other_user import give_away, needs_root
 from support.ranks import ROOT, wait_until
 from support.tiny_run import (
@@ -143,13 +141,10 @@ def test_every_sharding_trains_resumes_and_exports(
 )
 def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "killed")
-    command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
-    training = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    wait_until(lambda: "step 6/" in log_of(other), timeout_s=120)
-    os.killpg(training.pid, signal.SIGKILL)
-    training.wait(30)
+    with started("train", run_yaml, f"run.dir={other}") as training:
+        wait_until(lambda: "step 6/" in log_of(other), timeout_s=120)
+        os.killpg(training.pid, signal.SIGKILL)
+        training.wait()
     assert not (other / "checkpoints" / f"step-{LAST_STEP:06d}").exists()
     succeed_on(2, "train", run_yaml, f"run.dir={other}")
     same_training(out_of(run_yaml), other, LAST_STEP)
@@ -162,11 +157,11 @@ def test_killed_and_resumed_is_bit_equal_to_unbroken(run_yaml: Path) -> None:
 )
 def test_stopped_by_a_signal_and_continued_on_three_ranks(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "stopped")
-    command = [sys.executable, "-m", "dpo_dist", "train", str(run_yaml), f"run.dir={other}"]
-    training = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_until(lambda: "step 2/" in log_of(other), timeout_s=120)
-    training.send_signal(signal.SIGUSR2)
-    assert training.wait(60) == 75
+    with started("train", run_yaml, f"run.dir={other}") as training:
+        wait_until(lambda: "step 2/" in log_of(other), timeout_s=120)
+        os.kill(training.pid, signal.SIGUSR2)
+        training.wait()
+    assert training.returncode == 75
     status = json.loads((other / "status.json").read_text())
     assert status["state"] == "stopped"
     succeed_on(3, "train", run_yaml, f"run.dir={other}")

@@ -45,6 +45,7 @@ def ready(folder: Path, stage: str) -> tuple[Path, RunDir]:
     "SIGKILL of rank 1 in training, by `dpo-dist train`",
     becomes="named with its signal, started again; metrics and weights equal an unbroken run",
 )
+@pytest.mark.slow
 def test_fault_01_a_killed_rank_is_named_and_training_goes_on_by_itself(tmp_path: Path) -> None:
     said, paths = struck_and_gone_on(tmp_path, signal.SIGKILL)
     assert "rank 1 was killed by signal 9, often out of memory" in said
