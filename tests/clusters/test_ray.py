@@ -13,11 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
+from cluster_runs import (
+    LAST_STEP,
+    LONG,
+    SOAK,
+    SOAK_FAULTS,
+    scored_copy,
+    soak,
+    status_of,
+    step_of,
+)
 from ray_cluster import RAY, RayCluster, ray_cluster
 from support.commands import succeed
 from support.ranks import wait_until
-from support.tiny_run import metrics_of
+from support.tiny_run import metrics_of, same_training
 
 from dpo_dist.run.attempts import died_of
 
@@ -288,6 +297,34 @@ def test_a_node_that_is_drained_is_left_without_a_step_done_twice(
     )
     assert int(again[0]) == int(logged[-1]) + 1 > 31
     assert metrics_of(out) == metrics_of(unbroken)
+
+
+@pytest.mark.fault(
+    9,
+    "on Ray: ten of SIGKILL of a worker or a rank and SIGSTOP of a rank, decided by a seed",
+    becomes="the group starts again; metrics and weights equal an unbroken run",
+)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_soak_on_ray(cluster: RayCluster, local: Path, unbroken: Path, tmp_path: Path) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    job = cluster.submit(
+        local / "run.yaml", *LONG, *SOAK, f"run.dir={out}", *WORKERS, stages="train"
+    )
+
+    def kill_worker() -> None:
+        os.kill(worker_pid(rank_pids(out, 1)[0]), signal.SIGKILL)
+
+    def kill_rank() -> None:
+        os.kill(rank_pids(out, 0)[0], signal.SIGKILL)
+
+    def stop_rank() -> None:
+        os.kill(rank_pids(out, 1)[0], signal.SIGSTOP)
+
+    soak(out, 1, (kill_worker, kill_rank, stop_rank))
+    ended(job, out)
+    assert status_of(out)["restarts"]["total"] == SOAK_FAULTS
+    same_training(unbroken, out, LAST_STEP)
 
 
 def newest_world_size(run_dir: Path) -> int:

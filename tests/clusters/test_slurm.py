@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import LAST_STEP, LONG, scored_copy, status_of, step_of
+from cluster_runs import (
+    LAST_STEP,
+    LONG,
+    SOAK,
+    SOAK_FAULTS,
+    scored_copy,
+    soak,
+    status_of,
+    step_of,
+)
 from support.ranks import ROOT, wait_until
 from support.tiny_run import metrics_of, same_training
 from support.wheel import HIDDEN, build_wheel, install_wheel
@@ -210,6 +219,42 @@ def test_a_job_stopped_in_several_ways_goes_on_and_ends_like_an_unbroken_one(
     assert status["restarts"]["total"] == len(ways) and status["train"]["step"] == LAST_STEP
     assert log.read_text().count(f"dpo.sh: job {job_id} goes back into the queue at train") == 1
     assert log.read_text().count(f"dpo.sh: train starts again in job {job_id}") == len(ways) - 1
+    same_training(unbroken, out, LAST_STEP)
+
+
+@pytest.mark.fault(
+    1,
+    "on Slurm: ten of USR2, SIGKILL or SIGSTOP of a rank, the step canceled, decided by a seed",
+    becomes="requeued or started again; metrics and weights equal an unbroken run",
+)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_soak_on_slurm(slurm: Slurm, local: Path, unbroken: Path, tmp_path: Path) -> None:
+    out = scored_copy(local, tmp_path / "out")
+    job_id = slurm.submit(
+        tmp_path, str(local / "run.yaml"), *LONG, *SOAK, f"run.dir={out}", stages="train"
+    )
+    requeued = 0
+
+    def preempt() -> None:
+        nonlocal requeued
+        usr2(slurm, job_id)
+        requeued += 1
+        slurm.wait(job_id, "RUNNING", restarts=requeued)
+
+    def cancel() -> None:
+        cancel_step(slurm, job_id)
+
+    def kill() -> None:
+        kill_rank(slurm, job_id)
+
+    def stop() -> None:
+        for pid in rank_pids(job_id, 0):
+            os.kill(pid, signal.SIGSTOP)
+
+    soak(out, 1, (preempt, cancel, kill, stop))
+    slurm.wait(job_id, "COMPLETED")
+    assert status_of(out)["restarts"]["total"] == SOAK_FAULTS
     same_training(unbroken, out, LAST_STEP)
 
 
