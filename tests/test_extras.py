@@ -17,8 +17,9 @@ from pathlib import Path
 from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.inputs.work import checked_work
+from dpo_dist.model_files.of_run import RunModels
 try:
-    checked_work(load_config(Path(sys.argv[1]), sys.argv[2:]))
+    checked_work(RunModels(load_config(Path(sys.argv[1]), sys.argv[2:])))
 except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
 """

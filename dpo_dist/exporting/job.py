@@ -14,6 +14,7 @@ from dpo_dist.engine.checkpoints.train_state import TrainState, read_train_state
 from dpo_dist.engine.weights.base_weights import StoredModel, open_base
 from dpo_dist.errors import CheckpointError, ModelFilesError
 from dpo_dist.exporting.choice import choose_checkpoint
+from dpo_dist.inputs.work import check_tokenizer
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.exports import ExportKind
 from dpo_dist.run.manifest import differences, digest_of, digest_of_file
@@ -78,11 +79,12 @@ def open_job(models: RunModels) -> ExportJob:
     """Chooses the checkpoint and checks it; signals set the job's stop flag from here on.
 
     Raises CheckpointError without a usable checkpoint, ModelFilesError when the base model is not
-    the one that was trained.
+    the one that was trained, ArtifactError when its tokenizer isn't.
     """
     checkpoint_dir = choose_checkpoint(models.config)
     state = read_train_state(checkpoint_dir)
     _check_trained_here(models, checkpoint_dir, state)
+    check_tokenizer(models)
     template = resolve_template(models.config.data.chat_template)
     inputs = {
         "checkpoint": digest_of_file(checkpoint_dir / MANIFEST_NAME),

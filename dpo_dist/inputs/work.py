@@ -10,9 +10,11 @@ from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.checkpoints.commit import check_new_files
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
-from dpo_dist.errors import DataError
+from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.extras import require_bitsandbytes
 from dpo_dist.metrics import wandb_log
+from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.run_dir import RunDir
 
 
@@ -33,16 +35,33 @@ def prepared_work(config: RunConfig) -> Work | None:
     return _open_work(config) if RunDir(config.run.dir).pairs_dir.is_dir() else None
 
 
-def checked_work(config: RunConfig) -> Work:
+def checked_work(models: RunModels) -> Work:
     """The prepared pairs, once nothing is left that training would refuse without a model.
 
     The reference pass asks too: what comes after hours of it is found before them. Raises
-    ArtifactError without pairs, DataError when they do not suffice, and as `check_settings`.
+    ArtifactError without pairs, DataError when they do not suffice, and as `check_settings` and
+    `check_tokenizer`.
     """
+    config = models.config
     check_settings(config)
     work = _open_work(config)
+    check_tokenizer(models)
     _check_held_out(config, len(work.held_out))
     return work
+
+
+def check_tokenizer(models: RunModels) -> None:
+    """Raises ArtifactError when the pairs were made with another tokenizer than the model has now:
+    an export would carry that one, and every answer would be read in other tokens."""
+    pairs_dir = RunDir(models.config.run.dir).pairs_dir
+    made = read_manifest(pairs_dir).inputs.get("tokenizer", models.tokenizer_digest)
+    if made != models.tokenizer_digest:
+        raise ArtifactError(
+            f"{models.base} has another tokenizer (digest {models.tokenizer_digest[:12]}) than "
+            f"{pairs_dir} was made with ({made[:12]})",
+            "the same",
+            "Put the model's tokenizer back, or prepare and train in another run.dir.",
+        )
 
 
 def check_settings(config: RunConfig) -> None:

@@ -159,8 +159,8 @@ def worth_another(paths: RunDir, stage: str, code: int) -> bool:
     meant to."""
     own = read_status(paths.status_path).get("stages", {}).get(stage, {})
     passes = code == EXIT_RESTART and own.get("state") != "stopped"
-    died = {failure.get("signal", signal.SIGTERM) for failure in _rank_failures(paths, stage)}
-    return stage in ORDER and ("late" in own or passes or bool(died - TOLD_TO_END))
+    killed = {failure["signal"] for failure in _rank_failures(paths, stage) if failure["signal"]}
+    return stage in ORDER and ("late" in own or passes or bool(killed - TOLD_TO_END))
 
 
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES_S) -> T:

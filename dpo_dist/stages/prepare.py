@@ -111,7 +111,7 @@ def run(config: RunConfig) -> Path:
                 pairs = open_pairs(partial, split)
                 check_vocabulary(pairs, model_dir, config.model.trust_remote_code)
         _logger.info("prepare: pairs in %s", folder)
-    checked_work(config)  # the pairs stay: what is wrong here is a setting of training
+    checked_work(models)  # the pairs stay: what is wrong here is a setting of training
     return folder
 
 

@@ -49,9 +49,10 @@ def run(config: RunConfig) -> Path:
     paths = RunDir(config.run.dir)
     if config.objective.reference_free:
         return _skip(config, paths)
-    work = checked_work(config)
+    models = RunModels(config)
+    work = checked_work(models)
     splits, topology = [work.train, work.held_out], from_environment()
-    models, stop = RunModels(config), StopFlag().install()
+    stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         if directory := collectives.on_first(lambda: _complete(models, paths, splits)):
             return directory

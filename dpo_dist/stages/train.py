@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Path:
     """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
     paths, topology, models = RunDir(config.run.dir), from_environment(), RunModels(config)
-    work, stop = checked_work(config), StopFlag().install()
+    work, stop = checked_work(models), StopFlag().install()
     if config.train.deterministic:
         make_deterministic()
     with collectives.process_group(topology) as device:

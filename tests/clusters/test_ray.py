@@ -132,7 +132,7 @@ def test_workers_killed_on_the_way_leave_the_local_numbers(
             lambda stage=stage: (
                 (s := status_of(out)).get("stage") == stage and s.get("state") == "running"
             ),
-            120,
+            JOB_S,
         )
         pids = rank_pids(out, rank)
         assert len(pids) == 1

@@ -178,6 +178,7 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sources = {split: [{"path": f"{split}.jsonl"}] for split in SPLITS}
     data = sources | {"max_length": 64, "num_workers": 1}
     run = {"run": {"dir": "out"}, "model": {"path": "model"}, "data": data}
+    run["train"] = {"global_batch_size": 1}
     path.write_text(yaml.safe_dump(run))
     revisions = {"main": hub_files("new"), "v1": hub_files("old")}
     with pytest.MonkeyPatch.context() as patch, hub({REPO: revisions}) as served:

@@ -24,6 +24,7 @@ from dpo_dist.config.training_section import TrainSection
 from dpo_dist.engine.sharding import ds_config, optimizers, zero
 from dpo_dist.errors import CheckpointError
 from dpo_dist.inputs.work import checked_work
+from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.stages import prepare
 
 NUM_STEPS = 20
@@ -55,7 +56,7 @@ def learning_rates(config: RunConfig) -> list[float]:
 def steps_of(config: RunConfig) -> int:
     """The optimizer steps that the prepared pairs make."""
     prepare.run(config)
-    return checked_work(config).num_steps
+    return checked_work(RunModels(config)).num_steps
 
 
 def may_save_as_another(config: RunConfig) -> bool:
@@ -63,7 +64,7 @@ def may_save_as_another(config: RunConfig) -> bool:
     prepare.run(config)
     with mock.patch.object(os, "geteuid", lambda: os.getuid() + 1):
         try:
-            return bool(checked_work(config).num_steps)
+            return bool(checked_work(RunModels(config)).num_steps)
         except CheckpointError:
             return False
 

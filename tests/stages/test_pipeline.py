@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import started, succeed
+from support.commands import dpo_dist, started, succeed
 from support.faults.other_user import give_away, needs_root
 from support.ranks import ROOT, wait_until
 from support.tiny_run import (
@@ -326,8 +326,32 @@ def test_resume_with_other_settings_is_refused(run_yaml: Path) -> None:
 @pytest.mark.fault(17, "`checkpoint.resume=no/such`", becomes="an error that names it")
 def test_a_mistyped_resume_path_is_an_error(run_yaml: Path) -> None:
     other = fresh_copy(run_yaml, "mistyped")
-    message = fail_on(2, "train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
-    assert "no/such" in message
+    done = dpo_dist("train", run_yaml, f"run.dir={other}", "checkpoint.resume=no/such")
+    assert done.returncode == 2 and "no/such" in done.stderr
+    assert not (other / "logs" / "train-02").exists(), "every rank failed of it, and for good"
+
+
+@pytest.mark.fault(
+    16,
+    "another tokenizer in the model's folder, behind the pairs",
+    becomes="refused by every later stage with both digests",
+)
+@pytest.mark.parametrize("stage", ["reference", "train", "export"])
+def test_fault_16_another_tokenizer_than_that_of_the_pairs_is_refused(
+    run_yaml: Path, tmp_path: Path, stage: str
+) -> None:
+    """The export would carry it beside a model that was trained on the first one's ids."""
+    other = copied(run_yaml, f"tokenizer-{stage}")
+    shutil.copytree(run_yaml.parent / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = sorted(words)[:2]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(tokenizer))
+    message = fail_on(1, stage, run_yaml, f"run.dir={other}", f"model.path={tmp_path}/model")
+    assert f"{tmp_path}/model has another tokenizer (digest " in message
+    assert "Put the model's tokenizer back, or prepare and train in another run.dir." in message
 
 
 def test_missing_reference_rows_are_named(run_yaml: Path) -> None:

@@ -101,7 +101,7 @@ def worker(run_yaml: str) -> dict[str, Any]:
 def job_of(config: Any) -> Job:
     family = "mixtral" if config.objective.router_aux_loss_coef else "llama"
     policy = tiny_model(family, dtype=torch.bfloat16, vocab_size=500)
-    work, objective = checked_work(config), objective_of(config)
+    work, objective = checked_work(RunModels(config)), objective_of(config)
     train_pairs, held_out = (
         ScoredPairs(pairs, torch.zeros(len(pairs), 2)) for pairs in (work.train, work.held_out)
     )
