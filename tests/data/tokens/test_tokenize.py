@@ -89,6 +89,16 @@ def test_text_ends_in_eos_and_has_no_bos_where_the_tokenizer_adds_none(tmp_path:
     assert tokenizer.decode(pair.rejected_ids) == " is no.<|im_end|>"
 
 
+@pytest.mark.fault(23, "a tokenizer without a pad token", becomes="the same ids")
+def test_no_pad_token_is_needed(tmp_path: Path) -> None:
+    """Nor does generation need one (`test_a_batch_says_what_its_prompts_say_alone`)."""
+    tokenizer = tiny(tmp_path)
+    assert tokenizer.pad_token is not None
+    before = encoded(tokenizer, chat())
+    tokenizer.pad_token = None
+    assert encoded(tokenizer, chat()) == before
+
+
 @pytest.mark.fault(23, "BOS in the text and by the tokenizer", becomes="one BOS")
 def test_text_gets_the_bos_of_its_tokenizer_once() -> None:
     tokenizer = sentencepiece_like("always")
