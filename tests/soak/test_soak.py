@@ -24,7 +24,8 @@ def unbroken(folder: Path, steps: int) -> tuple[Path, Path, Path]:
     succeed_on(1, "prepare", run_yaml, f"run.dir={start}")
     succeed_on(2, "reference", run_yaml, f"run.dir={start}")
     shutil.copytree(start, trained)
-    succeed_on(2, "train", run_yaml, f"run.dir={trained}", *settings_of(steps))
+    arguments = ("train", run_yaml, f"run.dir={trained}", *settings_of(steps))
+    succeed_on(2, *arguments, timeout_s=60 + 2 * steps)
     return run_yaml, start, trained
 
 

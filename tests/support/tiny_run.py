@@ -91,9 +91,9 @@ def write_rows(path: Path, prefix: str, count: int, seed: int = 0) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def succeed_on(num_ranks: int, *arguments: str | Path) -> str:
+def succeed_on(num_ranks: int, *arguments: str | Path, timeout_s: float = 400) -> str:
     """A stage as a launcher runs it, on ranks that need not import all anew; rank 0's output."""
-    codes, output = _launched(num_ranks, arguments)
+    codes, output = _launched(num_ranks, arguments, timeout_s)
     assert set(codes) == {0}, f"{arguments}: exit {codes}\n{output}"
     return output
 
@@ -105,9 +105,11 @@ def fail_on(num_ranks: int, *arguments: str | Path) -> str:
     return next(line for line in output.splitlines() if line.startswith("error: "))
 
 
-def _launched(num_ranks: int, arguments: tuple[str | Path, ...]) -> tuple[list[int], str]:
+def _launched(
+    num_ranks: int, arguments: tuple[str | Path, ...], timeout_s: float = 400
+) -> tuple[list[int], str]:
     with started_ranks(num_ranks, as_command, *map(str, arguments)) as ranks:
-        results = ranks.wait(timeout_s=400, grace_s=15)
+        results = ranks.wait(timeout_s, grace_s=15)
     return [result.exit_code for result in results], results[0].output
 
 
