@@ -7,8 +7,9 @@ RUN ?= runs/quickstart
 MODEL := models/SmolLM2-135M-Instruct
 DATA := runs/quickstart/data
 AGENT := examples/agent_trajectories
-# What `make coverage` runs, all by default, and options of .ci/matrix.py.
+# What `make coverage` runs, all by default; how tests share the cores; options of .ci/matrix.py.
 TESTS ?=
+PARALLEL := -n logical --dist loadfile
 MATRIX ?=
 # Of each test that `make fuzz` runs, and where its random inputs begin.
 EXAMPLES ?= 300
@@ -43,8 +44,10 @@ agent: install
 	$(BIN)/dpo-dist run $(AGENT).yaml
 	$(BIN)/dpo-dist evaluate $(AGENT).yaml
 
+# A file of tests a core; the clusters, which need all cores, after them.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not cluster'
+	$(BIN)/python -m pytest -m 'cluster and not slow'
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -77,7 +80,7 @@ test-matrix: install
 # Forked ranks and commands in processes of their own are counted too; a failing test still fails.
 coverage: install
 	rm -rf build/coverage
-	code=0; $(BIN)/coverage run -m pytest -m 'not slow and not cluster' $(TESTS) || code=$$?; \
+	code=0; $(BIN)/coverage run -m pytest $(PARALLEL) -m 'not slow and not cluster' $(TESTS) || code=$$?; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $$code
 
 check: install
