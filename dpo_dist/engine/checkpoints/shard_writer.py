@@ -18,7 +18,6 @@ from dpo_dist.errors import is_transient
 from dpo_dist.run.manifest import fsync_dir
 from dpo_dist.watch.heartbeat import beat
 
-
 PIECE_BYTES = 16 << 20  # that are written and hashed in turn
 
 
