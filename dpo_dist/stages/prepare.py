@@ -23,7 +23,6 @@ from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.drop_reasons import KEPT
 from dpo_dist.data.pairs import SPLITS, PairsDetails, Split, open_pairs
-from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.data_report import (
     bias_warnings,
@@ -47,6 +46,7 @@ from dpo_dist.data.screening.tokenizer_pool import (
     tokenize_chunks,
 )
 from dpo_dist.data.screening.write_pairs import write_pairs
+from dpo_dist.data.sources.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.tokens.templates import resolve_template
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary

@@ -23,7 +23,7 @@ from dpo_dist.data.answers.questions import read_questions
 from dpo_dist.data.drop_reasons import DROP_REASONS
 from dpo_dist.data.rows.formats import READ_COLUMNS, read_pair, rename_columns, score_margin
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.rows.sources import Source, open_sources
+from dpo_dist.data.sources.sources import Source, open_sources
 from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTE_BITS, TRUNCATED
 from dpo_dist.data.pairs import Split, key_column, list_lengths, scored_lengths
-from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.screening.bad_rows import bad_rows, refuse_bad_rows
+from dpo_dist.data.sources.sources import Source, count_copies
 from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
 from dpo_dist.watch.heartbeat import beat

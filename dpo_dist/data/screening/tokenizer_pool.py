@@ -33,11 +33,11 @@ from dpo_dist.data.rows.joined_rows import JoinedRows
 from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row, RowError
-from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.held_out import is_held_out
 from dpo_dist.data.screening.tokenized_rows import SCHEMA
+from dpo_dist.data.sources.sources import Source, count_copies
 from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair

@@ -33,7 +33,6 @@ from dpo_dist.data.rows.joined_rows import (
     name_of,
 )
 from dpo_dist.data.rows.json_rows import JsonRows, index_json
-from dpo_dist.data.rows.labelled_rows import LabelledRows, pair_labels
 from dpo_dist.data.rows.row import Row, RowError
 from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream, open_hub
 from dpo_dist.data.rows.table_rows import (
@@ -44,6 +43,7 @@ from dpo_dist.data.rows.table_rows import (
     open_folder,
     open_parquet,
 )
+from dpo_dist.data.sources.labelled_rows import LabelledRows, pair_labels
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
 from dpo_dist.run.manifest import digest_of, digest_of_file
