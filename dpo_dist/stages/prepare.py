@@ -134,7 +134,8 @@ def preview(config: RunConfig, num_pairs: int) -> None:
             share = len(range(index, num_pairs, len(sources)))
             for chunk in itertools.islice(make_chunks([source]), min(share, 1)):
                 first = replace(chunk.first(share), source=index)
-                for shown in preview_rows(chunks, first, max_length):
+                # a row of several answers may be several pairs
+                for shown in itertools.islice(preview_rows(chunks, first, max_length), share):
                     output.print(shown)
 
 
@@ -152,9 +153,7 @@ def _identity(
         inputs["chat_template"] = digest_of(template)
     for split, sections in _sections(config).items():
         # by number, so that a difference is named by its key and not as two whole lists
-        settings[split] = {
-            str(index): section.model_dump(mode="json") for index, section in enumerate(sections)
-        }
+        settings[split] = {str(index): section.identity() for index, section in enumerate(sections)}
         for index, section in enumerate(sections):
             key = f"data.{split}.{index}"
             inputs[key] = digest_of_source(section, key)
