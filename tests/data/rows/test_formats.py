@@ -380,6 +380,8 @@ def test_the_rows_of_the_docs_are_of_the_format_they_stand_under() -> None:
                 continue
             shown_row = rename_columns(row(**fields), implied_columns(row(**fields)))
             assert detect_format(shown_row, "k") == row_format
+            if row_format in ("ranked", "scored"):  # not pairs yet: test_ranked_rows.py
+                continue
             assert not pair_of(**shown_row.fields).has_empty_part
 
 
