@@ -17,7 +17,7 @@ from typing import Any
 from dpo_dist.config.data_section import PairChoice
 from dpo_dist.data.rows.dialogues import dialogue_of, hh_dialogue
 from dpo_dist.data.rows.formats import ANSWER_LISTS, alpaca_prompt
-from dpo_dist.data.rows.messages import Conversation, is_blank, message, read_messages
+from dpo_dist.data.rows.messages import Conversation, message, read_messages
 from dpo_dist.data.rows.row import Row, RowError, as_list, as_object, type_name
 from dpo_dist.parsing import parse_json
 
@@ -88,8 +88,7 @@ def read_prompt(row: Row) -> Conversation:
     text = row.text(name)
     if not _HH_PROMPT.fullmatch(text):
         return [message("user", text)]
-    turns = hh_dialogue(row, name)
-    return turns[:-1] if is_blank(turns[-1]) else turns
+    return hh_dialogue(row, name)[:-1]  # without the empty turn at the end
 
 
 def read_answers(row: Row) -> list[Answer]:

@@ -87,8 +87,9 @@ def test_a_bad_row_counts_once(tmp_path: Path) -> None:
     bad = {"on_bad_row": "drop", "max_bad_rows": 0.25}
     report = report_of(make_config(tmp_path, train=[source], **bad))["splits"]["train"]
     assert report["dropped"]["bad_row"] == 1 and report["pairs"] == 3 * 6
+    (other := tmp_path / "other").mkdir()
     with pytest.raises(DataError, match=r"data.max_bad_rows = 24.00% of 4 rows"):
-        prepare.run(make_config(tmp_path / "b", train=[source], **bad | {"max_bad_rows": 0.24}))
+        prepare.run(make_config(other, train=[source], **bad | {"max_bad_rows": 0.24}))
 
 
 def test_parquet_and_a_stream_give_what_json_lines_give(folder: Path) -> None:

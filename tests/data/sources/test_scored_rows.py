@@ -1,6 +1,5 @@
 """Rows of one answer and its score: joined by prompt, in files; a stream of them is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import pytest
 from support.prepared import make_config, pairs_of, report_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
-from dpo_dist.config.run_config import parse_config
 from dpo_dist.data.sources.sources import open_sources
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.errors import DataError
 
 
 def helpsteer(prompt: str, response: str, score: Any) -> dict[str, Any]:
@@ -102,13 +100,4 @@ def test_a_stream_is_refused(tmp_path: Path) -> None:
         "in each row; expected all answers to a prompt in one row, since a stream is read once and "
         "they may be anywhere in it. Set data.train.0.streaming=false, or join the rows by prompt "
         "beforehand."
-    )
-    config = {"run": {"dir": "x"}, "model": {"path": "m"}}
-    with pytest.raises(ConfigError) as refused:
-        parse_config(
-            json.loads(json.dumps(config)) | {"data": {"train": [source | {"format": "scored"}]}}
-        )
-    assert str(refused.value) == (
-        "data.train.0.streaming: true with format scored; expected false, because the two answers "
-        "of a pair may be anywhere in the data. Set it to false, or pair the rows beforehand."
     )
