@@ -37,6 +37,7 @@ ROOMS = (
     "importing/llamafactory",
     "data",
     "data/rows",
+    "data/sources",
     "data/tokens",
     "data/screening",
     "data/answers",

@@ -11,8 +11,11 @@ PairKey = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Policy = Literal["drop", "raise", "keep"]
 PreferenceFormat = Literal[
     "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
-    "alpaca", "labelled",
+    "alpaca", "ranked", "scored", "labelled",
 ]  # fmt: skip
+PairChoice = Literal["best_vs_worst", "best_vs_rest", "adjacent", "all"]
+# one answer a row: those to the same prompt are found by reading all rows
+JOINED_FORMATS: tuple[PreferenceFormat, ...] = ("labelled", "scored")
 LosablePart = Literal["content", "thought", "earlier_thought", "tool_calls", "tools"]
 
 
@@ -42,6 +45,14 @@ class SourceSection(Section):
     min_score_margin: float | None = Field(
         None, description="Drop pairs whose chosen_score - rejected_score is below this."
     )
+    pairs: PairChoice = Field(
+        "best_vs_worst", description="Which of several ranked or scored answers make pairs."
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that pairs depend on; `pairs` came later and is left out at its default."""
+        later = {"pairs"} if self.pairs == type(self).model_fields["pairs"].default else None
+        return self.model_dump(mode="json", exclude=later)
 
 
 class DataSection(Section):
@@ -108,8 +119,8 @@ def data_rules(data: DataSection) -> Iterator[Rule]:
     for split, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
             yield (
-                source.streaming and source.format == "labelled",
-                f"data.{split}.{index}.streaming: true with format labelled",
+                source.streaming and source.format in JOINED_FORMATS,
+                f"data.{split}.{index}.streaming: true with format {source.format}",
                 "false, because the two answers of a pair may be anywhere in the data",
                 "Set it to false, or pair the rows beforehand.",
             )

@@ -16,6 +16,7 @@ class Reason:
 
 BAD_ROW: Final = "bad_row"
 UNPAIRED: Final = "unpaired"
+NO_PREFERENCE: Final = "no_preference"
 NO_SHARED_PROMPT: Final = "no_shared_prompt"
 LOW_MARGIN: Final = "low_margin"
 TEMPLATE: Final = "template"
@@ -42,6 +43,12 @@ DROP_REASONS = (
         None,
         "no answer with the other label has its prompt",
         "Take a source with good and bad answers to the same prompts.",
+    ),
+    Reason(
+        NO_PREFERENCE,
+        None,
+        "no answer scores above another, or there is only one",
+        "Take rows with several answers that differ in score.",
     ),
     Reason(
         NO_SHARED_PROMPT,

@@ -23,7 +23,6 @@ from dpo_dist.config.data_section import DataSection, SourceSection
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.drop_reasons import KEPT
 from dpo_dist.data.pairs import SPLITS, PairsDetails, Split, open_pairs
-from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.data_report import (
     bias_warnings,
@@ -47,6 +46,7 @@ from dpo_dist.data.screening.tokenizer_pool import (
     tokenize_chunks,
 )
 from dpo_dist.data.screening.write_pairs import write_pairs
+from dpo_dist.data.sources.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.tokens.templates import resolve_template
 from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
@@ -134,7 +134,8 @@ def preview(config: RunConfig, num_pairs: int) -> None:
             share = len(range(index, num_pairs, len(sources)))
             for chunk in itertools.islice(make_chunks([source]), min(share, 1)):
                 first = replace(chunk.first(share), source=index)
-                for shown in preview_rows(chunks, first, max_length):
+                # a row of several answers may be several pairs
+                for shown in itertools.islice(preview_rows(chunks, first, max_length), share):
                     output.print(shown)
 
 
@@ -152,9 +153,7 @@ def _identity(
         inputs["chat_template"] = digest_of(template)
     for split, sections in _sections(config).items():
         # by number, so that a difference is named by its key and not as two whole lists
-        settings[split] = {
-            str(index): section.model_dump(mode="json") for index, section in enumerate(sections)
-        }
+        settings[split] = {str(index): section.identity() for index, section in enumerate(sections)}
         for index, section in enumerate(sections):
             key = f"data.{split}.{index}"
             inputs[key] = digest_of_source(section, key)

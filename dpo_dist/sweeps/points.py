@@ -225,6 +225,8 @@ def _point_name(values: Mapping[str, Any]) -> str:
 def _inputs_digest(config: RunConfig) -> str:
     """What pairs, base model and reference log-probs depend on, as far as the config tells."""
     data = config.data.model_dump(mode="json", exclude={"num_workers"})
+    data["train"] = [source.identity() for source in config.data.train]
+    data["eval"] = [source.identity() for source in config.data.eval]
     model = config.model.model_dump(mode="json", exclude={"attention"})
     adapter, objective = config.adapter, config.objective
     start = (adapter.path, adapter.start) if adapter is not None and adapter.path else None

@@ -101,6 +101,8 @@ def source_flips(split: str) -> Iterator[Flip]:
     ):
         yield Flip(f"data.{split}[].{key}", value, pairs_of)
     yield Flip(f"data.{split}[].min_score_margin", 1.0, pairs_of, MANY_DROPPED)
+    ranked = {f"data.{split}[].path": "ranked.jsonl"}
+    yield Flip(f"data.{split}[].pairs", "all", pairs_of, ranked | MANY_DROPPED)
     from_hub = {f"data.{split}[].path": REPO}
     for key, value in (("config", "big"), ("split", "test"), ("revision", "v1")):
         yield Flip(f"data.{split}[].{key}", value, pairs_of, from_hub)
@@ -173,6 +175,8 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_jsonl(folder / f"{name}.jsonl", [*plain, *broken, *([row(2)] if first else [])])
     bad = [row(number, **({"chosen": 1} if number == 3 else {})) for number in range(10)]
     write_jsonl(folder / "bad.jsonl", bad)
+    answers = {"responses": ["one", "two", "three"], "scores": [3, 1, 2]}
+    write_jsonl(folder / "ranked.jsonl", [{"prompt": f"Say {n}."} | answers for n in range(4)])
     (folder / "own.jinja").write_text(OWN_TEMPLATE)
     path = folder / "run.yaml"
     sources = {split: [{"path": f"{split}.jsonl"}] for split in SPLITS}

@@ -23,6 +23,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "beforehand.",
     ),
     (
+        {"data": {"train": [LABELLED | {"format": "scored"}]}},
+        "data.train.0.streaming: true with format scored; expected false, because the two answers "
+        "of a pair may be anywhere in the data. Set it to false, or pair the rows beforehand.",
+    ),
+    (
         {"objective": {"loss": ["simpo", "sft"]}, "reference": {"model": "org/other"}},
         "reference.model: org/other with loss simpo, sft; expected null, because this loss has no "
         "reference. Remove it.",

@@ -10,7 +10,7 @@ from fuzzing import nested
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.config.run_config import load_config, parse_config
 from dpo_dist.data.rows.formats import read_pair
-from dpo_dist.data.rows.sources import open_sources
+from dpo_dist.data.sources.sources import open_sources
 from dpo_dist.engine.sharding.ds_config import read_sharding
 from dpo_dist.engine.weights.safetensors_reader import read_places
 from dpo_dist.errors import ArtifactError, ConfigError, DataError, ModelFilesError

@@ -23,13 +23,14 @@ from dpo_dist.data.answers.questions import read_questions
 from dpo_dist.data.drop_reasons import DROP_REASONS
 from dpo_dist.data.rows.formats import READ_COLUMNS, read_pair, rename_columns, score_margin
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.rows.sources import Source, open_sources
+from dpo_dist.data.sources.ranked_rows import pair_rows
+from dpo_dist.data.sources.sources import Source, open_sources
 from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
 
 FORMATS = (
     "auto", "conversational", "standard", "ultrafeedback", "orca", "hh", "stack_exchange",
-    "alpaca", "labelled",
+    "alpaca", "ranked", "scored", "labelled",
 )  # fmt: skip
 COLUMNS = sorted(READ_COLUMNS | {"image", "query", "extra"})
 KEYS = (
@@ -63,6 +64,8 @@ SHAPES = (
     (("instruction", "chosen", "rejected"), ("input", "history", "system")),
     (("completion", "label"), ("prompt", "question", "system", "tools")),
     (("messages", "label"), ("tools", "chosen_score")),
+    (("prompt", "responses"), ("scores", "ranks", "system", "tools")),
+    (("prompt", "response", "score"), ("system", "tools")),
 )
 
 
@@ -107,6 +110,9 @@ VALID: list[list[dict[str, Any]]] = [
             "history": [["a", "b"]],
         }
     ],
+    [{"prompt": "Sky?", "responses": ["Blue", "Red", "Red"], "scores": [3, 1, 1.5]}] * 2,
+    [{"prompt": "Sky?", "answers": [{"answer": "Blue", "rank": 2}, {"answer": "x", "rank": 1}]}],
+    [{"prompt": "Sky?", "response": text, "score": len(text)} for text in ("Blue", "Red")],
 ]  # fmt: skip
 
 
@@ -150,7 +156,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PairTokenizer:
 
 
 def pairs_in(path: Path, content: bytes, row_format: str, scratch: Path) -> list[Pair]:
-    """The pairs of a data file; each row is one, is dropped for a known reason, or is refused."""
+    """The pairs of a data file; a row makes some, is dropped for a known reason, or is refused."""
     path.write_bytes(content)
     section = SourceSection.model_validate({"path": str(path), "format": row_format})
     opened = outcome("data file", lambda: open_sources([section], "train", scratch), str(path))
@@ -159,18 +165,21 @@ def pairs_in(path: Path, content: bytes, row_format: str, scratch: Path) -> list
         positions = source.positions()
         for position, row in zip(positions, source.rows.read(positions), strict=True):
             origin = source.rows.origin(int(position))
-            pair = outcome("row", lambda row=row, source=source: pair_of(row, source), origin)
-            if isinstance(pair, Pair):
-                found.append(pair)
-            elif pair is not None:
-                assert pair in {reason.name for reason in DROP_REASONS}
+            made = outcome("row", lambda row=row, source=source: pairs_of(row, source), origin)
+            for pair in made or []:
+                if isinstance(pair, Pair):
+                    found.append(pair)
+                else:
+                    assert pair in {reason.name for reason in DROP_REASONS}
     return found
 
 
-def pair_of(row: Any, source: Source) -> Any:
+def pairs_of(row: Any, source: Source) -> list[Any]:
     row = row if row.lacks_partner else rename_columns(row.sound(), source.columns)
-    score_margin(row, required=False)
-    return read_pair(row, source.row_format, source.name)
+    rows = pair_rows(row, "all") if source.row_format == "ranked" else [row]
+    for row in rows:
+        score_margin(row, required=False)
+    return [read_pair(row, source.row_format, source.name) for row in rows]
 
 
 def tokens_of(tokenizer: PairTokenizer, pairs: list[Pair]) -> None:

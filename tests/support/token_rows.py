@@ -8,8 +8,8 @@ from support.keys.data_settings import data_settings
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.drop_reasons import CODES
-from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.data.screening.tokenized_rows import SCHEMA, PairColumns, collect
+from dpo_dist.data.sources.sources import open_sources
 from dpo_dist.reference.pair_key import pair_key
 
 TokenRow = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected

@@ -23,7 +23,8 @@ from dpo_dist.data.rows.messages import (
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row
 
-NoPair = Literal["no_shared_prompt", "unpaired", "low_margin"]  # the reason a row makes no pair
+# the reason a row makes no pair
+NoPair = Literal["no_shared_prompt", "unpaired", "no_preference", "low_margin"]
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 

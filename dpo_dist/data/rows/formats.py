@@ -9,12 +9,10 @@ are written here anew: importing trl doubles the start of this stage.
 """
 
 import difflib
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from dpo_dist.config.data_section import PreferenceFormat
 from dpo_dist.data.drop_reasons import UNPAIRED
@@ -28,12 +26,13 @@ from dpo_dist.data.rows.dialogues import (
 )
 from dpo_dist.data.rows.messages import Conversation, message, read_template_kwargs
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.rows.row import Row, as_list, type_name
+from dpo_dist.data.rows.row import Row, RowError, as_list, type_name
 from dpo_dist.errors import DataError
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "system", "question", "response_j", "response_k", "tools",
     "chosen_score", "rejected_score", "completion", "label", "chat_template_kwargs",
+    "responses", "scores", "ranks", "response", "score",
 )  # fmt: skip
 DIALOGUE_COLUMNS = ("conversations", "messages")  # LlamaFactory's and Axolotl's names of the prompt
 QUESTION_COLUMNS = frozenset((
@@ -44,10 +43,13 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 # Our name -> the name in UltraFeedback and in data made from it.
 SCORE_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
 LABELLED_COLUMNS = frozenset(("completion", "label"))
+ANSWER_LISTS = ("responses", "completions", "answers")  # all answers to a prompt in one row
+ANSWER_COLUMNS, SCORE_COLUMNS = ("response", "completion"), ("score", "helpfulness")  # one of them
 # all that rows are read for; what media columns hold is not looked at
 READ_COLUMNS = frozenset(
-    (*COLUMNS, *DIALOGUE_COLUMNS, "instruction", "input", "history", *SCORE_NAMES.values())
-)
+    (*COLUMNS, *DIALOGUE_COLUMNS, "instruction", "input", "history", *SCORE_NAMES.values(),
+     *ANSWER_LISTS, *SCORE_COLUMNS)
+)  # fmt: skip
 _HH_START = re.compile(r"\s*Human:")
 
 
@@ -72,7 +74,8 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 def implied_columns(row: Row) -> dict[str, str]:
     """The column map of rows whose prompt is a dialogue under another trainer's name; else {}."""
     names = row.fields.keys()
-    if {"chosen", "rejected"} <= names and "prompt" not in names:
+    has_answers = {"chosen", "rejected"} <= names or not names.isdisjoint(ANSWER_LISTS)
+    if has_answers and "prompt" not in names:
         for name in DIALOGUE_COLUMNS:
             # one that ends in an assistant turn holds an answer: no prompt
             if turns := dialogue_of(row, name):
@@ -85,19 +88,8 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
     names = row.fields.keys()
     if {"question", "response_j", "response_k"} <= names:
         return "stack_exchange"
-    labelled = names >= LABELLED_COLUMNS or names >= {"messages", "label"}
-    if not {"chosen", "rejected"} <= names and labelled:
-        raise DataError(
-            f"{row.origin} has the columns {', '.join(names)}: one answer and a label, as for KTO",
-            "two answers to a prompt, chosen and rejected",
-            f"Set {where}.format=labelled to pair good and bad answers to the same prompt.",
-        )
     if not {"chosen", "rejected"} <= names:
-        raise DataError(
-            f"{row.origin} has the columns {', '.join(names) or '(none)'}",
-            "chosen and rejected, or question, response_j and response_k",
-            f"Map the file's names, for example {where}.columns={{chosen: good, rejected: bad}}.",
-        )
+        return _format_of_answers(row, where)
     chosen = row.field("chosen")
     prompt, turns = (dialogue_of(row, name) for name in ("prompt", "chosen"))
     if prompt is not None:
@@ -118,6 +110,22 @@ def detect_format(row: Row, where: str) -> PreferenceFormat:
         return "hh"
     _refuse_unread_question(row, where)
     return "standard"
+
+
+def detected(
+    rows: Iterable[Row], columns: dict[str, str], where: str
+) -> tuple[dict[str, str], PreferenceFormat]:
+    """Columns and format by the first row that can be read; raises the first error if none can."""
+    first: RowError | None = None
+    for row in rows:
+        try:
+            row = rename_columns(row.sound(), columns)
+            implied = implied_columns(row)
+            return columns | implied, detect_format(rename_columns(row, implied), where)
+        except RowError as error:
+            first = first or error
+    assert first is not None, "the source has rows"
+    raise first
 
 
 def read_pair(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
@@ -142,14 +150,12 @@ def score_margin(row: Row, required: bool) -> float | None:
         name = known if ours not in row.fields and known in row.fields else ours
         if required and name not in row.fields:
             row.field(name)  # raises with the columns that there are
-        value = row.fields.get(name)
-        number = _number(value)
-        if not math.isfinite(number):
-            if not required:
-                return None
-            found = repr(value) if isinstance(value, str | float) else type_name(value)
-            raise row.unusable(f"field {name!r} is {found}", "a number")
-        scores.append(number)
+        try:
+            scores.append(row.checked_number(f"field {name!r}", row.fields.get(name)))
+        except RowError:
+            if required:
+                raise
+            return None
     return scores[0] - scores[1]
 
 
@@ -161,17 +167,37 @@ def _read(row: Row, row_format: PreferenceFormat, source: str) -> Pair | NoPair:
             prompt = [*system_of(row), message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "chosen", "rejected", source)
         case "alpaca":
-            return _single_turn_pair(row, _alpaca_prompt(row), "chosen", "rejected", source)
+            return _single_turn_pair(row, alpaca_prompt(row), "chosen", "rejected", source)
         case "stack_exchange":
             prompt = [*system_of(row), message("user", row.text("question"))]
             return _single_turn_pair(row, prompt, "response_j", "response_k", source)
         case "hh":
             chosen, rejected = (hh_dialogue(row, name) for name in ("chosen", "rejected"))
             return shared_prompt_pair(row, chosen, rejected, source)
-        case "ultrafeedback" | "conversational":
+        case "ultrafeedback" | "conversational" | "ranked":  # by now each row has two answers
             return dialogue_pair(row, source)
-        case "auto" | "labelled":
+        case "auto" | "labelled" | "scored":
             raise AssertionError("the format is settled before rows are read")
+
+
+def _format_of_answers(row: Row, where: str) -> PreferenceFormat:
+    """The format of rows that are not pairs yet, by the columns of the first one."""
+    names = row.fields.keys()
+    if names >= LABELLED_COLUMNS or names >= {"messages", "label"}:
+        raise DataError(
+            f"{row.origin} has the columns {', '.join(names)}: one answer and a label, as for KTO",
+            "two answers to a prompt, chosen and rejected",
+            f"Set {where}.format=labelled to pair good and bad answers to the same prompt.",
+        )
+    if not names.isdisjoint(ANSWER_LISTS):
+        return "ranked"
+    if not names.isdisjoint(ANSWER_COLUMNS) and not names.isdisjoint(SCORE_COLUMNS):
+        return "scored"
+    raise DataError(
+        f"{row.origin} has the columns {', '.join(names) or '(none)'}",
+        "chosen and rejected; question, response_j and response_k; or responses and scores",
+        f"Map the file's names, for example {where}.columns={{chosen: good, rejected: bad}}.",
+    )
 
 
 def _text_pair(row: Row, source: str) -> Pair:
@@ -193,7 +219,7 @@ def _text_pair(row: Row, source: str) -> Pair:
     return Pair(prompt, chosen[start:], rejected[start:], source, row.origin)
 
 
-def _alpaca_prompt(row: Row) -> Conversation:
+def alpaca_prompt(row: Row) -> Conversation:
     """The instruction and, on a line of its own, its input; system and turns before it if any."""
     turns = system_of(row)
     history: object = row.fields.get("history") or []
@@ -230,13 +256,3 @@ def _refuse_unread_question(row: Row, where: str) -> None:
                 "a prompt, or answers that hold it",
                 f"Map it with {where}.columns={{prompt: {name}}}, or remove the column.",
             )
-
-
-def _number(value: Any) -> float:
-    """The number in a field, also written as text (CSV); NaN when it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan

@@ -1,5 +1,7 @@
 """One row of a source, and its fields read with errors that say where they are."""
 
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -53,6 +55,17 @@ class Row:
             half = f"\\u{ord(value[error.start]):04x}"
             raise self.unusable(f"{name} holds half a character ({half})", "whole ones") from None
         return value
+
+    def checked_number(self, name: str, value: Any) -> float:
+        """`value` if it is a finite number, be it as text (CSV); raises DataError otherwise."""
+        number = math.nan
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, OverflowError):
+                number = float(value)
+        if not math.isfinite(number):
+            found = repr(value) if isinstance(value, str | float) else type_name(value)
+            raise self.unusable(f"{name} is {found}", "a number")
+        return number
 
     def unusable(self, found: str, expected: str) -> RowError:
         """The error of a row that has to be fixed."""

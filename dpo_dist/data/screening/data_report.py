@@ -24,10 +24,10 @@ from dpo_dist.data.drop_reasons import (
     NOTES,
     TEMPLATE,
 )
-from dpo_dist.data.rows.sources import Source
 from dpo_dist.data.screening.bad_rows import MOST_TOLD, bad_rows, by_reason
 from dpo_dist.data.screening.distributions import describe_bias, histograms, is_biased, length_bias
 from dpo_dist.data.screening.tokenized_rows import PairColumns
+from dpo_dist.data.sources.sources import Source
 from dpo_dist.data.tokens.render import end_of_turn
 from dpo_dist.data.tokens.templates import split_markers
 from dpo_dist.data.tokens.tokenize import PairTokenizer

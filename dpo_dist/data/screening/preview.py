@@ -39,7 +39,7 @@ def preview_rows(chunks: ChunkTokenizer, chunk: Chunk, max_length: int | None) -
     """Each row of a chunk as a pair, or why it is dropped; None does not truncate."""
     source = chunks.job.sources[chunk.source]
     rows = chunks.tokenize(chunk).to_pylist()
-    for (pair, _), row in zip(chunks.read(chunk), rows, strict=True):
+    for (_, (pair, _)), row in zip(chunks.read(chunk), rows, strict=True):
         origin = f"{source.name}, {source.row_format}, {source.rows.origin(row['position'])}"
         if row["reason"] not in (KEPT, CODES[LOST_TEXT]):
             reason = DROP_REASONS[row["reason"] - 1]

@@ -19,8 +19,8 @@ import pyarrow as pa
 from dpo_dist.config.data_section import DataSection
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTE_BITS, TRUNCATED
 from dpo_dist.data.pairs import Split, key_column, list_lengths, scored_lengths
-from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.screening.bad_rows import bad_rows, refuse_bad_rows
+from dpo_dist.data.sources.sources import Source, count_copies
 from dpo_dist.reference.arrays import IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, pair_key
 from dpo_dist.watch.heartbeat import beat
@@ -91,6 +91,7 @@ def collect(
     """
     parts: dict[Split, list[dict[str, npt.NDArray]]] = {split: [] for split in scratch_paths}
     details: dict[Split, dict[str, list[str]]] = {split: {} for split in scratch_paths}
+    num_rows: dict[Split, int] = dict.fromkeys(scratch_paths, 0)
     with contextlib.ExitStack() as stack:
         writers: dict[Split, Any] = {
             split: stack.enter_context(
@@ -105,19 +106,20 @@ def collect(
                 if part.num_rows:
                     writer.write_batch(part)
                     parts[split].append(_columns_of(part))
+                    num_rows[split] += _num_rows(part)
                     _add_details(details[split], part)
                     if settings.on_bad_row == "raise":
-                        num_rows = sum(len(part["source"]) for part in parts[split])
                         bad = bad_rows(details[split])
-                        refuse_bad_rows(bad, num_rows, split, settings, at_end=False)
-            advance(batch.num_rows)
+                        refuse_bad_rows(bad, num_rows[split], split, settings, at_end=False)
+            advance(_num_rows(batch))
             beat()
     found: dict[Split, PairColumns] = {}
     for split, columns in parts.items():
         if columns:
             joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
             copies = _copies(sources, split, joined["source"], joined["position"])
-            refuse_bad_rows(bad_rows(details[split]), len(copies), split, settings, at_end=True)
+            bad = bad_rows(details[split])
+            refuse_bad_rows(bad, num_rows[split], split, settings, at_end=True)
             found[split] = PairColumns(
                 sources=tuple(sources), copies=copies, details=details[split], **joined
             )
@@ -165,6 +167,11 @@ def truncate(columns: PairColumns, scratch_path: Path, max_length: int) -> PairC
         swapped_keys=swapped_keys,
         notes=columns.notes | np.where(cut, NOTE_BITS[TRUNCATED], 0),
     )
+
+
+def _num_rows(batch: pa.RecordBatch) -> int:
+    """Rows of a source in a batch of it: several pairs may be one."""
+    return len(np.unique(batch["position"]))
 
 
 def _add_details(details: dict[str, list[str]], batch: pa.RecordBatch) -> None:

@@ -26,18 +26,28 @@ from pathlib import Path
 import pyarrow as pa
 
 from dpo_dist.config.data_section import DataSection
-from dpo_dist.data.drop_reasons import BAD_ROW, CODES, EMPTY, KEPT, LOST_TEXT, LOW_MARGIN, TEMPLATE
+from dpo_dist.data.drop_reasons import (
+    BAD_ROW,
+    CODES,
+    EMPTY,
+    KEPT,
+    LOST_TEXT,
+    LOW_MARGIN,
+    NO_PREFERENCE,
+    TEMPLATE,
+)
 from dpo_dist.data.rows.dialogues import NoPair
 from dpo_dist.data.rows.formats import read_pair, rename_columns, score_margin
 from dpo_dist.data.rows.joined_rows import JoinedRows
 from dpo_dist.data.rows.json_rows import JsonRows
 from dpo_dist.data.rows.pair import Pair
 from dpo_dist.data.rows.row import Row, RowError
-from dpo_dist.data.rows.sources import Source, count_copies
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.held_out import is_held_out
 from dpo_dist.data.screening.tokenized_rows import SCHEMA
+from dpo_dist.data.sources.ranked_rows import pair_rows
+from dpo_dist.data.sources.sources import Source, count_copies
 from dpo_dist.data.tokens.render import TemplateRefusal
 from dpo_dist.data.tokens.templates import load_tokenizer
 from dpo_dist.data.tokens.tokenize import PairTokenizer, TokenPair
@@ -48,6 +58,9 @@ CHUNK_ROWS = 256
 CHUNK_BYTES = 4 << 20  # of text, so that long rows come in small chunks
 CHUNKS_AHEAD = 4  # a process, so that none waits for the writer
 TOKENIZER_MODULE = "transformers.models.auto.tokenization_auto"  # seconds to import: done once
+
+
+Outcome = tuple[Pair | NoPair | BadRow, float | None]  # and the score margin
 
 
 @dataclass(frozen=True)
@@ -87,22 +100,24 @@ class ChunkTokenizer:
     job: TokenizeJob
     tokenizer: PairTokenizer
 
-    def read(self, chunk: Chunk) -> list[tuple[Pair | NoPair | BadRow, float | None]]:
-        """The pairs of a chunk, or a reason to drop the row, and their score margins."""
+    def read(self, chunk: Chunk) -> list[tuple[int, Outcome]]:
+        """What the rows of a chunk make, in order, each with the position of its row."""
         source = self.job.sources[chunk.source]
         if chunk.streamed is not None:
             rows = iter(chunk.streamed)
         else:
             assert not isinstance(source.rows, StreamRows), "a stream is read by one process only"
             rows = source.rows.read(chunk.positions)
-        return [_read_one(row, source) for row in rows]
+        numbered = zip(chunk.positions, rows, strict=True)
+        return [(position, made) for position, row in numbered for made in _read_row(row, source)]
 
     def tokenize(self, chunk: Chunk) -> pa.RecordBatch:
-        """The batch of a chunk: one row for every row read, dropped or not."""
+        """The batch of a chunk: a row for every pair, and for every row read that makes none."""
         read = self.read(chunk)
-        encoded = iter(self.tokenizer.encode([pair for pair, _ in read if isinstance(pair, Pair)]))
+        pairs = [pair for _, (pair, _) in read if isinstance(pair, Pair)]
+        encoded = iter(self.tokenizer.encode(pairs))
         rows: list[dict[str, object]] = []
-        for (pair, margin), position in zip(read, chunk.positions, strict=True):
+        for position, (pair, margin) in read:
             row = _outcome(pair, next(encoded)) if isinstance(pair, Pair) else _without_pair(pair)
             held_out = self._is_held_out(pair, chunk.source)
             row.update(
@@ -221,10 +236,21 @@ def _without_pair(reason: NoPair | BadRow) -> dict[str, object]:
     return _dropped(reason)
 
 
-def _read_one(row: Row, source: Source) -> tuple[Pair | NoPair | BadRow, float | None]:
-    least = source.min_score_margin
+def _read_row(row: Row, source: Source) -> list[Outcome]:
+    """What a row makes: a pair or, of several answers, as many as the source chooses."""
     try:
         row = rename_columns(row.sound(), source.columns)
+        rows = pair_rows(row, source.pairs) if source.row_format == "ranked" else [row]
+    except RowError as error:
+        return [(BadRow.of(error, row.origin), None)]
+    made = [_read_pair(one, source) for one in rows]
+    bad = [outcome for outcome in made if isinstance(outcome[0], BadRow)]
+    return bad[:1] or made or [(NO_PREFERENCE, None)]
+
+
+def _read_pair(row: Row, source: Source) -> Outcome:
+    least = source.min_score_margin
+    try:
         pair = read_pair(row, source.row_format, source.name)
         if isinstance(pair, str):
             return pair, None

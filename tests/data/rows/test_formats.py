@@ -278,7 +278,7 @@ def test_a_column_map_to_a_name_that_is_not_ours() -> None:
     assert str(caught.value) == (
         "data.eval.0.columns has 'answer'; expected one of prompt, chosen, rejected, system, "
         "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label, "
-        "chat_template_kwargs. "
+        "chat_template_kwargs, responses, scores, ranks, response, score. "
         "Write {our name: the file's name}."
     )
 
@@ -287,8 +287,8 @@ def test_unknown_columns() -> None:
     with pytest.raises(DataError) as caught:
         detect_format(row(q="?", good="a"), "data.train.0")
     assert str(caught.value) == (
-        "rows.jsonl:7 has the columns q, good; expected chosen and rejected, or question, "
-        "response_j and response_k. Map the file's names, for example "
+        "rows.jsonl:7 has the columns q, good; expected chosen and rejected; question, response_j "
+        "and response_k; or responses and scores. Map the file's names, for example "
         "data.train.0.columns={chosen: good, rejected: bad}."
     )
 
@@ -380,6 +380,8 @@ def test_the_rows_of_the_docs_are_of_the_format_they_stand_under() -> None:
                 continue
             shown_row = rename_columns(row(**fields), implied_columns(row(**fields)))
             assert detect_format(shown_row, "k") == row_format
+            if row_format in ("ranked", "scored"):  # not pairs yet: test_ranked_rows.py
+                continue
             assert not pair_of(**shown_row.fields).has_empty_part
 
 

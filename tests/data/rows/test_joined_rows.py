@@ -12,7 +12,7 @@ from support.prepared import make_config, pairs_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.rows.joined_rows import JoinedRows
-from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
+from dpo_dist.data.sources.sources import Source, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.report.model_card import _front_matter
 from dpo_dist.stages import prepare

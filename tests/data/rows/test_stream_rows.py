@@ -10,9 +10,9 @@ import pytest
 from support.prepared import make_config, orca_row, pairs_of, report_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
-from dpo_dist.data.rows.sources import Source, digest_of_source, open_sources
 from dpo_dist.data.rows.stream_rows import StreamRows
 from dpo_dist.data.screening.tokenizer_pool import make_chunks
+from dpo_dist.data.sources.sources import Source, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
 

@@ -12,7 +12,6 @@ import pytest
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.rows.formats import READ_COLUMNS, read_pair
-from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.data.rows.stream_rows import open_hub
 from dpo_dist.data.rows.table_rows import (
     SPOOL_ROWS,
@@ -22,6 +21,7 @@ from dpo_dist.data.rows.table_rows import (
     open_folder,
     open_parquet,
 )
+from dpo_dist.data.sources.sources import open_sources
 from dpo_dist.errors import DataError
 
 NAMES = ("prompt", "chosen", "n")

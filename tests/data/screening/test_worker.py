@@ -16,10 +16,10 @@ from support.tiny_tokenizer import make_tokenizer
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.drop_reasons import BAD_ROW, CODES
-from dpo_dist.data.rows.sources import open_sources
 from dpo_dist.data.screening import tokenizer_pool as worker
 from dpo_dist.data.screening.bad_rows import BadRow
 from dpo_dist.data.screening.tokenizer_pool import Chunk, TokenizeJob, make_chunks, tokenize_chunks
+from dpo_dist.data.sources.sources import open_sources
 from dpo_dist.errors import DataError
 
 NUM_ROWS = 40

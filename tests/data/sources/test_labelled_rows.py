@@ -13,7 +13,7 @@ from support.prepared import make_config, pairs_of, report_of, write_jsonl
 
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.rows.row import Row
-from dpo_dist.data.rows.sources import open_sources
+from dpo_dist.data.sources.sources import open_sources
 from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
 

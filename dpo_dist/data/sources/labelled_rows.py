@@ -6,7 +6,7 @@ answer of the other label stays without a partner.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,9 @@ class LabelledRows:
                 yield _joined(good, bad, self.origin(at))
 
     def origin(self, position: int) -> str:
-        """`file:line+line` of the good and the bad answer, or `file:line` of a single one.
-
-        Of answers in two files, `file:line+file:line`.
-        """
-        good, bad = int(self.good[position]), int(self.bad[position])
-        if NONE in (good, bad):
-            return self.rows.origin(max(good, bad))
-        first, second = self.rows.origin(good), self.rows.origin(bad)
-        (file, _, _), (other, _, line) = first.rpartition(":"), second.rpartition(":")
-        return f"{first}+{line if file == other else second}"
+        """`file:line+line` of the good and the bad answer, or `file:line` of a single one."""
+        both = (int(self.good[position]), int(self.bad[position]))
+        return joined_origin([self.rows.origin(number) for number in both if number != NONE])
 
 
 def pair_labels(
@@ -89,7 +82,7 @@ def pair_labels(
     labels: list[bool] = []
     row_format: PreferenceFormat | None = None
     first_fault: RowError | None = None
-    for position, row in enumerate(_all_rows(rows)):
+    for position, row in enumerate(all_rows(rows)):
         if fault := _fault_of(row, columns):
             first_fault = first_fault or fault
             starts.append(position)
@@ -115,6 +108,19 @@ def pair_labels(
     first, second = np.array(starts, dtype=np.int64), np.array(partners, dtype=np.int64)
     good, bad = np.where(is_good, first, second), np.where(is_good, second, first)
     return LabelledRows(rows, columns, good, bad), row_format
+
+
+def joined_origin(origins: Sequence[str]) -> str:
+    """`file:line+line` of rows that were joined; of rows in two files, `file:line+file:line`."""
+    first, *others = origins
+    file = first.rpartition(":")[0] + ":"
+    return "+".join([first, *(origin.removeprefix(file) for origin in others)])
+
+
+def all_rows(rows: JsonRows | TableRows | JoinedRows) -> Iterator[Row]:
+    """The rows of a source in order."""
+    for start in range(0, len(rows), _READ_ROWS):
+        yield from rows.read(range(start, min(start + _READ_ROWS, len(rows))))
 
 
 def _halved(row: Row) -> Row:
@@ -151,11 +157,6 @@ def _fault_of(row: Row, columns: dict[str, str]) -> RowError | None:
     except RowError as fault:
         return fault
     return None
-
-
-def _all_rows(rows: JsonRows | TableRows | JoinedRows) -> Iterator[Row]:
-    for start in range(0, len(rows), _READ_ROWS):
-        yield from rows.read(range(start, min(start + _READ_ROWS, len(rows))))
 
 
 def _joined(good: Row, bad: Row, origin: str) -> Row:

@@ -14,7 +14,7 @@ import pytest
 from dpo_dist.config.data_section import SourceSection
 from dpo_dist.data.rows.formats import read_pair, rename_columns
 from dpo_dist.data.rows.pair import Pair
-from dpo_dist.data.rows.sources import Source, count_copies, digest_of_source, open_sources
+from dpo_dist.data.sources.sources import Source, count_copies, digest_of_source, open_sources
 from dpo_dist.errors import DataError
 
 ROWS = [{"prompt": f"p{n}", "chosen": "good", "rejected": "bad"} for n in range(4)]

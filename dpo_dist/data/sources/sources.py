@@ -15,14 +15,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data_section import PreferenceFormat, SourceSection
+from dpo_dist.config.data_section import (
+    JOINED_FORMATS,
+    PairChoice,
+    PreferenceFormat,
+    SourceSection,
+)
 from dpo_dist.data.pairs import Split
 from dpo_dist.data.rows.formats import (
     READ_COLUMNS,
     check_column_map,
-    detect_format,
-    implied_columns,
-    rename_columns,
+    detected,
 )
 from dpo_dist.data.rows.joined_rows import (
     JoinedRows,
@@ -33,8 +36,7 @@ from dpo_dist.data.rows.joined_rows import (
     name_of,
 )
 from dpo_dist.data.rows.json_rows import JsonRows, index_json
-from dpo_dist.data.rows.labelled_rows import LabelledRows, pair_labels
-from dpo_dist.data.rows.row import Row, RowError
+from dpo_dist.data.rows.row import Row
 from dpo_dist.data.rows.stream_rows import StreamRows, digest_of_stream, open_hub
 from dpo_dist.data.rows.table_rows import (
     TableRows,
@@ -44,11 +46,13 @@ from dpo_dist.data.rows.table_rows import (
     open_folder,
     open_parquet,
 )
+from dpo_dist.data.sources.labelled_rows import LabelledRows
+from dpo_dist.data.sources.scored_rows import ScoredRows, joined_by_prompt
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
 from dpo_dist.run.manifest import digest_of, digest_of_file
 
-Rows = JsonRows | TableRows | JoinedRows | LabelledRows | StreamRows
+Rows = JsonRows | TableRows | JoinedRows | LabelledRows | ScoredRows | StreamRows
 Kind = Literal["json", "parquet", "csv", "arrow", "folder", "hub"]
 SUFFIXES: dict[str, Kind] = {
     ".jsonl": "json",
@@ -75,6 +79,7 @@ class Source:
     columns: dict[str, str]
     weight: float = 1.0
     min_score_margin: float | None = None
+    pairs: PairChoice = "best_vs_worst"
 
     def positions(self) -> IntArray:
         """The rows that are taken, ascending; of a stream they are known only as it is read."""
@@ -97,15 +102,20 @@ def open_sources(
         if next(_first_rows(rows), None) is None:
             raise DataError(f"{key}: {rows.label} has no rows", "preference rows", "Fill it.")
         columns, row_format = section.columns, section.format
-        if row_format == "labelled":
-            assert not isinstance(rows, StreamRows), "the config refuses labelled streams"
-            rows, row_format = pair_labels(rows, columns, key)
+        if row_format == "auto":
+            columns, row_format = detected(_first_rows(rows), columns, key)
+        if row_format in JOINED_FORMATS:
+            rows, row_format = joined_by_prompt(rows, row_format, columns, key)
             columns = {}
-        elif row_format == "auto":
-            columns, row_format = _detected(rows, columns, key)
+        if row_format != "ranked" and section.pairs != Source.pairs:
+            raise DataError(
+                f"{key}.pairs is {section.pairs}, but {rows.label} has two answers in each row",
+                "rows of several answers, with a score or a rank for each",
+                f"Remove {key}.pairs.",
+            )
         name = _unique_name(section, [*taken_names, *(source.name for source in sources)])
-        margin = section.min_score_margin
-        sources.append(Source(name, split, rows, row_format, columns, section.weight, margin))
+        choice = (section.weight, section.min_score_margin, section.pairs)
+        sources.append(Source(name, split, rows, row_format, columns, *choice))
     return sources
 
 
@@ -214,22 +224,6 @@ def _first_rows(rows: JsonRows | TableRows | JoinedRows | StreamRows) -> Iterato
     if isinstance(rows, StreamRows):
         return itertools.islice(iter(rows), _LOOK_AT_ROWS)
     return rows.read(range(min(len(rows), _LOOK_AT_ROWS)))
-
-
-def _detected(
-    rows: JsonRows | TableRows | JoinedRows | StreamRows, columns: dict[str, str], key: str
-) -> tuple[dict[str, str], PreferenceFormat]:
-    """Columns and format by the first row that can be read; raises the first error if none can."""
-    first: RowError | None = None
-    for row in _first_rows(rows):
-        try:
-            row = rename_columns(row.sound(), columns)
-            implied = implied_columns(row)
-            return columns | implied, detect_format(rename_columns(row, implied), key)
-        except RowError as error:
-            first = first or error
-    assert first is not None, "the source has rows"
-    raise first
 
 
 def _kind(section: SourceSection, path: Path, key: str) -> Kind:
