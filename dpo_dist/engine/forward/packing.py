@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
+from dpo_dist.reference.pair_key import Ids
 
 # prompt, chosen, rejected; a completion's token that is read and not scored is written ~id
-PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]
+PairIds = tuple[Ids, Ids, Ids]
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
