@@ -5,13 +5,16 @@ Shapes: B pairs, T packed tokens, C completion tokens (chosen and rejected of ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.data.ahead import one_ahead
+from dpo_dist.data.batches import MicroBatch
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 from dpo_dist.reference.pair_key import Ids
 
@@ -22,9 +25,13 @@ PairIds = tuple[Ids, Ids, Ids]
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The host's tensor on the device, without waiting until the device has caught up.
 
-    The host's copy may be given up at once: CUDA stages memory that is not pinned.
+    Through pinned memory, since CUDA may wait for the device to stage any other. The host's copy
+    may be given up at once: torch keeps the pinned one until it has been read.
     """
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    from_host = tensor.device.type == "cpu"
+    if from_host and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=from_host)
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,26 @@ def pack_pairs(
         terms=terms,
     )
     return packed.to(device)
+
+
+@contextlib.contextmanager
+def pack_ahead(
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], PairIds],
+    device: torch.device,
+    terms: Terms = COMPLETIONS,
+) -> Iterator[Iterator[PackedPairs]]:
+    """The packed rows of micro-batches, in their order, each on the device.
+
+    While one is in use the host reads and packs the next in a thread, which ends with the block.
+    Raises what `token_ids` raises where the row of that micro-batch is asked for.
+    """
+    rows = (
+        pack_pairs([token_ids(index) for index in batch.pair_indices], terms=terms)
+        for batch in micro_batches
+    )
+    with one_ahead(rows) as packed:
+        yield (row.to(device) for row in packed)
 
 
 def unpack_sequences(packed: PackedPairs) -> list[Tensor]:

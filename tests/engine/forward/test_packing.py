@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import random
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_dist.data.batches import MicroBatch
 from dpo_dist.engine.forward import packing
-from dpo_dist.engine.forward.packing import PairIds, pack_pairs, pad_pairs
+from dpo_dist.engine.forward.packing import PairIds, pack_ahead, pack_pairs, pad_pairs, upload
 from dpo_dist.objective.pair_logps import Terms
 
 
@@ -148,6 +150,43 @@ def test_padding_gives_the_plain_sequences_back() -> None:
         assert mask.tolist() == [1] * len(sequence) + [0] * (len(row) - len(sequence))
     flat = padded.input_ids.flatten()
     assert flat[padded.score_positions + 1].equal(packed.targets)
+
+
+def test_micro_batches_are_packed_ahead_in_their_order() -> None:
+    pairs = random_pairs(6)
+    batches = [MicroBatch((4, 1), True), MicroBatch((0,), True), MicroBatch((3, 5, 2), False)]
+    readers: set[bool] = set()
+
+    def token_ids(index: int) -> PairIds:
+        readers.add(threading.current_thread() is threading.main_thread())
+        return pairs[index]
+
+    with pack_ahead(batches, token_ids, torch.device("cpu"), Terms(prompt=True)) as rows:
+        for batch, packed in zip(batches, rows, strict=True):
+            expected = pack_pairs([pairs[i] for i in batch.pair_indices], terms=Terms(prompt=True))
+            assert vars(packed).keys() == vars(expected).keys()
+            for name, value in vars(expected).items():
+                found = getattr(packed, name)
+                assert found.equal(value) if isinstance(value, torch.Tensor) else found == value
+    assert readers == {False}
+
+
+def test_a_copy_to_cuda_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: Any, non_blocking: bool) -> torch.Tensor:
+        done.append((str(device), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device in ("cuda", torch.device("cuda", 1), "cpu"):
+        upload(torch.ones(2), device)
+    assert done == ["pinned", ("cuda", True), "pinned", ("cuda:1", True), ("cpu", True)]
 
 
 def test_to_moves_every_tensor_of_the_row() -> None:
