@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from dpo_dist.errors import ArtifactError
-from dpo_dist.reference.arrays import IntArray, KeyArray
+from dpo_dist.reference.arrays import IdArray, IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, pair_key
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.wording import first_line
@@ -117,15 +117,28 @@ class Pairs:
         key = self.table["pair_key"][index].as_py()
         return {"key": key.hex(), "origin": self.origin(index)}
 
-    def token_ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected ids; raises ArtifactError when they do not have their key."""
+    def token_ids(self, index: int) -> tuple[IdArray, IdArray, IdArray]:
+        """Prompt, chosen and rejected ids as they lie in the file, (tokens,) int32, not to be
+        written to; raises ArtifactError when they do not have their key."""
+        # not by ChunkedArray's own index, which walks over all chunks
+        number = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        row = index - int(self._first_rows[number])
         prompt, chosen, rejected = (
-            self.table[name][index].values.to_numpy()
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            column.chunk(number)[row].values.to_numpy() for column in self._id_columns
         )
-        if self.table["pair_key"][index].as_py() != pair_key(prompt, chosen, rejected):
+        if self.keys[index : index + 1].tobytes() != pair_key(prompt, chosen, rejected):
             raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
-        return prompt.tolist(), chosen.tolist(), rejected.tolist()
+        return prompt, chosen, rejected
+
+    @functools.cached_property
+    def _id_columns(self) -> list[pa.ChunkedArray]:
+        return [self.table[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+
+    @functools.cached_property
+    def _first_rows(self) -> IntArray:
+        """The index of the first pair of every chunk; all columns have the same chunks."""
+        lengths = [len(chunk) for chunk in self.table["pair_key"].chunks]
+        return np.cumsum([0, *lengths[:-1]])
 
 
 def open_pairs(pairs_dir: Path, split: str) -> Pairs:

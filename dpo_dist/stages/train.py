@@ -2,8 +2,8 @@
 
 1. Open the pairs, build the engine, look the reference up for its layout.
 2. Resume, or start through the step-0 gate.
-3. For every step plan its micro-batches; of each pack, score, look the reference up, loss,
-   backward; add up over ranks; update; record.
+3. For every step plan its micro-batches; of each pack (while the one before it computes), score,
+   look the reference up, loss, backward; add up over ranks; update; record.
 4. Evaluate, checkpoint and answer prompts when due; at a signal stop with a checkpoint committed.
 5. End at the last step, or when evaluations no longer get better.
 """
@@ -20,7 +20,6 @@ from dpo_dist.engine.checkpoints import checkpoint
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import make_deterministic
 from dpo_dist.engine.forward.model_parts import num_experts
-from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import score_pairs
 from dpo_dist.engine.model.policy import PolicyParts, build_policy, settle_layout
 from dpo_dist.engine.sharding import ds_config, zero
@@ -121,24 +120,24 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
         watch.reset()
         coupled = job.config.objective.second_forward
         gradients = step_gradients(job, batches, sums) if coupled else iter(())
-        for batch, is_last in with_last(batches):
-            packed = pack_pairs(job.token_ids(batch), job.device, job.terms)
-            columns = score_pairs(job.engine, packed)
-            if not batch.counted:  # a filler only keeps its rank in step
-                loss = 0.0 * columns.sum()
-            elif coupled:
-                loss = (columns * next(gradients)).sum()
-            else:
-                logps = job.train.logps(columns, batch.pair_indices, job.terms, step_pairs)
-                losses = pair_losses(logps, job.objective)
-                loss = losses.sum() / len(step_pairs)
-                sums.add_pairs(logps, losses)
-            if is_last:  # a loss that is not finite makes the gradient so, which all ranks refuse
-                loss = loss * sums.one_if_finite()
-            zero.backward(job.engine, loss, last=is_last, world_size=job.topology.world_size)
-            beat()
-            if batch.counted:
-                sums.add_tokens(packed)
+        with job.packed(batches) as rows:
+            for (batch, is_last), packed in zip(with_last(batches), rows, strict=True):
+                columns = score_pairs(job.engine, packed)
+                if not batch.counted:  # a filler only keeps its rank in step
+                    loss = 0.0 * columns.sum()
+                elif coupled:
+                    loss = (columns * next(gradients)).sum()
+                else:
+                    logps = job.train.logps(columns, batch.pair_indices, job.terms, step_pairs)
+                    losses = pair_losses(logps, job.objective)
+                    loss = losses.sum() / len(step_pairs)
+                    sums.add_pairs(logps, losses)
+                if is_last:  # a loss that is not finite makes the gradient so, which all refuse
+                    loss = loss * sums.one_if_finite()
+                zero.backward(job.engine, loss, last=is_last, world_size=job.topology.world_size)
+                beat()
+                if batch.counted:
+                    sums.add_tokens(packed)
         own, sums = sums, sums.over_ranks(stopping=bool(stop), written=records.is_written)
         update = zero.update(job.engine)
         beat()

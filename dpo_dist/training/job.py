@@ -1,5 +1,7 @@
 """What a training run is made of, on one rank."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import MicroBatch, plan_micro_batches, step_pair_indices
-from dpo_dist.engine.forward.packing import PairIds
+from dpo_dist.engine.forward.packing import PackedPairs, pack_ahead
 from dpo_dist.inputs.scored_pairs import ScoredPairs
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
@@ -69,6 +71,6 @@ class Job:
         )
         return planned[self.topology.rank]
 
-    def token_ids(self, batch: MicroBatch) -> list[PairIds]:
-        """Prompt, chosen and rejected of every training pair of a micro-batch."""
-        return [self.train.pairs.token_ids(index) for index in batch.pair_indices]
+    def packed(self, batches: list[MicroBatch]) -> AbstractContextManager[Iterator[PackedPairs]]:
+        """The rows of micro-batches, each packed while the one before it computes."""
+        return pack_ahead(batches, self.train.pairs.token_ids, self.device, self.terms)

@@ -144,7 +144,7 @@ def _answer(exported: Exported, frozen: FrozenModel, probe: Probe) -> str:
     """Greedy generation runs."""
     tokenizer = load_tokenizer(exported.folder, None, exported.config.model.trust_remote_code)
     pair, sampling = probe.pairs.token_ids(int(probe.indices[0])), Sampling(NUM_ANSWER_TOKENS)
-    prompts = [pair[0]]
+    prompts = [pair[0].tolist()]
     if frozen.engine is None:
         text = answer(frozen.scorer.policy, tokenizer, prompts, sampling)[0].text
     else:

@@ -1,8 +1,10 @@
 """The pairs folder: what is written is what is read, and damage is noticed."""
 
+import functools
 import json
 import subprocess
 import sys
+import timeit
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from support.token_rows import TokenRow, columns_of
 
 from dpo_dist.data.drop_reasons import CODES
-from dpo_dist.data.pairs import DATA_NAME, Pairs, digest_of_keys, open_pairs
+from dpo_dist.data.pairs import DATA_NAME, SCHEMA, Pairs, digest_of_keys, open_pairs
 from dpo_dist.data.screening.tokenized_rows import truncate
 from dpo_dist.data.screening.write_pairs import truncate_lists, write_pairs
 from dpo_dist.errors import ArtifactError
@@ -47,10 +49,15 @@ def expected(max_length: int = 100) -> list[TokenRow]:
     return [(p, c[: max_length - len(p)], r[: max_length - len(p)]) for p, c, r in rows]
 
 
+def ids_of(pairs: Pairs, index: int) -> TokenRow:
+    prompt, chosen, rejected = pairs.token_ids(index)
+    return prompt.tolist(), chosen.tolist(), rejected.tolist()
+
+
 def test_what_is_read_is_what_was_kept(tmp_path: Path) -> None:
     pairs, rows = open_pairs(written(tmp_path, 4), "train"), expected(4)
     assert len(pairs) == len(rows) == 299
-    assert [pairs.token_ids(index) for index in range(len(pairs))] == rows
+    assert [ids_of(pairs, index) for index in range(len(pairs))] == rows
     assert pairs.prompt_lengths.tolist() == [len(p) for p, _, _ in rows]
     assert pairs.chosen_lengths.tolist() == [len(c) for _, c, _ in rows]
     assert pairs.rejected_lengths.tolist() == [len(r) for _, _, r in rows]
@@ -65,7 +72,7 @@ def test_what_is_read_is_what_was_kept(tmp_path: Path) -> None:
 
 def test_weighted_rows_are_repeated(tmp_path: Path) -> None:
     pairs = open_pairs(written(tmp_path, weight=2.0), "train")
-    found = [pairs.token_ids(index) for index in range(len(pairs))]
+    found = [ids_of(pairs, index) for index in range(len(pairs))]
     assert found == [row for row in expected() for _ in range(2)]
 
 
@@ -82,7 +89,7 @@ def test_the_datasets_library_opens_a_split(tmp_path: Path) -> None:
     pairs = open_pairs(pairs_dir, "train")
     assert len(opened) == len(pairs)
     first = opened[0]
-    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == pairs.token_ids(0)
+    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == ids_of(pairs, 0)
     assert first["pair_key"] == pair_key(*pairs.token_ids(0))
 
 
@@ -150,6 +157,20 @@ def test_other_columns(tmp_path: Path) -> None:
     with pa.ipc.new_stream(str(pairs_dir / "train" / DATA_NAME), table.schema) as writer:
         writer.write_table(table)
     assert error_of(pairs_dir).startswith(f"{pairs_dir}/train has the columns a; expected")
+
+
+def test_reading_a_pair_takes_as_long_in_a_long_file_as_in_a_short_one(tmp_path: Path) -> None:
+    prompt, chosen, rejected = ROWS[2]
+    columns = [[prompt], [chosen], [rejected], [pair_key(prompt, chosen, rejected)], [""], [""]]
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+    batch = pa.record_batch(arrays, schema=SCHEMA)
+    seconds = []
+    for number in (20, 20_000):  # of record batches, of one pair each
+        pairs = Pairs(pa.Table.from_batches([batch] * number), tmp_path)
+        assert ids_of(pairs, number - 1) == ROWS[2]
+        read = functools.partial(pairs.token_ids, number - 1)
+        seconds.append(min(timeit.repeat(read, number=1, repeat=50)))
+    assert seconds[1] < 5 * seconds[0]
 
 
 @pytest.mark.fault(13, "a bit of the prepared pairs flipped", becomes="refused, the file named")

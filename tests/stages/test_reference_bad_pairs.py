@@ -19,6 +19,10 @@ pytestmark = pytest.mark.timeout(300)
 BAD = (3, 17)
 
 
+def ids_of(pair: Any) -> list[list[int]]:
+    return [ids.tolist() for ids in pair]
+
+
 def scoring_worker(run_yaml: str, overrides: list[str]) -> list[Any]:
     """The reference pass on a model that gives NaN to two training pairs; (its error, its rows)."""
     from dpo_dist.errors import DPODistError
@@ -29,11 +33,11 @@ def scoring_worker(run_yaml: str, overrides: list[str]) -> list[Any]:
 
     config, real = load_config(Path(run_yaml), overrides), reference.score_on_all_ranks
     train = open_pairs(Path(run_yaml).parent / "first", "train")
-    bad, error = [train.token_ids(index) for index in BAD], ""
+    bad, error = [ids_of(train.token_ids(index)) for index in BAD], ""
 
     def score(model: Any, own: Any, token_ids: Any, *args: Any) -> Any:
         indices, scores = real(model, own, token_ids, *args)
-        is_bad = [token_ids(int(index)) in bad for index in indices]
+        is_bad = [ids_of(token_ids(int(index))) in bad for index in indices]
         return indices, np.where(np.array(is_bad)[:, None], np.float32("nan"), scores)
 
     reference.score_on_all_ranks = score

@@ -6,11 +6,16 @@ it needs a real device; a stop flag ends the loop where the ranks would add up t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from support.tiny_run import make_run
 from torch import nn
 
 from dpo_dist.config.run_config import load_config
+from dpo_dist.data.pairs import Pairs
 from dpo_dist.engine.forward.model_parts import num_experts
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.forward.scoring import score
@@ -43,6 +49,7 @@ CASES = {name: [f"objective.loss={name}", *SETTINGS.get(name, [])] for name in L
 COUPLED = ("aot", "aot_unpaired", "balanced routers")
 # Of a micro-batch: the packed row, where its calls end, the tokens and the reference of its pairs.
 ROW, ENDS, LOOK_UP = 4, 2, 3
+PAIRS = 3  # of a step
 ROUTERS = 2  # which pair a token is of, and how often it counts
 
 
@@ -122,15 +129,33 @@ def step_on(device: torch.device, job: Job) -> dict[str, Any]:
     from support.devices.second_device import Traffic
 
     job, stop, records = on(device, job), StopAfterMicroBatches(), None
-    with Traffic() as traffic, pytest.raises(EndOfMicroBatchesError):
-        train._train(job, 1, records, stop)  # pyright: ignore
+    with Traffic() as traffic, readers_of_pairs() as readers:
+        with pytest.raises(EndOfMicroBatchesError):
+            train._train(job, 1, records, stop)  # pyright: ignore
+        threads_left = [t.name for t in threading.enumerate() if t.name.startswith("ahead")]
     return {
+        "readers": readers,
+        "threads_left": threads_left,
         "micro_batches": len(job.micro_batches(1)),
         "uploads": traffic.uploads,
         "blocking": traffic.blocking,
         "waits": traffic.waits,
         "gradients": all(p.grad is not None for p in job.engine.parameters()),
     }
+
+
+@contextlib.contextmanager
+def readers_of_pairs() -> Iterator[Counter[str]]:
+    """How many pairs each thread reads, by what its name begins with."""
+    readers: Counter[str] = Counter()
+    read = Pairs.token_ids
+
+    def token_ids(pairs: Pairs, index: int) -> Any:
+        readers[threading.current_thread().name.split("_")[0]] += 1
+        return read(pairs, index)
+
+    with mock.patch.object(Pairs, "token_ids", token_ids):
+        yield readers
 
 
 def around_the_step(device: torch.device, job: Job) -> dict[str, Any]:
@@ -151,16 +176,16 @@ def around_the_step(device: torch.device, job: Job) -> dict[str, Any]:
         zero._plain_norm(job.engine)
     waits["norm"] = traffic.waits
     batches = job.micro_batches(1)
-    with Traffic() as traffic:
+    with Traffic() as traffic, readers_of_pairs() as readers:
         score(job.engine, batches, job.train.pairs.token_ids, device)
-    waits["scores"] = traffic.waits
+    waits["scores"], waits["readers of scores"] = traffic.waits, [*readers]
     return waits
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run_yaml = make_run(tmp_path_factory.mktemp("second"))
-    for key, value in (("micro_batch_tokens", 100), ("global_batch_size", 3)):
+    for key, value in (("micro_batch_tokens", 100), ("global_batch_size", PAIRS)):
         text, count = re.subn(rf"(?<= {key}: )\d+", str(value), run_yaml.read_text())
         assert count == 1 and run_yaml.write_text(text)
     return run_ranks(1, worker, str(run_yaml), timeout_s=400)[0]
@@ -172,6 +197,9 @@ def test_the_micro_batches_of_a_step_do_not_wait(name: str, seen: dict[str, Any]
     found = seen[name]
     count = found["micro_batches"]
     assert count > 1 and found["gradients"]
+    # all pairs are read and packed beside the loop, and each row is uploaded from the loop
+    assert found["readers"] == {"ahead": PAIRS * (1 + (name in COUPLED))}
+    assert found["threads_left"] == []
     forward = ROW + ENDS + ROUTERS * (name == "balanced routers")
     if (
         name in COUPLED
@@ -190,4 +218,5 @@ def test_what_is_waited_for_once(seen: dict[str, Any]) -> None:
         "clip": [],
         "norm": ["zero.py:_plain_norm"],
         "scores": ["scoring.py:score"],
+        "readers of scores": ["ahead"],
     }

@@ -5,24 +5,33 @@ Shapes: B pairs, T packed tokens, C completion tokens (chosen and rejected of ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.data.ahead import one_ahead
+from dpo_dist.data.batches import MicroBatch
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
+from dpo_dist.reference.pair_key import Ids
 
 # prompt, chosen, rejected; a completion's token that is read and not scored is written ~id
-PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]
+PairIds = tuple[Ids, Ids, Ids]
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The host's tensor on the device, without waiting until the device has caught up.
 
-    The host's copy may be given up at once: CUDA stages memory that is not pinned.
+    Through pinned memory, since CUDA may wait for the device to stage any other. The host's copy
+    may be given up at once: torch keeps the pinned one until it has been read.
     """
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    from_host = tensor.device.type == "cpu"
+    if from_host and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=from_host)
 
 
 @dataclass(frozen=True)
@@ -116,41 +125,57 @@ def pack_pairs(
     [8, 3, 4]
     """
     assert pairs, "expected one pair at least, found none"
-    completions = [ids for _, *both in pairs for ids in both]
-    offsets = [[at for at, token in enumerate(ids) if token >= 0] for ids in completions]
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    score_positions: list[int] = []
-    prompt_positions: list[int] = []
-    for index, (prompt, *both) in enumerate(pairs):
-        scored = offsets[2 * index : 2 * index + 2]
-        counts = (len(prompt), *map(len, scored))
-        assert min(counts) > 0, f"pair {index} has an empty part or nothing to score: {counts}"
-        last_of_prompt = len(input_ids) + len(prompt) - 1
-        if terms.prompt:
-            prompt_positions.extend(range(len(input_ids), last_of_prompt))
-        input_ids.extend(prompt)
-        position_ids.extend(range(len(prompt)))
-        for ids, scored_here in zip(both, scored, strict=True):
-            before = len(input_ids) - 1
-            input_ids.extend(token if token >= 0 else ~token for token in ids)
-            position_ids.extend(range(len(prompt), len(prompt) + len(ids)))
-            score_positions.extend(before + at if at else last_of_prompt for at in scored_here)
-    targets = [ids[at] for ids, of in zip(completions, offsets, strict=True) for at in of]
-    prompt_targets = [token for prompt, *_ in pairs for token in prompt[1:] if terms.prompt]
+    parts = [ids for p, c, r in pairs for ids in (p, c, r)]
+    lengths = np.array([len(ids) for ids in parts])  # (3B,), as the parts lie in the row
+    # an empty list is one of floats to numpy, and floats are refused
+    arrays = [np.asarray(ids, dtype=None if len(ids) else np.int64) for ids in parts]
+    row = np.concatenate(arrays, dtype=np.int64)  # (T,)
+    starts = lengths.cumsum() - lengths
+    part = np.repeat(np.arange(len(parts)), lengths)  # (T,) as the two below
+    place = np.arange(len(row)) - starts[part]  # of a token in its part
+    in_prompt = part % 3 == 0
+    scored = np.flatnonzero((row >= 0) & ~in_prompt)  # (C,) where the targets stand in the row
+    counts = np.bincount(part[scored], minlength=len(parts)).reshape(-1, 3)
+    counts[:, 0] = lengths[::3]
+    for index, count in enumerate(counts.tolist()):
+        assert min(count) > 0, f"pair {index} has an empty part or nothing to score: {(*count,)}"
+    num_prompt = np.repeat(lengths[::3], 3)  # (3B,) tokens of the prompt of a part's pair
+    last_of_prompt = np.repeat(starts[::3], 3) + num_prompt - 1
+    before = np.where(place[scored] > 0, scored - 1, last_of_prompt[part[scored]])
+    of_prompt = np.flatnonzero(in_prompt & (place > 0)) if terms.prompt else scored[:0]
     packed = PackedPairs(
-        input_ids=torch.tensor([input_ids]),
-        position_ids=torch.tensor([position_ids]),
-        score_positions=torch.tensor(score_positions + prompt_positions),
-        targets=torch.tensor(targets + prompt_targets),
-        prompt_lengths=tuple(len(prompt) for prompt, _, _ in pairs),
-        chosen_lengths=tuple(len(chosen) for _, chosen, _ in pairs),
-        rejected_lengths=tuple(len(rejected) for _, _, rejected in pairs),
-        completion_lengths=tuple(map(len, offsets)),
-        scored_offsets=torch.tensor([at for of in offsets for at in of]),
+        input_ids=torch.from_numpy(np.where((row < 0) & ~in_prompt, ~row, row))[None],
+        position_ids=torch.from_numpy(np.where(in_prompt, place, place + num_prompt[part]))[None],
+        score_positions=torch.from_numpy(np.concatenate([before, of_prompt - 1])),
+        targets=torch.from_numpy(row[np.concatenate([scored, of_prompt])]),
+        prompt_lengths=tuple(lengths[::3].tolist()),
+        chosen_lengths=tuple(lengths[1::3].tolist()),
+        rejected_lengths=tuple(lengths[2::3].tolist()),
+        completion_lengths=tuple(counts[:, 1:].ravel().tolist()),
+        scored_offsets=torch.from_numpy(place[scored]),
         terms=terms,
     )
     return packed.to(device)
+
+
+@contextlib.contextmanager
+def pack_ahead(
+    micro_batches: Sequence[MicroBatch],
+    token_ids: Callable[[int], PairIds],
+    device: torch.device,
+    terms: Terms = COMPLETIONS,
+) -> Iterator[Iterator[PackedPairs]]:
+    """The packed rows of micro-batches, in their order, each on the device.
+
+    While one is in use the host reads and packs the next in a thread, which ends with the block.
+    Raises what `token_ids` raises where the row of that micro-batch is asked for.
+    """
+    rows = (
+        pack_pairs([token_ids(index) for index in batch.pair_indices], terms=terms)
+        for batch in micro_batches
+    )
+    with one_ahead(rows) as packed:
+        yield (row.to(device) for row in packed)
 
 
 def unpack_sequences(packed: PackedPairs) -> list[Tensor]:

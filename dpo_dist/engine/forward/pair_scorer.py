@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,16 +95,12 @@ class PairScorer(nn.Module):
         hidden = output.last_hidden_state[0][packed.score_positions]
         if not packed.terms.num_experts:
             return hidden, None
-        weights: list[float] = []
-        pair_of: list[int] = []
-        lengths = zip(
-            packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True
-        )
-        for pair, (prompt, chosen, rejected) in enumerate(lengths):
-            # a prompt's token counts twice, as it would in a row with either completion
-            weights += [2.0] * prompt + [1.0] * (chosen + rejected)
-            pair_of += [pair] * (prompt + chosen + rejected)
-        rows = (upload(torch.tensor(row), hidden.device) for row in (weights, pair_of))
+        sizes = [packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths]
+        lengths = np.stack(sizes, axis=1).ravel()
+        part = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
+        # a prompt's token counts twice, as it would in a row with either completion
+        weights = np.where(part % 3 == 0, np.float32(2), np.float32(1))
+        rows = (upload(torch.from_numpy(each), hidden.device) for each in (weights, part // 3))
         return hidden, self._routers(output, packed, *rows)
 
     def _padded(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None]:

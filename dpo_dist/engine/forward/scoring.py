@@ -11,7 +11,7 @@ import torch
 from dpo_dist.data.batches import MicroBatch
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
-from dpo_dist.engine.forward.packing import PairIds, pack_pairs
+from dpo_dist.engine.forward.packing import PairIds, pack_ahead
 from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 from dpo_dist.reference.arrays import IntArray, LogpArray
@@ -39,13 +39,13 @@ def score(
     training = model.training
     model.train(training and dropout)
     try:
-        for batch in micro_batches:
-            pairs = [token_ids(index) for index in batch.pair_indices]
-            columns = score_pairs(model, pack_pairs(pairs, device, terms), layout)
-            if batch.counted:
-                indices += batch.pair_indices
-                scores.append(columns.float())
-            beat()
+        with pack_ahead(micro_batches, token_ids, device, terms) as rows:
+            for batch, packed in zip(micro_batches, rows, strict=True):
+                columns = score_pairs(model, packed, layout)
+                if batch.counted:
+                    indices += batch.pair_indices
+                    scores.append(columns.float())
+                beat()
     finally:
         model.train(training)
     # at the end, so that the host waits for the device once and not for every micro-batch

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import doctest
 import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dpo_dist.data.batches import MicroBatch
 from dpo_dist.engine.forward import packing
-from dpo_dist.engine.forward.packing import PairIds, pack_pairs, pad_pairs
+from dpo_dist.engine.forward.packing import PairIds, pack_ahead, pack_pairs, pad_pairs, upload
+from dpo_dist.objective.pair_logps import Terms
 
 
 def random_pairs(num_pairs: int, seed: int = 0) -> list[PairIds]:
@@ -19,6 +25,69 @@ def random_pairs(num_pairs: int, seed: int = 0) -> list[PairIds]:
         return [rng.randrange(3, 100) for _ in range(rng.randrange(1, most))]
 
     return [(ids(12), ids(9), ids(9)) for _ in range(num_pairs)]
+
+
+def packed_by_token(pairs: Sequence[PairIds], terms: Terms) -> dict[str, list[int]]:
+    """The tensors of a packed row, one token after the other."""
+    row, places, scored, targets, offsets = [], [], [], [], []
+    of_prompts: list[tuple[int, int]] = []  # what predicts a token, and the token
+    for prompt, *both in pairs:
+        first = len(row)
+        of_prompts += [(first + at - 1, prompt[at]) for at in range(1, len(prompt))]
+        row += prompt
+        places += range(len(prompt))
+        for ids in both:
+            start = len(row)
+            for at, token in enumerate(ids):
+                if token >= 0:
+                    scored.append(start + at - 1 if at else first + len(prompt) - 1)
+                    targets.append(token)
+                    offsets.append(at)
+                row.append(token if token >= 0 else ~token)
+                places.append(len(prompt) + at)
+    asked = of_prompts if terms.prompt else []
+    return {
+        "input_ids": row,
+        "position_ids": places,
+        "score_positions": scored + [at for at, _ in asked],
+        "targets": targets + [token for _, token in asked],
+        "scored_offsets": offsets,
+    }
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(prompt=True)], ids=["answers", "prompts too"])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda ids: np.array(ids, np.int32)])
+@pytest.mark.parametrize("num_pairs", [1, 2, 7, 40])
+def test_the_row_is_what_a_walk_over_the_tokens_makes(
+    num_pairs: int, kind: Callable[[list[int]], Any], terms: Terms
+) -> None:
+    """Of answers of one turn, and of several, in which some tokens are only read."""
+    rng = random.Random(num_pairs)
+
+    def part_read(ids: Sequence[int]) -> list[int]:
+        marked = [~token if rng.random() < 0.4 else token for token in ids]
+        kept = rng.randrange(len(ids))
+        return [*marked[:kept], ids[kept], *marked[kept + 1 :]]
+
+    several = [(p, part_read(c), part_read(r)) for p, c, r in random_pairs(num_pairs)]
+    for pairs in (random_pairs(num_pairs), several):
+        packed = pack_pairs([tuple(map(kind, pair)) for pair in pairs], terms=terms)  # pyright: ignore
+        for name, expected in packed_by_token(pairs, terms).items():
+            found = getattr(packed, name)
+            assert found.dtype == torch.int64 and found.is_contiguous()
+            assert found.flatten().tolist() == expected, name
+        assert packed.input_ids.shape == packed.position_ids.shape == (1, packed.num_tokens)
+        assert packed.prompt_lengths == tuple(len(p) for p, _, _ in pairs)
+        assert packed.chosen_lengths == tuple(len(c) for _, c, _ in pairs)
+        assert packed.rejected_lengths == tuple(len(r) for _, _, r in pairs)
+        scored = [sum(token >= 0 for token in ids) for _, *both in pairs for ids in both]
+        assert packed.completion_lengths == tuple(scored)
+        assert all(type(length) is int for length in packed.completion_lengths)
+
+
+def test_ids_that_are_no_integers_are_a_mistake_of_the_caller() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        pack_pairs([([5.5], [6], [7])])  # pyright: ignore[reportArgumentType]
 
 
 def test_worked_examples() -> None:
@@ -58,6 +127,13 @@ def test_an_empty_part_is_a_mistake_of_the_caller(empty: int) -> None:
         pack_pairs([([5], [6], [7]), (pair[0], pair[1], pair[2])])
 
 
+def test_a_pair_of_nothing_and_one_with_nothing_to_score() -> None:
+    with pytest.raises(AssertionError, match=r"pair 0 has .* nothing to score: \(0, 0, 0\)"):
+        pack_pairs([([], [], [])])
+    with pytest.raises(AssertionError, match=r"pair 1 has .* nothing to score: \(1, 1, 0\)"):
+        pack_pairs([([5], [6], [7]), ([5], [6], [~7, ~8])])
+
+
 def test_no_pairs_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="one pair at least"):
         pack_pairs([])
@@ -74,6 +150,43 @@ def test_padding_gives_the_plain_sequences_back() -> None:
         assert mask.tolist() == [1] * len(sequence) + [0] * (len(row) - len(sequence))
     flat = padded.input_ids.flatten()
     assert flat[padded.score_positions + 1].equal(packed.targets)
+
+
+def test_micro_batches_are_packed_ahead_in_their_order() -> None:
+    pairs = random_pairs(6)
+    batches = [MicroBatch((4, 1), True), MicroBatch((0,), True), MicroBatch((3, 5, 2), False)]
+    readers: set[bool] = set()
+
+    def token_ids(index: int) -> PairIds:
+        readers.add(threading.current_thread() is threading.main_thread())
+        return pairs[index]
+
+    with pack_ahead(batches, token_ids, torch.device("cpu"), Terms(prompt=True)) as rows:
+        for batch, packed in zip(batches, rows, strict=True):
+            expected = pack_pairs([pairs[i] for i in batch.pair_indices], terms=Terms(prompt=True))
+            assert vars(packed).keys() == vars(expected).keys()
+            for name, value in vars(expected).items():
+                found = getattr(packed, name)
+                assert found.equal(value) if isinstance(value, torch.Tensor) else found == value
+    assert readers == {False}
+
+
+def test_a_copy_to_cuda_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: Any, non_blocking: bool) -> torch.Tensor:
+        done.append((str(device), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device in ("cuda", torch.device("cuda", 1), "cpu"):
+        upload(torch.ones(2), device)
+    assert done == ["pinned", ("cuda", True), "pinned", ("cuda:1", True), ("cpu", True)]
 
 
 def test_to_moves_every_tensor_of_the_row() -> None:
