@@ -19,7 +19,6 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
 from dpo_dist.errors import ConfigError
-from dpo_dist.exporting.preflight import preflight_here
 from dpo_dist.inputs.disk import disk_sizes
 from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named, without_quantization
 from dpo_dist.inputs.work import Work, prepared_work
@@ -52,7 +51,11 @@ def print_plan(
 
 def print_dry_run(config: RunConfig, config_path: Path, overrides: Sequence[str]) -> None:
     """Prints the resolved config, the plan on this machine, and the command of every stage."""
-    checked = preflight_here(config)
+    checked = Path(config.model.path).expanduser().is_dir()
+    if checked:
+        from dpo_dist.exporting.preflight import preflight_here  # seconds of imports
+
+        preflight_here(config)
     plan = make_plan(config, None, None)
     print(f"{to_yaml(config)}\n{as_text(plan)}\n\ncommands")
     for stage in stages_of(config):

@@ -5,7 +5,12 @@ from typing import Any
 from dpo_dist.config.run_config import RunConfig
 
 # keys that earlier versions had not: left out while they have the value that does as those did
-LATER_KEYS: dict[str, Any] = {"train.min_lr_rate": 0.0}
+LATER_KEYS: dict[str, Any] = {
+    "train.min_lr_rate": 0.0,
+    "train.warmup_steps": None,
+    "train.decay_steps": 0.1,
+    "train.decay_shape": "cosine",
+}
 
 
 def training_identity(config: RunConfig) -> dict[str, str]:

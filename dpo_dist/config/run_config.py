@@ -38,6 +38,7 @@ from dpo_dist.config.training_section import (
     ModelSection,
     ReferenceSection,
     TrainSection,
+    train_rules,
 )
 from dpo_dist.config.watchdog_section import WatchdogSection
 from dpo_dist.errors import ConfigError
@@ -71,7 +72,7 @@ class RunConfig(Section):
     def _check_combinations(self) -> "RunConfig":
         rules = itertools.chain(
             data_rules(self.data), objective_rules(self.objective), ray_rules(self.ray),
-            _rules(self),
+            _rules(self), train_rules(self.train),
         )  # fmt: skip
         if problems := list(broken(rules)):
             raise ValueError("\n".join(problems))
@@ -98,25 +99,6 @@ def _rules(config: RunConfig) -> Iterator[Rule]:
         f"{objective.router_aux_loss_coef}",
         "false, because recomputed layers pass no gradient to their routers",
         "Set it to false.",
-    )
-    yield (
-        train.optimizer == "muon" and train.max_grad_norm > 0,
-        f"train.max_grad_norm: {train.max_grad_norm} with train.optimizer muon",
-        "0, because ZeRO would clip the orthogonalized step instead of the gradient",
-        "Set it to 0.",
-    )
-    steps = train.profile_steps
-    yield (
-        steps is not None and steps[0] > steps[1],
-        f"train.profile_steps: {list(steps or ())}",
-        "the first step, then the last",
-        "Swap them.",
-    )
-    yield (
-        train.min_lr_rate > 0 and train.lr_schedule != "cosine",
-        f"train.min_lr_rate: {train.min_lr_rate} with lr_schedule {train.lr_schedule}",
-        "0.0, because only cosine reads it",
-        "Remove the key, or set train.lr_schedule to cosine.",
     )
     if checkpoint.best_by is not None:
         yield _meets_evaluations(checkpoint, config.eval.every_steps)

@@ -25,6 +25,11 @@ def _interval(value: Any) -> Any:
 Interval = Annotated[int | float, BeforeValidator(_interval)]
 
 
+def steps_of(interval: int | float, num_steps: int) -> int:
+    """An interval in steps; a share of all steps is rounded up."""
+    return math.ceil(num_steps * interval) if isinstance(interval, float) else interval
+
+
 def _nameable(value: Any) -> Any:
     """A path that a file system can have, or a hub id."""
     text = str(value)

@@ -1,11 +1,20 @@
 """Sections of a run config about the model, the reference and the training."""
 
 import re
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast
 
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from dpo_dist.config.section import FilePath, Fraction, Interval, PathText, PositiveInt, Section
+from dpo_dist.config.section import (
+    FilePath,
+    Fraction,
+    Interval,
+    PathText,
+    PositiveInt,
+    Rule,
+    Section,
+)
 
 
 class ModelSection(Section):
@@ -117,13 +126,28 @@ class TrainSection(Section):
         "adamw", description="Optimizer; docs/memory.md lists what each keeps and where it works."
     )
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate.")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Schedule after warmup; linear ends at 0, cosine at min_lr_rate."
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="Schedule after warmup; linear ends at 0, cosine at min_lr_rate. wsd is stable "
+        "at the peak, then decays to min_lr_rate.",
     )
     min_lr_rate: Fraction = Field(
-        0.0, description="Share of the peak learning rate that cosine ends at."
+        0.0,
+        description="Share of the peak learning rate that cosine ends at; wsd begins there too.",
     )
-    warmup_ratio: Fraction = Field(0.1, description="Share of steps spent on linear warmup.")
+    warmup_ratio: Fraction | None = Field(
+        0.1, description="Share of steps spent on linear warmup; null with warmup_steps."
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        None, description="Steps spent on linear warmup, in place of warmup_ratio."
+    )
+    decay_steps: Interval = Field(
+        0.1, description="Last steps of wsd, in which it decays; below 1, their share of all steps."
+    )
+    decay_shape: Literal["cosine", "linear", "1-sqrt"] = Field(
+        "cosine",
+        description="Curve of that decay: half a cosine, a line, or 1 - sqrt(its share done).",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
@@ -149,6 +173,55 @@ class TrainSection(Section):
         "zero3",
         description="zero0, zero1, zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_warmup(cls, given: Any) -> Any:
+        """The share is what it is by default unless there are steps, so that only one is set."""
+        if not isinstance(given, Mapping):
+            return given
+        keys = cast("Mapping[str, Any]", given)
+        if keys.get("warmup_ratio") is not None:
+            return keys
+        default = cls.model_fields["warmup_ratio"].default
+        return {**keys, "warmup_ratio": default if keys.get("warmup_steps") is None else None}
+
+
+def train_rules(train: TrainSection) -> Iterator[Rule]:
+    """What must hold between the keys of this section."""
+    yield (
+        train.optimizer == "muon" and train.max_grad_norm > 0,
+        f"train.max_grad_norm: {train.max_grad_norm} with train.optimizer muon",
+        "0, because ZeRO would clip the orthogonalized step instead of the gradient",
+        "Set it to 0.",
+    )
+    steps = train.profile_steps
+    yield (
+        steps is not None and steps[0] > steps[1],
+        f"train.profile_steps: {list(steps or ())}",
+        "the first step, then the last",
+        "Swap them.",
+    )
+    yield (
+        train.warmup_ratio is not None and train.warmup_steps is not None,
+        f"train.warmup_steps: {train.warmup_steps} with train.warmup_ratio {train.warmup_ratio}",
+        "one of them, because each says how long the warmup is",
+        "Remove one, or set train.warmup_ratio to null.",
+    )
+    yield (
+        train.min_lr_rate > 0 and train.lr_schedule not in ("cosine", "wsd"),
+        f"train.min_lr_rate: {train.min_lr_rate} with lr_schedule {train.lr_schedule}",
+        "0.0, because only cosine and wsd read it",
+        "Remove the key, or set train.lr_schedule to cosine.",
+    )
+    for name in ("decay_steps", "decay_shape"):
+        value, default = getattr(train, name), TrainSection.model_fields[name].default
+        yield (
+            value != default and train.lr_schedule != "wsd",
+            f"train.{name}: {value} with lr_schedule {train.lr_schedule}",
+            f"{default}, because only wsd reads it",
+            "Remove the key, or set train.lr_schedule to wsd.",
+        )
 
 
 HeldOutMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]

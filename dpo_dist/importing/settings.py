@@ -92,11 +92,12 @@ def _typed(key: str, value: Any, default: Any) -> Any:
             return value
         raise wrong(key, value, "true or false")
     if isinstance(default, int | float):
-        return _number(key, value, whole=not isinstance(default, float))
+        return as_number(key, value, whole=not isinstance(default, float))
     return value
 
 
-def _number(key: str, value: Any, *, whole: bool = False) -> int | float:
+def as_number(key: str, value: Any, *, whole: bool = False) -> int | float:
+    """A number however it is written, an int if `whole` and it has no fraction."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -107,7 +108,7 @@ def _number(key: str, value: Any, *, whole: bool = False) -> int | float:
 def number_of(settings: Settings, key: str) -> float | None:
     """The value of a key whose default is none, as a number."""
     value = settings.get(key)
-    return None if value is None else _number(settings.name(key), value)
+    return None if value is None else as_number(settings.name(key), value)
 
 
 def wrong(key: str, value: Any, expected: str) -> ConfigError:

@@ -1,24 +1,14 @@
-"""Batches, steps, the schedule, the optimizer and sharding, under transformers' names."""
+"""Batches, steps, the optimizer and sharding, under transformers' names."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, cast
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.importing.settings import Run, wrong
-from dpo_dist.parsing import parse_yaml
+from dpo_dist.importing.schedule import convert_schedule
+from dpo_dist.importing.settings import Run
 
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "cosine_warmup_with_min_lr": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
-WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla"), "adamw"),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
@@ -29,12 +19,13 @@ OPTIMIZERS = {
 ENDLESS_EPOCHS = 1000  # the data are repeated until max_steps are done
 
 
-def convert_train(run: Run) -> None:
-    """The section train, but for what only one trainer has."""
+def convert_train(run: Run, rest_decays: float | None = None) -> None:
+    """The section train, but for what only one trainer has; `rest_decays` as in its schedule."""
     settings = run.settings
     put_weight_decay(run)
     _batch(run)
     _steps(run)
+    convert_schedule(run, rest_decays)
     optimizer = settings.get("optim")
     if optimizer not in OPTIMIZERS:
         run.differs.append(f"{settings.name('optim')}: {optimizer}; train.optimizer is adamw")
@@ -115,73 +106,6 @@ def _steps(run: Run) -> None:
         run.put("train.num_epochs", float(ENDLESS_EPOCHS), why)
     else:
         run.put("train.num_epochs", epochs, settings.why("num_train_epochs"))
-    key, schedule = settings.name("lr_scheduler_type"), settings.get("lr_scheduler_type")
-    if schedule not in SCHEDULES:
-        run.differs.append(
-            f"{key}: {schedule}; train.lr_schedule is linear, one of "
-            f"{', '.join(dict.fromkeys(SCHEDULES.values()))}"
-        )
-    shape = SCHEDULES.get(schedule, "linear")
-    run.put("train.lr_schedule", shape, settings.why("lr_scheduler_type"))
-    _min_lr(run, schedule)
-    warmup = settings.get("warmup_steps") or 0
-    ours = "train.warmup_ratio"
-    if schedule == "constant":
-        run.put(ours, 0.0, f"{key} constant does not warm up")
-    elif settings.given("warmup_ratio"):
-        run.put(ours, float(settings.get("warmup_ratio")), "warmup_ratio")
-    elif warmup < 1:
-        run.put(ours, float(warmup), settings.why("warmup_steps"))
-    elif limit > 0:
-        run.put(ours, _ratio(warmup, limit), f"warmup_steps {warmup} / max_steps {limit}")
-    else:
-        run.put(ours, 0.1, f"not {settings.peer.name}'s, see below")
-        run.differs.append(
-            f"warmup_steps: {warmup}; set train.warmup_ratio to {warmup} / the steps that "
-            "`dpo-dist plan` shows once the pairs are prepared"
-        )
-
-
-def _min_lr(run: Run, schedule: str) -> None:
-    """Where the cosine ends: a share of the peak, or a rate to divide by it."""
-    settings, key = run.settings, "lr_scheduler_kwargs"
-    given = settings.get(key)
-    if isinstance(given, str):  # JSON, as on TRL's command line
-        try:
-            given = parse_yaml(given)
-        except ValueError:
-            raise wrong(key, given, "a mapping, such as {min_lr_rate: 0.1}") from None
-    if given is not None and not isinstance(given, dict):
-        raise wrong(key, given, "a mapping, such as {min_lr_rate: 0.1}")
-    kwargs = cast("dict[str, Any]", given or {})
-    if schedule in WITH_MIN_LR:
-        rate, lowest = kwargs.pop("min_lr_rate", None), kwargs.pop("min_lr", None)
-        if rate is None and lowest is None:
-            raise ConfigError(
-                f"{settings.name('lr_scheduler_type')}: {schedule} without a rate to end at",
-                "min_lr_rate or min_lr in lr_scheduler_kwargs",
-                "Put lr_scheduler_kwargs={min_lr_rate: 0.1} behind the file.",
-            )
-        if rate is not None:
-            run.put("train.min_lr_rate", float(rate), f"{key}.min_lr_rate")
-        else:
-            peak = float(run.value("train.learning_rate"))
-            why = f"{key}.min_lr {lowest} / learning_rate {peak}"
-            run.put("train.min_lr_rate", float(cast("Any", lowest)) / peak, why)
-    if schedule == WITH_MIN_LR[1]:
-        run.differs.append(
-            f"{settings.name('lr_scheduler_type')}: {schedule}; train.lr_schedule cosine is the "
-            "same curve a step later, which begins at 0"
-        )
-    for name, value in kwargs.items():
-        run.differs.append(f"{key}.{name}: {value}; train.lr_schedule has no such setting")
-
-
-def _ratio(warmup: int, steps: int) -> float:
-    """The largest ratio of which training makes `warmup` steps: it rounds up, and 7 / 25 x 25 is
-    7.000000000000001."""
-    ratio = warmup / steps
-    return math.nextafter(ratio, 0.0) if math.ceil(steps * ratio) > warmup else ratio
 
 
 def _sharding(run: Run) -> None:

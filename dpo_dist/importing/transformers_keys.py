@@ -23,8 +23,8 @@ CONVERTED: Keys = {
     "num_train_epochs": ("train.num_epochs", 3.0),
     "max_steps": ("train.max_steps, train.num_epochs", -1),
     "lr_scheduler_type": ("train.lr_schedule", "linear"),
-    "lr_scheduler_kwargs": ("train.min_lr_rate", None),
-    "warmup_steps": ("train.warmup_ratio", 0),
+    "lr_scheduler_kwargs": ("train.min_lr_rate, train.decay_steps, train.decay_shape", None),
+    "warmup_steps": ("train.warmup_steps, train.warmup_ratio", 0),
     "warmup_ratio": ("train.warmup_ratio", 0.0),  # of earlier versions
     "optim": ("train.optimizer", "adamw_torch_fused"),
     "gradient_checkpointing": ("train.gradient_checkpointing", None),

@@ -1,18 +1,24 @@
-"""What a run's memory depends on, read from its config and model without weights or a GPU."""
+"""What a run's memory depends on, read from its config and model without weights or a GPU.
+
+Imports torch only where a model has to be built to be counted: `plan` answers at once otherwise.
+"""
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import AdapterSection
-from dpo_dist.data.tokens.vocabulary import extended_tokenizer
-from dpo_dist.engine.export.own_base import padded_size
-from dpo_dist.engine.model.model_shape import count_model
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
-from dpo_dist.model_files.files import TOKENIZER_FILES, resolve_model_dir, vocab_size_of
+from dpo_dist.model_files.files import (
+    TOKENIZER_FILES,
+    read_model_config,
+    resolve_model_dir,
+    vocab_size_of,
+)
 from dpo_dist.model_files.of_run import RunModels
-from dpo_dist.objective.logprobs import LOGITS_BUDGET
-from dpo_dist.planning.setup import ModelShape, Setup, Sharding, sharding_of
+from dpo_dist.planning.known_layouts import known_shape
+from dpo_dist.planning.setup import LOGITS_PER_CHUNK, ModelShape, Setup, Sharding, sharding_of
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "auto": 4}  # auto: at most
 
@@ -28,7 +34,7 @@ def make_setup(config: RunConfig, world_size: int) -> Setup:
         dtype_bytes=DTYPE_BYTES[dtype],
         micro_batch_tokens=settings.micro_batch_tokens,
         scoring_tokens=config.scoring_tokens if config.data.holds_out else 0,
-        logits_per_chunk=LOGITS_BUDGET,
+        logits_per_chunk=LOGITS_PER_CHUNK,
         checkpointing=settings.gradient_checkpointing,
         dropout=config.adapter is not None and config.adapter.dropout > 0,
         padded=config.model.layout == "padded",
@@ -52,15 +58,21 @@ def count_shape(
     config: RunConfig, adapter: AdapterSection | None, path: str | None = None
 ) -> ModelShape:
     """The shape of the run's base model, or of the one at `path`, with an adapter."""
-    remote, quantized = config.model.trust_remote_code, config.model.quantization is not None
+    quantized, start, vocab_size = config.model.quantization is not None, None, None
     if path is not None:
-        return count_model(_config_dir(path, None), adapter, remote, quantized=quantized)
-    model_dir = _config_dir(config.model.path, config.model.revision)
-    start = RunModels(config).start_adapter if adapter is not None else None
-    vocab_size = own_vocab_size(config, model_dir)
-    return count_model(
-        model_dir, adapter, remote, start=start, vocab_size=vocab_size, quantized=quantized
-    )
+        model_dir = _config_dir(path, None)
+    else:
+        model_dir = _config_dir(config.model.path, config.model.revision)
+        start = RunModels(config).start_adapter if adapter is not None else None
+        vocab_size = own_vocab_size(config, model_dir)
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "quantized": quantized}
+    if start is None:
+        known = known_shape(read_model_config(model_dir), adapter, **sizes)
+        if known is not None:
+            return known
+    from dpo_dist.engine.model.model_shape import count_model  # seconds of imports
+
+    return count_model(model_dir, adapter, config.model.trust_remote_code, start=start, **sizes)
 
 
 def own_vocab_size(config: RunConfig, model_dir: Path) -> int | None:
@@ -68,6 +80,9 @@ def own_vocab_size(config: RunConfig, model_dir: Path) -> int | None:
     model, num_rows = config.model, vocab_size_of(model_dir)
     if num_rows is None or not (model.add_tokens or model.pad_vocab_to_multiple):
         return None
+    from dpo_dist.data.tokens.vocabulary import extended_tokenizer
+    from dpo_dist.engine.export.own_base import padded_size
+
     num_tokens = num_rows + len(model.add_tokens)
     if any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         _, vocabulary = extended_tokenizer(model_dir, model.add_tokens, model.trust_remote_code)

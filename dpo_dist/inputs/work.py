@@ -10,6 +10,7 @@ from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.checkpoints.commit import check_new_files
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
+from dpo_dist.engine.sharding.schedule import warmup_and_decay
 from dpo_dist.errors import ArtifactError, DataError
 from dpo_dist.extras import require_bitsandbytes
 from dpo_dist.metrics import wandb_log
@@ -30,7 +31,8 @@ class Work:
 def prepared_work(config: RunConfig) -> Work | None:
     """The prepared pairs, None when there are none yet.
 
-    Raises DataError when they are too few for a step or too long for a micro-batch.
+    Raises DataError when they are too few for a step or too long for a micro-batch, ConfigError
+    when the schedule does not fit into their steps.
     """
     return _open_work(config) if RunDir(config.run.dir).pairs_dir.is_dir() else None
 
@@ -91,7 +93,9 @@ def _open_work(config: RunConfig) -> Work:
     train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
     check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
     steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
-    return Work(train, held_out, min(steps, settings.max_steps or steps))
+    steps = min(steps, settings.max_steps or steps)
+    warmup_and_decay(settings, steps)
+    return Work(train, held_out, steps)
 
 
 def _check_held_out(config: RunConfig, num_held_out: int) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+LOGITS_PER_CHUNK = 2**25  # LOGITS_BUDGET of dpo_dist/objective/logprobs.py, which needs torch
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -1,12 +1,5 @@
 """What is due after an optimizer step; steps count from 1, and `ending` is the run's last step."""
 
-import math
-
-
-def steps_of(interval: int | float, num_steps: int) -> int:
-    """An interval in steps; one below 1 is a share of all steps, rounded up."""
-    return math.ceil(num_steps * interval) if isinstance(interval, float) else interval
-
 
 def report_due(step: int, every_steps: int, *, ending: bool, stopping: bool) -> bool:
     """Whether the metrics since the last report are written."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.progress import Progress, TaskID
 
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.config.section import steps_of
 from dpo_dist.engine.checkpoints.retention import best_standing
 from dpo_dist.engine.checkpoints.saving import Saving
 from dpo_dist.engine.checkpoints.train_state import TrainState
@@ -25,13 +26,7 @@ from dpo_dist.run.manifest import write_json
 from dpo_dist.run.run_dir import step_of
 from dpo_dist.run.status import update_status
 from dpo_dist.training.checkpointing import begin_checkpoint, host_copies
-from dpo_dist.training.due import (
-    checkpoint_due,
-    evaluation_due,
-    report_due,
-    samples_due,
-    steps_of,
-)
+from dpo_dist.training.due import checkpoint_due, evaluation_due, report_due, samples_due
 from dpo_dist.training.evaluation import answer_prompts, evaluate
 from dpo_dist.training.job import Job
 from dpo_dist.training.speed import speed_metrics

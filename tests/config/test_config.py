@@ -28,8 +28,9 @@ def error_of(value: object, tmp_path: Path, *overrides: str) -> str:
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
-    config = parse_config(MINIMAL | {"adapter": {"rank": 8}})
-    assert load_config(write(tmp_path, to_yaml(config))) == config
+    for section in ({"adapter": {"rank": 8}}, {"train": {"warmup_steps": 5}}):
+        config = parse_config(MINIMAL | section)
+        assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -66,8 +66,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"train": {"min_lr_rate": 0.1, "lr_schedule": "linear"}},
-        "train.min_lr_rate: 0.1 with lr_schedule linear; expected 0.0, because only cosine reads "
-        "it. Remove the key, or set train.lr_schedule to cosine.",
+        "train.min_lr_rate: 0.1 with lr_schedule linear; expected 0.0, because only cosine and "
+        "wsd read it. Remove the key, or set train.lr_schedule to cosine.",
+    ),
+    (
+        {"train": {"warmup_steps": 100, "warmup_ratio": 0.1}},
+        "train.warmup_steps: 100 with train.warmup_ratio 0.1; expected one of them, because each "
+        "says how long the warmup is. Remove one, or set train.warmup_ratio to null.",
+    ),
+    (
+        {"train": {"decay_steps": 50}},
+        "train.decay_steps: 50 with lr_schedule cosine; expected 0.1, because only wsd reads it. "
+        "Remove the key, or set train.lr_schedule to wsd.",
+    ),
+    (
+        {"train": {"decay_shape": "linear"}},
+        "train.decay_shape: linear with lr_schedule cosine; expected cosine, because only wsd "
+        "reads it. Remove the key, or set train.lr_schedule to wsd.",
     ),
     (
         {"eval": {"every_steps": 1.5}},
@@ -163,6 +178,8 @@ def test_a_broken_rule_is_the_only_problem(sections: dict[str, Any], problem: st
             "train": {"gradient_checkpointing": False},
         },
         {"train": {"profile_steps": [10, 12]}},
+        {"train": {"lr_schedule": "wsd", "decay_steps": 50, "min_lr_rate": 0.1}},
+        {"train": {"warmup_steps": 0, "warmup_ratio": None}},
         {"train": {"optimizer": "muon", "max_grad_norm": 0}},
         {"checkpoint": {"best_by": "eval_loss", "every_steps": 200}, "eval": {"patience": 3}},
         {"checkpoint": {"best_by": "eval_loss"}, "export": {"checkpoint": "best"}},

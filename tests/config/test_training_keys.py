@@ -17,12 +17,14 @@ from support.tiny_run import make_run
 from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
+    get_scheduler,
+    get_wsd_schedule,
 )
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import TrainSection
-from dpo_dist.engine.sharding import ds_config, optimizers, zero
-from dpo_dist.errors import CheckpointError
+from dpo_dist.engine.sharding import ds_config, optimizers, schedule
+from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.stages import prepare
@@ -45,11 +47,11 @@ def optimizer_of(config: RunConfig) -> dict[str, Any]:
 def learning_rates(config: RunConfig) -> list[float]:
     """The schedule over NUM_STEPS steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
-    schedule, rates = zero.make_schedule(optimizer, config.train, NUM_STEPS), []
+    made, rates = schedule.make_schedule(optimizer, config.train, NUM_STEPS), []
     for _ in range(NUM_STEPS):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        schedule.step()
+        made.step()
     return rates
 
 
@@ -76,6 +78,14 @@ FLIPS = [
     Flip("train.lr_schedule", "linear", learning_rates),
     Flip("train.min_lr_rate", 0.1, learning_rates),
     Flip("train.warmup_ratio", 0.5, learning_rates),
+    Flip("train.warmup_steps", 5, learning_rates, {"train.warmup_ratio": None}),
+    Flip("train.decay_steps", 0.5, learning_rates, {"train.lr_schedule": "wsd"}),
+    Flip(
+        "train.decay_shape",
+        "1-sqrt",
+        learning_rates,
+        {"train.lr_schedule": "wsd", "train.decay_steps": 10},
+    ),
     Flip("train.weight_decay", 0.1, optimizer_of),
     Flip("train.adam_beta1", 0.8, optimizer_of),
     Flip("train.adam_beta2", 0.95, optimizer_of),
@@ -85,10 +95,10 @@ FLIPS = [
 ]
 
 
-def multiples(schedule: Callable[..., Any], **settings: Any) -> list[float]:
+def multiples(make: Callable[..., Any], **settings: Any) -> list[float]:
     """The shares of the peak that one of transformers' schedules gives, a step after another."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=2.0)
-    made, shares = schedule(optimizer, **settings), []
+    made, shares = make(optimizer, **settings), []
     for _ in range(NUM_STEPS):
         shares.append(optimizer.param_groups[0]["lr"] / 2)
         optimizer.step()
@@ -99,7 +109,7 @@ def multiples(schedule: Callable[..., Any], **settings: Any) -> list[float]:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
 def test_a_cosine_that_ends_above_zero_is_that_of_transformers(rate: float) -> None:
     train = TrainSection(min_lr_rate=rate, warmup_ratio=0.2)
-    ours = multiples(zero.make_schedule, train=train, num_steps=NUM_STEPS)
+    ours = multiples(schedule.make_schedule, train=train, num_steps=NUM_STEPS)
     settings: dict[str, Any] = {"num_warmup_steps": 4, "num_training_steps": NUM_STEPS}
     assert ours == multiples(
         get_cosine_with_min_lr_schedule_with_warmup, **settings, min_lr=2 * rate
@@ -114,6 +124,68 @@ def test_a_cosine_that_ends_above_zero_is_that_of_transformers(rate: float) -> N
         for step in range(NUM_STEPS)
     ]
     assert ours == pytest.approx(formula)
+
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
+    "linear": lambda p: 1 - p,
+    "1-sqrt": lambda p: 1 - math.sqrt(p),
+}
+
+
+@pytest.mark.parametrize("shape", FALLS)
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("keys", "warmup", "decay"),
+    [
+        ({"warmup_steps": 3, "decay_steps": 6}, 3, 6),
+        ({"warmup_ratio": 0.11, "decay_steps": 0.31}, 3, 7),
+        ({"warmup_steps": 0, "decay_steps": 1}, 0, 1),
+        ({"warmup_steps": 12, "decay_steps": 8}, 12, 8),
+        ({}, 2, 2),
+    ],
+    ids=str,
+)
+def test_wsd_is_that_of_transformers_at_every_step(
+    keys: dict[str, Any], warmup: int, decay: int, rate: float, shape: str
+) -> None:
+    train = TrainSection.model_validate(
+        {"lr_schedule": "wsd", "decay_shape": shape, "min_lr_rate": rate, **keys}
+    )
+    ours = multiples(schedule.make_schedule, train=train, num_steps=NUM_STEPS)
+    settings: dict[str, Any] = {"num_warmup_steps": warmup, "num_training_steps": NUM_STEPS}
+    of_decay = {"num_decay_steps": decay, "decay_type": shape, "min_lr_ratio": rate}
+    assert ours == multiples(get_wsd_schedule, **settings, **of_decay)
+    start = NUM_STEPS - decay
+    formula = [rate + (1 - rate) * step / max(warmup, 1) for step in range(warmup)]
+    formula += [1.0] * (start - warmup)
+    formula += [rate + (1 - rate) * FALLS[shape](step / decay) for step in range(decay)]
+    assert ours == pytest.approx(formula)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 5, NUM_STEPS, NUM_STEPS + 3])
+def test_a_warm_up_of_so_many_steps_is_that_of_transformers(name: str, warmup: int) -> None:
+    train = TrainSection.model_validate({"lr_schedule": name, "warmup_steps": warmup})
+    ours = multiples(schedule.make_schedule, train=train, num_steps=NUM_STEPS)
+    theirs = "constant_with_warmup" if name == "constant" else name
+    settings: dict[str, Any] = {"num_warmup_steps": warmup, "num_training_steps": NUM_STEPS}
+    assert ours == multiples(lambda *args, **kw: get_scheduler(theirs, *args, **kw), **settings)
+
+
+def test_a_decay_that_does_not_fit_is_refused() -> None:
+    train = TrainSection(lr_schedule="wsd", warmup_steps=12, decay_steps=9)
+    with pytest.raises(ConfigError) as caught:
+        schedule.warmup_and_decay(train, NUM_STEPS)
+    assert str(caught.value) == (
+        "train.lr_schedule: wsd with 12 steps of warmup and 9 of decay in a run of 20; expected at "
+        "most 20 together. Lower train.decay_steps or the warmup, or train for longer."
+    )
+
+
+def test_a_share_of_warmup_by_default_gives_way_to_steps() -> None:
+    assert TrainSection(warmup_steps=5).warmup_ratio is None
+    assert TrainSection.model_validate({"warmup_ratio": None}).warmup_ratio == 0.1
 
 
 @pytest.fixture(scope="module")

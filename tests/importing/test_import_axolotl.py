@@ -207,8 +207,18 @@ def test_logs_and_the_hub(tmp_path: Path) -> None:
     assert (logging.wandb, logging.wandb_project, logging.wandb_name) == (True, "p", "n")
     assert (export.push_to_hub, export.hub_private) == ("me/m", True)
     assert (config.checkpoint.every_steps, config.checkpoint.keep) == (50, 3)
-    assert (config.train.min_lr_rate, config.train.warmup_ratio) == (0.1, pytest.approx(0.07))
+    assert (config.train.min_lr_rate, config.train.warmup_steps) == (0.1, 7)
     assert config.eval.samples_every_steps == 100 and imported.differs == []
+
+
+def test_a_schedule_that_decays_at_the_end_of_axolotl(tmp_path: Path) -> None:
+    kwargs = {"num_decay_steps": 20, "decay_type": "linear"}
+    config, imported = convert(
+        tmp_path, lr_scheduler="warmup_stable_decay", lr_scheduler_kwargs=kwargs, warmup_steps=5
+    )
+    train = config.train
+    assert (train.lr_schedule, train.warmup_steps, train.decay_steps) == ("wsd", 5, 20)
+    assert train.decay_shape == "linear" and imported.differs == []
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from dpo_dist.commands.import_config import import_config
 from dpo_dist.config.run_config import RunConfig, load_config
+from dpo_dist.engine.sharding.schedule import warmup_and_decay
 from dpo_dist.errors import ConfigError
 from dpo_dist.importing.llamafactory import keys
 from dpo_dist.importing.run_yaml import Imported
@@ -185,6 +186,37 @@ def test_held_out_pairs_and_the_rest(tmp_path: Path) -> None:
     assert imported.differs == ["fp16: true; float16 needs loss scaling, model.dtype is bfloat16"]
     _, imported = convert(tmp_path, val_size=100)
     assert imported.differs == ["val_size: 100; set data.eval_fraction to 100 / the rows"]
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup", "decay"),
+    [
+        ({"max_steps": 100, "warmup_steps": 10}, 10, 60),
+        ({"max_steps": 100, "warmup_ratio": 0.1}, 10, 60),
+        ({"max_steps": 101, "warmup_steps": 10}, 10, 61),
+        ({"max_steps": 7}, 0, 5),
+        ({"num_train_epochs": 1.0}, 0, 67),
+        ({"num_train_epochs": 1.0, "warmup_ratio": 0.1}, 10, 60),
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 30}}, 0, 30),
+    ],
+    ids=str,
+)
+def test_its_own_length_of_a_decay(
+    tmp_path: Path, given: dict[str, Any], warmup: int, decay: int
+) -> None:
+    """Two thirds of what follows the warm-up, and what is left of a third rounded down."""
+    config, imported = convert(tmp_path, lr_scheduler_type="warmup_stable_decay", **given)
+    steps = config.train.max_steps or 100
+    assert warmup_and_decay(config.train, steps) == (warmup, decay)
+    assert imported.differs == []
+
+
+def test_a_decay_of_a_length_that_is_known_later(tmp_path: Path) -> None:
+    _, imported = convert(tmp_path, lr_scheduler_type="warmup_stable_decay", warmup_steps=10)
+    assert imported.differs == [
+        "lr_scheduler_type: warmup_stable_decay without num_decay_steps; set train.decay_steps to "
+        "0.67 of the steps that follow the warm-up, once `dpo-dist plan` shows how many there are"
+    ]
 
 
 VALUES: dict[str, Any] = {

@@ -1,7 +1,6 @@
 """`dpo-dist import-trl`: every key of TRL is known, and the result is a run config."""
 
 import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -180,17 +179,16 @@ def test_pefts_own_targets() -> None:
 
 def test_steps_and_warm_up(tmp_path: Path) -> None:
     config, _ = convert(tmp_path, max_steps=200, warmup_steps=50, lr_scheduler_type="cosine")
-    assert (config.train.max_steps, config.train.warmup_ratio) == (200, 0.25)
+    assert (config.train.max_steps, config.train.warmup_steps) == (200, 50)
+    assert config.train.warmup_ratio is None
     assert config.train.num_epochs == 1000  # TRL repeats the data until then
     assert convert(tmp_path, warmup_steps=0.1)[0].train.warmup_ratio == 0.1
     assert convert(tmp_path, warmup_ratio=0.2)[0].train.warmup_ratio == 0.2
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0.3}
     assert convert(tmp_path, **constant)[0].train.warmup_ratio == 0
-    _, unknown = convert(tmp_path, warmup_steps=100)
-    assert unknown.differs == [
-        "warmup_steps: 100; set train.warmup_ratio to 100 / the steps that `dpo-dist plan` shows "
-        "once the pairs are prepared"
-    ]
+    counted, imported = convert(tmp_path, warmup_steps=100, warmup_ratio=0.2)
+    assert counted.train.warmup_steps == 100 and imported.differs == []
+    assert "#   warmup_ratio: without effect beside the other keys" in imported.text
     _, other = convert(tmp_path, lr_scheduler_type="reduce_lr_on_plateau")
     assert other.differs[0].startswith("lr_scheduler_type: reduce_lr_on_plateau; train.lr_schedule")
 
@@ -218,6 +216,32 @@ def test_a_cosine_that_ends_above_zero(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="lr_scheduler_kwargs: 3; expected a mapping, such as"):
         convert(tmp_path, lr_scheduler_kwargs=3)
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs.min_lr_rate: 'x'; expected a numb"):
+        convert(tmp_path, **named, lr_scheduler_kwargs={"min_lr_rate": "x"})
+
+
+def test_a_schedule_that_decays_at_the_end(tmp_path: Path) -> None:
+    named = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 10}
+    kwargs = {"num_decay_steps": 60, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}
+    as_here = {"warmup_type": "linear", "num_cycles": 0.5}
+    config, imported = convert(tmp_path, **named, lr_scheduler_kwargs=kwargs | as_here)
+    train = config.train
+    assert (train.lr_schedule, train.warmup_steps, train.decay_steps) == ("wsd", 10, 60)
+    assert (train.decay_shape, train.min_lr_rate) == ("1-sqrt", 0.1)
+    assert imported.differs == []
+    others = {"num_decay_steps": 60, "warmup_type": "cosine", "num_stable_steps": 5}
+    assert convert(tmp_path, **named, lr_scheduler_kwargs=others)[1].differs == [
+        "lr_scheduler_kwargs.num_stable_steps: 5; wsd is stable until train.decay_steps are left, "
+        "which is the same where warmup, stable and decay add up to all steps",
+        "lr_scheduler_kwargs.warmup_type: cosine; train.lr_schedule has no such setting",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        convert(tmp_path, **named)
+    assert str(caught.value) == (
+        f"{tmp_path}/trl.yaml: lr_scheduler_type: warmup_stable_decay without steps to decay in; "
+        "expected num_decay_steps in lr_scheduler_kwargs. Put "
+        "lr_scheduler_kwargs={num_decay_steps: 100} behind the file."
+    )
 
 
 @pytest.mark.parametrize(("given", "targets"), [
@@ -345,12 +369,6 @@ def test_a_handbooks_data_that_cannot_be_read(
     with pytest.raises(ConfigError) as caught:
         convert(tmp_path, dataset_name=None, **values)
     assert str(caught.value) == f"{tmp_path}/trl.yaml: {message}"
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [(7, 25), (1, 3), (50, 200), (29, 100), (3, 3)])
-def test_a_warm_up_of_so_many_steps_has_so_many(tmp_path: Path, warmup: int, steps: int) -> None:
-    config, _ = convert(tmp_path, max_steps=steps, warmup_steps=warmup)
-    assert math.ceil(steps * config.train.warmup_ratio) == warmup
 
 
 def test_streaming_and_a_share_held_out(tmp_path: Path) -> None:

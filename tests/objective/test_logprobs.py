@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.live_bytes import LiveBytes
 from dpo_dist.objective.logprobs import LOGITS_BUDGET, completion_terms
+from dpo_dist.planning.setup import LOGITS_PER_CHUNK
 
 C, D, V = 11, 6, 23
 
@@ -150,6 +151,7 @@ def test_peak_memory_is_one_chunk_of_logits(softcap: float | None) -> None:
 def test_default_chunk_follows_from_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the budget, half the peak: the default chunk is made from the budget and from V."""
     assert LOGITS_BUDGET >= 2**20
+    assert LOGITS_BUDGET == LOGITS_PER_CHUNK, "the planner counts with it"
     peaks = []
     for budget in (64 * 4096, 32 * 4096):
         monkeypatch.setattr("dpo_dist.objective.logprobs.LOGITS_BUDGET", budget)

@@ -27,7 +27,7 @@ from support.prepared import (
 from dpo_dist.config.run_config import RunConfig, parse_config
 from dpo_dist.data.pairs import open_pairs
 from dpo_dist.data.rows.messages import message
-from dpo_dist.errors import ArtifactError, DataError
+from dpo_dist.errors import ArtifactError, ConfigError, DataError
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.stages import prepare
 
@@ -117,24 +117,22 @@ def test_a_split_template_marker_is_hinted_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "found"),
+    ("settings", "found"),
     [
-        (("train", "global_batch_size", 9), "8 pairs; expected at least one global batch of 9"),
-        (("train", "micro_batch_tokens", 9), "expected at most micro_batch_tokens = 9"),
-        (("train", "num_epochs", 0.01), "do not fill one optimizer step"),
+        ({"global_batch_size": 9}, "8 pairs; expected at least one global batch of 9"),
+        ({"micro_batch_tokens": 9}, "expected at most micro_batch_tokens = 9"),
+        ({"num_epochs": 0.01}, "do not fill one optimizer step"),
+        ({"lr_schedule": "wsd", "decay_steps": 1000}, "1000 of decay in a run of"),
     ],
 )
 def test_pairs_that_training_cannot_begin_on_are_refused_here(
-    tmp_path: Path, setting: tuple[str, str, Any], found: str
+    tmp_path: Path, settings: dict[str, Any], found: str
 ) -> None:
     """And stay: with another setting the next run finds them current."""
     write_jsonl(tmp_path / "train.jsonl", [orca_row(number) for number in range(8)])
     config = make_config(tmp_path)
-    section, key, value = setting
-    wrong = config.model_copy(
-        update={section: getattr(config, section).model_copy(update={key: value})}
-    )
-    with pytest.raises(DataError, match=found):
+    wrong = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    with pytest.raises((ConfigError, DataError), match=found):
         prepare.run(wrong)
     made = (config.run.dir / "pairs").stat().st_ino
     prepare.run(config)

@@ -2,12 +2,12 @@
 
 import pytest
 
+from dpo_dist.config.section import steps_of
 from dpo_dist.training.due import (
     checkpoint_due,
     evaluation_due,
     report_due,
     samples_due,
-    steps_of,
 )
 
 

@@ -130,7 +130,12 @@ def stopped_worker(run_yaml: str, overrides: list[str]) -> None:
     becomes="saved at once, evaluated after the restart; equals an unbroken run",
 )
 def test_a_stopped_run_saves_at_once_and_evaluates_when_it_goes_on(run_yaml: Path) -> None:
-    settings = ["train.max_steps=6", f"eval.every_steps={STOPPED_AT}", "checkpoint.every_steps=5"]
+    """It goes on with the first step of a decay, at the learning rate of that step."""
+    settings = [
+        "train.max_steps=6", f"eval.every_steps={STOPPED_AT}", "checkpoint.every_steps=5",
+        "train.lr_schedule=wsd", "train.warmup_steps=2", "train.decay_steps=3",
+        "train.decay_shape=linear",
+    ]  # fmt: skip
     unbroken = trained(run_yaml, worker, "unbroken", *settings)
     out = trained(run_yaml, stopped_worker, "stopped", *settings)
     assert [line["step"] for line in metrics_of(out)] == [1, 2, 3]
@@ -138,6 +143,8 @@ def test_a_stopped_run_saves_at_once_and_evaluates_when_it_goes_on(run_yaml: Pat
     run_ranks(1, worker, str(run_yaml), [f"run.dir={out}", *settings])
     assert [line["step"] for line in metrics_of(out)] == [1, 2, 3, 3, 4, 5, 6, 6]
     same_training(unbroken, out, 6)
+    rates = [line["learning_rate"] for line in metrics_of(out) if "learning_rate" in line]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
 
 
 @pytest.mark.slow

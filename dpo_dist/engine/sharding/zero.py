@@ -11,6 +11,7 @@ from torch import nn
 from dpo_dist.config.training_section import TrainSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.sharding.optimizers import make_optimizer
+from dpo_dist.engine.sharding.schedule import make_schedule
 
 SUM_NAME = "gradient_sum"  # of a parameter: its gradients so far, in float32
 
@@ -37,24 +38,6 @@ def start_inference(module: nn.Module, ds_config: dict[str, Any]) -> Any:
 
     engine, *_ = deepspeed.initialize(model=module, config=ds_config, dist_init_required=False)
     return engine
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, num_steps: int) -> Any:
-    """Learning rates by optimizer step: ceil(num_steps * warmup_ratio) of linear warm-up, then
-    the shape of `train.lr_schedule` down to the last step.
-
-    With r = min_lr_rate, cosine is peak * (r + (1 - r) * (1 + cos(pi * p)) / 2), where p goes from
-    0 after the warm-up to 1 behind the last step.
-    """
-    from transformers import get_scheduler
-
-    warmup = math.ceil(num_steps * train.warmup_ratio)
-    if train.min_lr_rate > 0:
-        rate = {"min_lr_rate": train.min_lr_rate}
-        name = "cosine_with_min_lr"
-        return get_scheduler(name, optimizer, warmup, num_steps, scheduler_specific_kwargs=rate)
-    name = {"constant": "constant_with_warmup"}.get(train.lr_schedule, train.lr_schedule)
-    return get_scheduler(name, optimizer, warmup, num_steps)
 
 
 def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:

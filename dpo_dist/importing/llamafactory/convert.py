@@ -36,7 +36,7 @@ def convert(run: Run) -> None:
     workers = settings.get("ray_num_workers")
     if run.num_processes is None and workers is not None:
         run.num_processes = int(workers)
-    convert_train(run)
+    convert_train(run, rest_decays=2 / 3)
     if settings.get("use_muon"):
         run.put("train.optimizer", "muon", "use_muon")
         run.put("train.max_grad_norm", 0.0, "not LlamaFactory's: muon is not clipped here")
