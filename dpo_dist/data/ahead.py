@@ -1,7 +1,7 @@
 """What the host makes while the device computes: one thread, one item ahead."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
-def one_ahead(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
+def one_ahead(items: Iterator[Item]) -> Generator[Iterator[Item]]:
     """The same items, each made in a thread while the one before it is in use.
 
     What making an item raises is raised where that item is asked for. The thread is gone when the
