@@ -78,7 +78,7 @@ FLIPS = [
     Flip("train.lr_schedule", "linear", learning_rates),
     Flip("train.min_lr_rate", 0.1, learning_rates),
     Flip("train.warmup_ratio", 0.5, learning_rates),
-    Flip("train.warmup_steps", 5, learning_rates, {"train.warmup_ratio": None}),
+    Flip("train.warmup_steps", 5, learning_rates, {"train.warmup_steps": 2}),
     Flip("train.decay_steps", 0.5, learning_rates, {"train.lr_schedule": "wsd"}),
     Flip(
         "train.decay_shape",
