@@ -166,8 +166,7 @@ def test_a_misspelled_column_of_ours(tmp_path: Path) -> None:
     assert error_of(tmp_path, section(path), section(path, columns={"promt": "p"})) == (
         "data.train.1.columns has 'promt'; expected one of prompt, chosen, rejected, system, "
         "question, response_j, response_k, tools, chosen_score, rejected_score, completion, label, "
-        "chat_template_kwargs. "
-        "Did you mean prompt?"
+        "chat_template_kwargs, responses, scores, ranks, response, score. Did you mean prompt?"
     )
 
 
