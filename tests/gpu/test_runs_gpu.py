@@ -37,7 +37,11 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]
 def run(run_yaml: Path, name: str, *overrides: str) -> Path:
     """All stages, the verified export included; the run folder."""
     folder = run_yaml.parent / name
-    succeed("run", run_yaml, f"run.dir={folder}", *overrides)
+    arguments = ["run", str(run_yaml), f"run.dir={folder}", *overrides]
+    if DRY:
+        succeed(*arguments)
+    else:  # no fork of a process whose libraries have chosen their device
+        subprocess.check_call([sys.executable, "-m", "dpo_dist", *arguments], cwd=ROOT)
     return folder
 
 
