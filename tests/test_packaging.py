@@ -150,7 +150,7 @@ def test_a_shells_completion_script(installed: Path, tmp_path: Path, shell: str)
 @pytest.mark.parametrize(("words", "expected"), [
     ("dpo-dist tr", ["train"]),
     ("dpo-dist import-", ["import-trl"]),
-    ("dpo-dist train run.yaml train.w", ["train.warmup_ratio=", "train.weight_decay="]),
+    ("dpo-dist train run.yaml train.we", ["train.weight_decay="]),
     ("dpo-dist plan run.yaml data.train.0.l", ["data.train.0.limit="]),
 ])  # fmt: skip
 def test_completion(installed: Path, tmp_path: Path, words: str, expected: list[str]) -> None:
