@@ -101,6 +101,8 @@ def histogram(
 
     `signed` gives bins below zero a color of their own. A bin tells its counts under the pointer.
     """
+    from matplotlib.patches import Rectangle
+
     with drawing() as figure:
         axes = figure.subplots()
         every = zip(edges, edges[1:], *counts.values(), strict=False)
@@ -111,12 +113,17 @@ def histogram(
                 axes.stairs(values, edges, color=color, linewidth=1.5, label=name)
             figure.legend(loc="outside upper left", ncols=2)
         else:
-            for low, high, (found,) in bins:
-                color = SECOND if signed and high <= 0 else FIRST
-                axes.bar(low, found, 0.88 * (high - low), align="edge", color=color)
+            lows, highs, found = zip(*bins, strict=True) if bins else ((), (), ())
+            widths = [0.88 * (high - low) for low, high in zip(lows, highs, strict=True)]
+            colors = [SECOND if signed and high <= 0 else FIRST for high in highs]
+            axes.bar(lows, [count for (count,) in found], widths, align="edge", color=colors)
         for low, high, found in bins:
             shown = ", ".join(f"{n} {v:,}" for n, v in zip(counts, found, strict=True))
-            axes.axvspan(low, high, alpha=0, gid=f"{TIP}{low:,.6g} to {high:,.6g}: {shown}")
+            tip = Rectangle(
+                (low, 0), high - low, 1, transform=axes.get_xaxis_transform(), alpha=0,
+                gid=f"{TIP}{low:,.6g} to {high:,.6g}: {shown}",
+            )  # fmt: skip
+            axes.add_artist(tip)  # which asks for no limits of the axes, unlike axvspan
         if signed:
             axes.axvline(0, color=SOFT, linewidth=0.8)
         axes.set(xlabel=x_label, ylabel="pairs", xlim=(edges[0], edges[-1]))
