@@ -220,6 +220,8 @@ def test_three_steps_with_a_tiny_model(name: str, tmp_path: Path) -> None:
         "checkpoint.every_steps=3", "eval.every_steps=3", "local.workers=1",
         "logging.tensorboard=false",
     ]  # fmt: skip
+    if "eval_fraction" in raw["data"]:
+        overrides.append("data.eval_fraction=0.2")  # of 24 rows, not of thousands
     if str(raw["train"].get("optimizer")).startswith("paged"):
         overrides.append("train.optimizer=adamw")  # paging is unified memory's, of a GPU
     if starts_from_adapter(name):
