@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import succeed
 from support.tiny_models import tiny_model
-from support.tiny_run import make_run, succeed
+from support.tiny_run import make_run
 
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.engine.model.model_shape import count_model

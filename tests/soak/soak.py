@@ -22,7 +22,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,9 @@ class Soak:
     def fill(self, ranks: Ranks) -> bool:
         filler = self.run.root / "filler"
         free = shutil.disk_usage(self.run.root).free
-        filler.write_bytes(bytes(max(0, free - self.chance.randrange(40_000))))
         try:
+            with suppress(OSError):  # the ranks took some of it meanwhile
+                filler.write_bytes(bytes(max(0, free - self.chance.randrange(40_000))))
             self._ended_within(ranks, 12)
         finally:
             filler.unlink()
