@@ -14,6 +14,7 @@ Then the same command is given again, as a launcher would. Nothing may hang, not
 a fault, and no exit may need more than the command once more.
 """
 
+import math
 import os
 import random
 import shutil
@@ -42,6 +43,8 @@ SETTINGS = (
     "train.micro_batch_tokens=128",
 )  # fmt: skip
 TMPFS_MIB = 48
+STEPS_BETWEEN = 3  # at most, from one fault to the next: a fast machine must not outrun them
+STEPS_A_FAULT = 2 * STEPS_BETWEEN  # with those that a fault itself lets pass
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Soak:
         arguments = ("train", str(self.run_yaml), f"run.dir={self.run.root}", *self.settings)
         with started_ranks(self.num_ranks, as_command, *arguments) as ranks:
             while self.num_faults < most:
-                if self._ended_within(ranks, self.chance.uniform(0.3, 6.0)):
+                if self._ended_within(ranks, self.chance.uniform(0.3, 6.0), STEPS_BETWEEN):
                     break
                 fault = self.chance.choice(self._faults())
                 name = fault.__name__.strip("_")
@@ -99,13 +102,18 @@ class Soak:
         faults = [self.kill, self.stop, self.usr2, self.term, self.flip, self.cut]
         return faults + [self.fill] * self.small_disk + [self.unplug] * self.own_network
 
-    def _ended_within(self, ranks: Ranks, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+    def _ended_within(self, ranks: Ranks, seconds: float, steps: float = math.inf) -> bool:
+        """Whether all ranks end in this time, or before so many steps more are done."""
+        deadline, last = time.monotonic() + seconds, self._steps_done() + steps
+        while time.monotonic() < deadline and self._steps_done() < last:
             if all(process.poll() is not None for process in ranks.processes):
                 return True
             time.sleep(POLL_S)
         return False
+
+    def _steps_done(self) -> int:
+        path = self.run.metrics_path
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def _expect_end(self, ranks: Ranks, fault: str) -> None:
         """As a launcher: once a rank has failed the others get GRACE_S, then they are killed."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from soak import run_soak, settings_of
+from soak import STEPS_A_FAULT, run_soak, settings_of
 from support.ranks import ROOT
 from support.tiny_run import make_run, metrics_of, same_training, succeed_on, weights_of
 
@@ -36,11 +36,12 @@ def unbroken(folder: Path, steps: int) -> tuple[Path, Path, Path]:
 )
 @pytest.mark.timeout(600)
 def test_ten_faults_change_no_number(tmp_path: Path) -> None:
-    run_yaml, start, trained = unbroken(tmp_path, steps=40)
-    told = run_soak(run_yaml, start, tmp_path / "soaked", faults=10, seed=SEED, steps=40)
+    steps = 10 * STEPS_A_FAULT
+    run_yaml, start, trained = unbroken(tmp_path, steps)
+    told = run_soak(run_yaml, start, tmp_path / "soaked", faults=10, seed=SEED, steps=steps)
     print(told)
     assert told["faults"] >= 10
-    same_training(trained, tmp_path / "soaked", 40)
+    same_training(trained, tmp_path / "soaked", steps)
 
 
 @pytest.mark.fault(
@@ -72,7 +73,7 @@ def namespace() -> list[str]:
 
 def soaked(folder: Path) -> None:
     """FAULTS faults on two ranks, then a tenth of them on one to three."""
-    own_network, steps = bool(namespace()), 8 * FAULTS  # some three go by for one
+    own_network, steps = bool(namespace()), STEPS_A_FAULT * FAULTS
     run_yaml, start, trained = unbroken(folder, steps)
     told = run_soak(
         run_yaml, start, folder / "soaked", faults=FAULTS, seed=SEED, steps=steps,
@@ -82,14 +83,14 @@ def soaked(folder: Path) -> None:
     assert told["faults"] >= FAULTS
     same_training(trained, folder / "soaked", steps)
     more = run_soak(
-        run_yaml, start, folder / "elastic", faults=FAULTS // 10, seed=SEED, steps=40,
+        run_yaml, start, folder / "elastic", faults=FAULTS // 10, seed=SEED, steps=steps // 10,
         elastic=True, own_network=own_network,
     )  # fmt: skip
     print(more, flush=True)
     few = folder / "few"
     shutil.copytree(start, few)
-    succeed_on(2, "train", run_yaml, f"run.dir={few}", *settings_of(40))
-    almost_same_training(few, folder / "elastic", 40)
+    succeed_on(2, "train", run_yaml, f"run.dir={few}", *settings_of(steps // 10))
+    almost_same_training(few, folder / "elastic", steps // 10)
 
 
 def almost_same_training(one: Path, other: Path, step: int) -> None:
