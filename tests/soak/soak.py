@@ -148,8 +148,9 @@ class Soak:
 
     def stop(self, ranks: Ranks) -> bool:
         """Once the ranks have met: before, a stopped one is found by the limit of `load` only."""
-        begun = time.time()
-        while not self.run.metrics_path.exists() or self.run.metrics_path.stat().st_mtime < begun:
+        done = self._steps_done()
+        while (now := self._steps_done()) <= done:
+            done = min(done, now)  # what comes after the checkpoint is taken back, then done again
             if self._ended_within(ranks, POLL_S):
                 return True
         return self._one(ranks, signal.SIGSTOP)
