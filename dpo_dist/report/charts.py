@@ -1,4 +1,4 @@
-"""The charts of reports, model cards and sweeps: SVG inside a page, PNG files beside it.
+"""The curves of reports, model cards and sweeps: SVG inside a page, PNG files beside it.
 
 matplotlib is imported only to draw, since that takes half a second. In a page the texts of a chart
 stay texts and its colors are the page's CSS variables, so it follows the reader's color scheme.
@@ -6,7 +6,7 @@ stay texts and its colors are the page's CSS variables, so it follows the reader
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE_INCHES = (5.6, 2.9)
-BAR_INCHES = 0.27  # height of a horizontal bar with its gap
 DPI = 180
 FEW = 40  # points; so many are drawn as they are, more with a smoothed line over them
 COLORS = {  # CSS variable -> its color in the light and in the dark scheme; pictures have the light
@@ -34,7 +33,6 @@ COLORS = {  # CSS variable -> its color in the light and in the dark scheme; pic
 INK, SOFT, RULE, FIRST, SECOND = (
     COLORS[name][0] for name in ("ink", "soft", "rule", "first", "second")
 )
-TIP = "tip:"  # before the id of an element: the rest is shown under the pointer
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": SOFT,
@@ -94,60 +92,6 @@ def write_pictures(lines: Sequence[Line], plots: Sequence[Plot], folder: Path) -
     return written
 
 
-def histogram(
-    edges: Sequence[float], counts: Mapping[str, Sequence[int]], x_label: str, signed: bool = False
-) -> str:
-    """SVG of pairs between N + 1 edges, N counts of each series; several are laid over each other.
-
-    `signed` gives bins below zero a color of their own. A bin tells its counts under the pointer.
-    """
-    from matplotlib.patches import Rectangle
-
-    with drawing() as figure:
-        axes = figure.subplots()
-        every = zip(edges, edges[1:], *counts.values(), strict=False)
-        bins = [(low, high, found) for low, high, *found in every if any(found)]
-        if len(counts) > 1:
-            for (name, values), color in zip(counts.items(), (FIRST, SECOND), strict=False):
-                axes.stairs(values, edges, fill=True, color=color, alpha=0.28)
-                axes.stairs(values, edges, color=color, linewidth=1.5, label=name)
-            figure.legend(loc="outside upper left", ncols=2)
-        else:
-            lows, highs, found = zip(*bins, strict=True) if bins else ((), (), ())
-            widths = [0.88 * (high - low) for low, high in zip(lows, highs, strict=True)]
-            colors = [SECOND if signed and high <= 0 else FIRST for high in highs]
-            axes.bar(lows, [count for (count,) in found], widths, align="edge", color=colors)
-        for low, high, found in bins:
-            shown = ", ".join(f"{n} {v:,}" for n, v in zip(counts, found, strict=True))
-            tip = Rectangle(
-                (low, 0), high - low, 1, transform=axes.get_xaxis_transform(), alpha=0,
-                gid=f"{TIP}{low:,.6g} to {high:,.6g}: {shown}",
-            )  # fmt: skip
-            axes.add_artist(tip)  # which asks for no limits of the axes, unlike axvspan
-        if signed:
-            axes.axvline(0, color=SOFT, linewidth=0.8)
-        axes.set(xlabel=x_label, ylabel="pairs", xlim=(edges[0], edges[-1]))
-        axes.set_ylim(bottom=0, top=None if bins else 1)
-        axes.grid(axis="x", visible=False)
-        _plain_numbers(axes, whole="y")
-        return _svg(figure)
-
-
-def bars(values: Mapping[str, int]) -> str:
-    """SVG of horizontal bars, their names before and their numbers behind them."""
-    with drawing((SIZE_INCHES[0], BAR_INCHES * len(values) + 0.1)) as figure:
-        axes = figure.subplots()
-        drawn = axes.barh(list(values), list(values.values()), color=FIRST)
-        axes.bar_label(drawn, fmt="{:,.0f}", padding=4, color=INK)
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.xaxis.set_visible(False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.margins(x=0.12, y=0.01)
-        axes.grid(visible=False)
-        return _svg(figure)
-
-
 @contextmanager
 def drawing(size: tuple[float, float] = SIZE_INCHES) -> Iterator["Figure"]:
     """An empty figure of (width, height) inches in our style; needs no display."""
@@ -180,7 +124,6 @@ def _svg(figure: "Figure") -> str:
     text = image.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)  # of the whole page
-    text = re.sub(f'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", text)
     text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text)  # but of markers and clip paths
     for name, (light, _) in COLORS.items():
         text = text.replace(light, f"var(--{name})")

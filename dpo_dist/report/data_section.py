@@ -6,7 +6,7 @@ from typing import Any
 from dpo_dist import __version__
 from dpo_dist.data.drop_reasons import DROP_REASONS, NOTES
 from dpo_dist.data.screening.distributions import describe_bias
-from dpo_dist.report import charts
+from dpo_dist.report.bars import bars, histogram
 from dpo_dist.report.page import (
     Html,
     Page,
@@ -104,11 +104,11 @@ def _charts(counts: Mapping[str, Any]) -> Iterator[Html]:
     found: Mapping[str, Any] = counts["histograms"]
     dropped = {name: number for name, number in counts["dropped"].items() if number}
     if dropped:
-        yield chart("Rows dropped, by reason", charts.bars(dropped))
+        yield chart("Rows dropped, by reason", bars(dropped))
     if not counts["pairs"]:
         return
     for name, title in (("prompt", "Prompts"), ("answers", "Answers, as they are trained on")):
-        shown = charts.histogram(found[name]["edges"], found[name]["counts"], "tokens")
+        shown = histogram(found[name]["edges"], found[name]["counts"], "tokens")
         yield chart(title, shown)
     yield from _by_source(
         found["difference"], "Chosen - rejected", "tokens",
@@ -124,5 +124,5 @@ def _charts(counts: Mapping[str, Any]) -> Iterator[Html]:
 def _by_source(found: Mapping[str, Any], title: str, unit: str, below: str) -> Iterator[Html]:
     """A chart for each series of a histogram, all on the same edges."""
     for name, counts in found["counts"].items():
-        shown = charts.histogram(found["edges"], {"pairs": counts}, unit, signed=True)
+        shown = histogram(found["edges"], {"pairs": counts}, unit, signed=True)
         yield chart(f"{title}, {name}", shown, below)

@@ -42,7 +42,19 @@ class Page:
     notes: Sequence[str] = ()
 
     def html(self) -> Html:
-        return _template("page.html.jinja").render(page=self, colors=COLORS)
+        return template("page.html.jinja").render(page=self, colors=COLORS)
+
+
+@cache
+def template(name: str) -> Any:
+    """A template of this folder; it escapes every text."""
+    return Environment(
+        loader=PackageLoader("dpo_dist.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
 
 
 def note(text: str) -> Html:
@@ -66,7 +78,7 @@ def tiles(values: Mapping[str, str]) -> Html:
 
 
 def chart(title: str, svg: str, note: str = "") -> Html:
-    """A chart of `charts` under its title."""
+    """A chart of `charts` or `bars` under its title."""
     return _parts().chart(title, svg, note)
 
 
@@ -100,16 +112,5 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-@cache
-def _template(name: str) -> Any:
-    return Environment(
-        loader=PackageLoader("dpo_dist.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template(name)
-
-
 def _parts() -> Any:
-    return _template("parts.html.jinja").module
+    return template("parts.html.jinja").module

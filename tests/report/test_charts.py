@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from support.ranks import ROOT
 
 from dpo_dist.metrics.curves import PLOTS, QUALITY_PLOTS, Line, Plot
 from dpo_dist.report import charts
+from dpo_dist.report.bars import bars, histogram
 
 EVIL = "<script>alert('x')</script>\"&$\\frac{1}{2}$"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,7 +56,7 @@ def lines_of(values: Sequence[float], name: str = "loss") -> list[Line]:
 
 
 def test_bars_of_a_histogram_are_to_scale_and_tell_their_counts() -> None:
-    chart = charts.histogram([0, 10, 20, 3000], {"pairs": [1000, 0, 2000]}, "tokens")
+    chart = histogram([0, 10, 20, 3000], {"pairs": [1000, 0, 2000]}, "tokens")
     low, high = heights_of(chart, "first")
     assert high == pytest.approx(2 * low, rel=1e-4)
     assert titles_of(chart) == ["0 to 10: pairs 1,000", "20 to 3,000: pairs 2,000"]
@@ -63,24 +65,24 @@ def test_bars_of_a_histogram_are_to_scale_and_tell_their_counts() -> None:
 
 def test_signed_bins_have_two_colors() -> None:
     counts = {"a": [1, 2, 3, 4]}
-    chart = charts.histogram([-2, -1, 0, 1, 2], counts, "x", signed=True)
+    chart = histogram([-2, -1, 0, 1, 2], counts, "x", signed=True)
     assert [len(heights_of(chart, color)) for color in ("first", "second")] == [2, 2]
-    plain = charts.histogram([-2, -1, 0, 1, 2], counts, "x")
+    plain = histogram([-2, -1, 0, 1, 2], counts, "x")
     assert [len(heights_of(plain, color)) for color in ("first", "second")] == [4, 0]
 
 
 def test_several_series_are_laid_over_each_other_and_named() -> None:
-    chart = charts.histogram([0, 1, 2], {"chosen": [1, 2], EVIL: [2, 1]}, "x")
+    chart = histogram([0, 1, 2], {"chosen": [1, 2], EVIL: [2, 1]}, "x")
     assert [len(heights_of(chart, color)) for color in ("first", "second")] == [1, 1]
     assert {"chosen", EVIL} <= set(texts_of(chart))
     assert titles_of(chart) == [f"0 to 1: chosen 1, {EVIL} 2", f"1 to 2: chosen 2, {EVIL} 1"]
 
 
 def test_bars_have_their_names_and_numbers() -> None:
-    chart = charts.bars({"duplicate": 1000, EVIL: 250})
+    chart = bars({"duplicate": 1000, EVIL: 250})
     long, short = widths_of(chart, "first")
-    assert long == pytest.approx(4 * short, rel=1e-4)
-    assert texts_of(chart) == ["duplicate", EVIL, "1,000", "250"]
+    assert long == pytest.approx(4 * short, rel=1e-3)
+    assert texts_of(chart) == ["duplicate", "1,000", EVIL, "250"]
 
 
 def test_a_curve_has_gaps_where_numbers_are_not_finite() -> None:
@@ -134,11 +136,11 @@ def any_charts() -> Iterator[Any]:
     evil = Plot("a", EVIL, EVIL, (f"a/{EVIL}", f"b/{EVIL}"))
     few = [{"step": step, f"a/{EVIL}": 1.0, f"b/{EVIL}": step} for step in (1, 2)]
     for name, chart in {
-        "no pairs": charts.histogram([0, 1], {"a": [0]}, "x"),
-        "no series": charts.histogram([0, 1], {}, "x"),
-        "names": charts.histogram([0, 1], {EVIL: [1], "b": [2]}, EVIL),
-        "score": charts.histogram([-0.1, 0.0, 0.1], {"a": [1, 10**9]}, "score", signed=True),
-        "bars": charts.bars({EVIL: 3, "b": 0}),
+        "no pairs": histogram([0, 1], {"a": [0]}, "x"),
+        "no series": histogram([0, 1], {}, "x"),
+        "names": histogram([0, 1], {EVIL: [1], "b": [2]}, EVIL),
+        "score": histogram([-0.1, 0.0, 0.1], {"a": [1, 10**9]}, "score", signed=True),
+        "bars": bars({EVIL: 3, "b": 0}),
         "curves": charts.curve_svg(few, evil),
         "point": charts.curve_svg(lines_of([1e-9]), LOSS),
         "large": charts.curve_svg(lines_of([1e12, -1e-9, math.nan]), LOSS),
@@ -165,13 +167,15 @@ def test_the_same_numbers_give_the_same_bytes() -> None:
 
 
 def test_matplotlib_is_imported_only_to_draw_and_left_as_it_was() -> None:
+    for path in (ROOT / "dpo_dist").rglob("*.py"):
+        assert not re.search(r"^(from|import) matplotlib", path.read_text(), re.MULTILINE), path
     program = (
-        "import sys, dpo_dist.commands.report, dpo_dist.stages.export, dpo_dist.stages.prepare\n"
-        "from dpo_dist.report import charts\n"
+        "import sys\n"
+        "from dpo_dist.report import bars, charts\n"
+        "bars.bars({'a': 1})\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "charts.bars({'a': 1})\n"
+        "with charts.drawing():\n    import matplotlib\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "import matplotlib\n"
         "assert matplotlib.rcParams['svg.fonttype'] == 'path'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

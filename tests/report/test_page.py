@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from dpo_dist.report.charts import COLORS, bars
+from dpo_dist.report.bars import bars
+from dpo_dist.report.charts import COLORS
 from dpo_dist.report.page import (
     Page,
     Section,
