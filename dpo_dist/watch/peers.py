@@ -1,8 +1,7 @@
 """What ranks tell each other of their progress: datagrams to rank 0, and its answers.
 
 Datagrams, because nothing here may wait: not for a file system, not for a process that is stopped.
-A lost one costs a second. A rank that was never heard of, as where a network drops them, is not
-watched; a rank 0 that waits for it in a collective is.
+A lost one costs a second. Where a network drops them all, each rank watches itself alone.
 """
 
 import contextlib
@@ -17,6 +16,8 @@ from dpo_dist.parsing import parse_json
 
 MAX_BYTES = 8192
 TIMES = 3  # that a last word is said, since one may be lost
+GREETING_S = 2.0  # for first words to arrive, where any do
+REPEAT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ class Line:
         self.meeting = meeting
         if self.rank:
             self._addresses[0] = (meeting.host, meeting.port)
+
+    def greet(self, pulse: Pulse, world_size: int) -> list[Word]:
+        """The first words of rank 0, or to it of all others: from then on silence is noticed.
+
+        Takes GREETING_S at most; whose word has not come by then is not in the answer.
+        """
+        heard: dict[int, Word] = {}
+        missing = set(range(1, world_size)) if self.rank == 0 else {0}
+        deadline = time.monotonic() + GREETING_S
+        while missing - heard.keys() and time.monotonic() < deadline:
+            self.say(Word(pulse))
+            heard |= {word.pulse.rank: word for word in self.hear(REPEAT_S)}
+        self.say_last(Word(pulse))  # to those who were heard last
+        return list(heard.values())
 
     def say(self, word: Word) -> None:
         """To rank 0, or from it to all who have spoken."""

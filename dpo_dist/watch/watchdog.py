@@ -1,7 +1,7 @@
 """Ends a stage that hangs: a thread in every rank, which looks once a second and never waits.
 
-Rank 0 knows how far each rank is (peers.py) and decides for all; a process without peers decides
-for itself. A stage hangs when
+Rank 0 knows how far each rank is (peers.py) and decides for all; a process without peers, or that
+never heard of rank 0, decides for itself. A stage hangs when
 
 * nobody got further for as long as a section may take, or
 * a rank says nothing at all, as when it is stopped; rank 0 is judged by the others.
@@ -106,14 +106,15 @@ class Watchdog:
                 return None
             if line is not None and line is self.line:
                 line.say(Word(own))
-            if follows:
-                return self._silent([seen for rank, seen in self._seen.items() if rank == 0])
+            if follows and 0 in self._seen:
+                return self._silent([self._seen[0]])
             return self._silent(list(self._seen.values())) or self._idle()
 
-    def join(self, line: Line, world_size: int) -> None:
-        """Watches the ranks at the other ends of `line` as well."""
+    def join(self, line: Line, world_size: int, heard: list[Word]) -> None:
+        """Watches the ranks at the other ends of `line` as well, of which some were heard."""
         with self._lock:
             self.line, self.world_size, self._seen = line, world_size, {}
+            self._take([word.pulse for word in heard], 0.0)
 
     def part(self, line: Line) -> None:
         """Watches this process alone, and tells the others so."""
@@ -208,8 +209,7 @@ def group_watched(
         return
     line = Line(rank, host)
     line.meet(broadcast(line.meeting if rank == 0 else None))
-    dog.join(line, world_size)
-    line.say(Word(dog.pulse()))  # at once: a rank that was never heard of is not missed
+    dog.join(line, world_size, line.greet(dog.pulse(), world_size))
     try:
         yield
     finally:

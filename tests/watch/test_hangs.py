@@ -21,10 +21,14 @@ from support.tiny_run import make_run, metrics_of, same_training, succeed_on
 
 from dpo_dist.cli.rank import launch
 from dpo_dist.config.run_config import load_config
+from dpo_dist.config.watchdog_section import WatchdogSection
+from dpo_dist.engine.distributed import collectives
 from dpo_dist.errors import EXIT_RESTART
 from dpo_dist.run import attempts, pipeline
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import read_status
+from dpo_dist.run.topology import from_environment
+from dpo_dist.watch import watchdog
 
 pytestmark = pytest.mark.timeout(600)
 QUICK = ["train.num_epochs=4", "checkpoint.every_steps=4", "eval.every_steps=5"]
@@ -100,6 +104,32 @@ def rank_of(launcher: int, rank: int) -> int:
         pid for pid in children if place in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     )
     return int(found)
+
+
+def stopped_at_once(number: int) -> None:
+    """A rank that stops as soon as it is in the group, and one that waits for it."""
+    topology = from_environment()
+    watchdog.start(
+        WatchdogSection(silent=3.0), topology.rank, 2, log=2, note_path=None,
+        tell=lambda error, late: None,
+    )  # fmt: skip
+    with collectives.process_group(topology):
+        if topology.rank == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        collectives.barrier()
+
+
+@pytest.mark.fault(
+    4,
+    "SIGSTOP of rank 0 or 1 as the group begins, before it has said a word",
+    becomes="found by `silent`; the other leaves with 75",
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_fault_04_a_rank_that_stops_as_the_group_begins_is_missed(number: int) -> None:
+    with started_ranks(2, stopped_at_once, number) as ranks:
+        waiting = ranks.processes[1 - number]
+        wait_until(lambda: waiting.poll() is not None, timeout_s=60)
+        assert waiting.returncode == EXIT_RESTART
 
 
 @pytest.mark.fault(

@@ -1,6 +1,8 @@
 """What ranks tell each other, over real sockets."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from dpo_dist.watch.peers import Line, Meeting, Pulse, Word
 
@@ -25,6 +27,21 @@ def test_words_go_both_ways_and_strangers_are_not_heard() -> None:
         assert set(map(str, first.hear(0.2))) == {str(Word(PULSE))}
     finally:
         for line in (first, second, stranger):
+            line.close()
+
+
+def test_who_greets_is_known_on_both_ends_at_once() -> None:
+    lines = [Line(rank, "127.0.0.1") for rank in (0, 1, 2)]
+    try:
+        for line in lines:
+            line.meet(lines[0].meeting)
+        with ThreadPoolExecutor(3) as pool:
+            heard = [*pool.map(lambda line: line.greet(replace(PULSE, rank=line.rank), 3), lines)]
+        assert [sorted(word.pulse.rank for word in words) for words in heard] == [[1, 2], [0], [0]]
+        lines[0].close()
+        assert lines[1].greet(PULSE, 3) == [], "and nobody waits for one that does not come"
+    finally:
+        for line in lines:
             line.close()
 
 

@@ -33,8 +33,16 @@ def line() -> Iterator[Line]:
 def dog_of(rank: int, line: Line | None, settings: WatchdogSection = SETTINGS) -> Watchdog:
     dog = Watchdog(settings, rank, 2, lambda error, late: None)
     if line is not None:
-        dog.join(line, 3)
+        dog.join(line, 3, [])
     return dog
+
+
+def test_a_rank_that_never_heard_of_rank_0_decides_for_itself(line: Line) -> None:
+    """As where a network drops datagrams, or rank 0 stopped before its first word."""
+    verdict = after(dog_of(1, line), line, 10)
+    assert verdict is None
+    verdict = after(dog_of(1, line), line, 12)
+    assert verdict is not None and [rank["rank"] for rank in verdict.late] == [1]
 
 
 def after(dog: Watchdog, line: Line | None, seconds: int, *pulses: Pulse) -> Verdict | None:
