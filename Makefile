@@ -9,7 +9,7 @@ DATA := runs/quickstart/data
 AGENT := examples/agent_trajectories
 # What `make coverage` runs, all by default; how tests share the cores; options of .ci/matrix.py.
 TESTS ?=
-PARALLEL := -n logical --dist loadfile
+PARALLEL := -n logical --dist loadfile --no-loadscope-reorder
 MATRIX ?=
 # Of each test that `make fuzz` runs, and where its random inputs begin.
 EXAMPLES ?= 300

@@ -108,7 +108,7 @@ def trained(folder: str, model_dir: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with collectives.process_group(from_environment()):
         ranks = from_environment().world_size
-        for case in CASES:
+        for case in CASES if ranks > 1 else CASES[::2]:
             engine = start(model_dir, case)
             share = packed_share(engine)
             losses = [train_step(engine, step) for step in (1, 2)]
