@@ -30,6 +30,7 @@ ROOMS = (
     "reference",
     "metrics",
     "planning",
+    "planning/scaling",
     "judging",
     "importing",
     "importing/trl",

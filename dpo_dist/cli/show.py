@@ -82,12 +82,32 @@ def plan(
         int | None, typer.Option(min=1, help="Ranks of the training stage.")
     ] = None,
     gpu_memory_gib: Annotated[float | None, typer.Option(help="Memory of one GPU, GiB.")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="Predict times and cost for these numbers of nodes: 1,2,4.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --nodes: the GPU, such as H100.")] = "H100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --nodes.")] = 8,
+    link_gbit: Annotated[
+        float, typer.Option(min=0.1, help="With --nodes: Gbit/s between nodes, of a whole node.")
+    ] = 3200.0,
+    utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="With --nodes: of a GPU's peak, reached.")
+    ] = 0.4,
+    gpu_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="With --nodes: the price of a GPU for an hour.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory, steps, tokens and disk; neither weights nor GPU needed."""
+    """Memory, steps, tokens and disk, or how a run scales; neither weights nor GPU needed."""
+    config = load_config(config_path, overrides or [])
+    if nodes is not None:
+        from dpo_dist.commands.scaling import Nodes, nodes_of, print_scaling
+
+        asked = Nodes(nodes_of(nodes), gpu, gpus_per_node, link_gbit, utilization, gpu_hour)
+        print_scaling(config, asked, as_json)
+        return
     from dpo_dist.commands.plan import print_plan
 
-    config = load_config(config_path, overrides or [])
     print_plan(config, world_size, gpu_memory_gib, as_json)
 
 

@@ -55,6 +55,7 @@ class Sharding:
     sub_group: int
     sum_bytes: int = 4  # of an element of the gradients that ZeRO-2 and 3 add up from bfloat16
     reduce_bytes: int = 4  # the same of a bucket on its way through the ranks
+    overlaps: bool = False  # collectives and computing
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,5 @@ def sharding_of(ds_config: dict[str, Any]) -> Sharding:
         sub_group=int(zero.get("sub_group_size", 1e9)),
         sum_bytes=2 if "16" in ds_config.get("data_types", {}).get("grad_accum_dtype", "") else 4,
         reduce_bytes=2 if "16" in ds_config.get("communication_data_type", "") else 4,
+        overlaps=overlapping,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import succeed
-from support.ranks import ROOT, wait_until
+from support.ranks import ROOT, SETTINGS, wait_until
 from support.tiny_run import make_run, metrics_of, same_training
 
 DRY = os.environ.get("DPO_DIST_GPU_DEVICE") == "cpu"
@@ -41,7 +41,8 @@ def run(run_yaml: Path, name: str, *overrides: str) -> Path:
     if DRY:
         succeed(*arguments)
     else:  # no fork of a process whose libraries have chosen their device
-        subprocess.check_call([sys.executable, "-m", "dpo_dist", *arguments], cwd=ROOT)
+        command = [sys.executable, "-m", "dpo_dist", *arguments]
+        subprocess.check_call(command, cwd=ROOT, env=os.environ | SETTINGS)
     return folder
 
 
@@ -124,7 +125,8 @@ def test_stopped_by_a_signal_and_resumed_equals_unbroken(
     whole = run(run_yaml, "whole", *settings)
     folder = run_yaml.parent / "broken"
     command = [sys.executable, "-m", "dpo_dist", "run", str(run_yaml), f"run.dir={folder}"]
-    started = subprocess.Popen([*command, *settings], cwd=ROOT)
+    # as many threads as in `run`: sums on the CPU depend on it
+    started = subprocess.Popen([*command, *settings], cwd=ROOT, env=os.environ | SETTINGS)
     try:
         metrics = folder / "metrics.jsonl"
         wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, 300)
