@@ -10,7 +10,7 @@ from dpo_dist.cli.output import print_json, read_result
 from dpo_dist.cli.rank import run_or_launch
 from dpo_dist.config.keys import explain_keys, to_yaml
 from dpo_dist.config.run_config import RunConfig, load_config
-from dpo_dist.errors import ArtifactError
+from dpo_dist.errors import ArtifactError, ConfigError
 from dpo_dist.run import pipeline
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import describe_status, is_overdue, last_word, read_status
@@ -85,14 +85,22 @@ def plan(
     nodes: Annotated[
         str | None, typer.Option(help="Predict times and cost for these numbers of nodes: 1,2,4.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="With --nodes: the GPU, such as H100.")] = "H100",
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --nodes.")] = 8,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --nodes: their GPU; H100 unless given.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="With --nodes; 8 unless given.")
+    ] = None,
     link_gbit: Annotated[
-        float, typer.Option(min=0.1, help="With --nodes: Gbit/s between nodes, of a whole node.")
-    ] = 3200.0,
+        float | None,
+        typer.Option(min=0.1, help="With --nodes: Gbit/s of a whole node; 3200 unless given."),
+    ] = None,
     utilization: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="With --nodes: of a GPU's peak, reached.")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="With --nodes: share of a GPU's peak; 0.4 unless given."
+        ),
+    ] = None,
     gpu_hour: Annotated[
         float | None, typer.Option(min=0.0, help="With --nodes: the price of a GPU for an hour.")
     ] = None,
@@ -100,10 +108,32 @@ def plan(
 ) -> None:
     """Memory, steps, tokens and disk, or how a run scales; neither weights nor GPU needed."""
     config = load_config(config_path, overrides or [])
+    here = {"--world-size": world_size, "--gpu-memory-gib": gpu_memory_gib}
+    there = {
+        "--gpu": gpu, "--gpus-per-node": gpus_per_node, "--link-gbit": link_gbit,
+        "--utilization": utilization, "--gpu-hour": gpu_hour,
+    }  # fmt: skip
+    unused = [
+        name for name, value in (there if nodes is None else here).items() if value is not None
+    ]
+    if unused:
+        found = ", ".join(unused)
+        raise ConfigError(
+            *(f"{found} without --nodes", "--nodes 1,2,4 with it", "Add it, or leave the rest out.")
+            if nodes is None
+            else (
+                f"{found} with --nodes",
+                "--nodes, or a run's own ranks",
+                "Leave one of them out.",
+            )
+        )
     if nodes is not None:
         from dpo_dist.commands.scaling import Nodes, nodes_of, print_scaling
 
-        asked = Nodes(nodes_of(nodes), gpu, gpus_per_node, link_gbit, utilization, gpu_hour)
+        asked = Nodes(
+            nodes_of(nodes), gpu or "H100", gpus_per_node or 8, link_gbit or 3200.0,
+            utilization or 0.4, gpu_hour,
+        )  # fmt: skip
         print_scaling(config, asked, as_json)
         return
     from dpo_dist.commands.plan import print_plan

@@ -115,3 +115,15 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         refused = dpo_dist("plan", run_yaml, "--nodes", nodes, *settings)
         assert refused.returncode == 2 and words in refused.stderr
+    for options, words in (
+        (
+            ("--gpu", "A100"),
+            "--gpu without --nodes; expected --nodes 1,2,4 with it. Add it, or leave the rest out.",
+        ),
+        (
+            ("--nodes", "1", "--world-size", "2"),
+            "--world-size with --nodes; expected --nodes, or a run's own ranks.",
+        ),
+    ):
+        refused = dpo_dist("plan", run_yaml, *options)
+        assert refused.returncode == 2 and words in refused.stderr
