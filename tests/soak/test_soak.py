@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from soak import STEPS_A_FAULT, run_soak, settings_of
+from soak import STEPS_A_FAULT, STEPS_BETWEEN, run_soak, settings_of
 from support.ranks import ROOT
 from support.tiny_run import make_run, metrics_of, same_training, succeed_on, weights_of
 
@@ -73,7 +73,7 @@ def namespace() -> list[str]:
 
 def soaked(folder: Path) -> None:
     """FAULTS faults on two ranks, then a tenth of them on one to three."""
-    own_network, steps = bool(namespace()), STEPS_A_FAULT * FAULTS
+    own_network, steps = bool(namespace()), STEPS_BETWEEN * FAULTS  # it takes 1.3 for one
     run_yaml, start, trained = unbroken(folder, steps)
     told = run_soak(
         run_yaml, start, folder / "soaked", faults=FAULTS, seed=SEED, steps=steps,
@@ -82,15 +82,16 @@ def soaked(folder: Path) -> None:
     print(told, flush=True)
     assert told["faults"] >= FAULTS
     same_training(trained, folder / "soaked", steps)
+    few_steps = STEPS_A_FAULT * FAULTS // 10
     more = run_soak(
-        run_yaml, start, folder / "elastic", faults=FAULTS // 10, seed=SEED, steps=steps // 10,
+        run_yaml, start, folder / "elastic", faults=FAULTS // 10, seed=SEED, steps=few_steps,
         elastic=True, own_network=own_network,
     )  # fmt: skip
     print(more, flush=True)
     few = folder / "few"
     shutil.copytree(start, few)
-    succeed_on(2, "train", run_yaml, f"run.dir={few}", *settings_of(steps // 10))
-    almost_same_training(few, folder / "elastic", steps // 10)
+    succeed_on(2, "train", run_yaml, f"run.dir={few}", *settings_of(few_steps))
+    almost_same_training(few, folder / "elastic", few_steps)
 
 
 def almost_same_training(one: Path, other: Path, step: int) -> None:
