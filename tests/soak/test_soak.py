@@ -47,7 +47,7 @@ def test_ten_faults_change_no_number(tmp_path: Path) -> None:
 @pytest.mark.fault(
     1,
     "200 of them, with a cut network and other numbers of ranks",
-    becomes="metrics and weights equal an unbroken run, within 1e-5 on other ranks",
+    becomes="metrics and weights equal an unbroken run, within 2e-5 on other ranks",
 )
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
@@ -95,10 +95,11 @@ def soaked(folder: Path) -> None:
 
 
 def almost_same_training(one: Path, other: Path, step: int) -> None:
-    """Metrics and weights within 1e-5, as the order of sums depends on the number of ranks."""
+    """Weights within 1e-5 and metrics within 2e-5, as the order of sums depends on the ranks; of
+    log-probs, which are sums of hundreds of nats in float32, within 1e-5 of themselves."""
     pairs = zip(metrics_of(one), metrics_of(other), strict=True)
     for left, right in pairs:
-        assert left == pytest.approx(right, abs=1e-5)
+        assert left == pytest.approx(right, rel=1e-5, abs=2e-5)
     left, right = weights_of(one, step), weights_of(other, step)
     assert left.keys() == right.keys() and RunDir(other).checkpoint_dir(step).exists()
     for name in left:
