@@ -113,20 +113,7 @@ def plan(
         "--gpu": gpu, "--gpus-per-node": gpus_per_node, "--link-gbit": link_gbit,
         "--utilization": utilization, "--gpu-hour": gpu_hour,
     }  # fmt: skip
-    unused = [
-        name for name, value in (there if nodes is None else here).items() if value is not None
-    ]
-    if unused:
-        found = ", ".join(unused)
-        raise ConfigError(
-            *(f"{found} without --nodes", "--nodes 1,2,4 with it", "Add it, or leave the rest out.")
-            if nodes is None
-            else (
-                f"{found} with --nodes",
-                "--nodes, or a run's own ranks",
-                "Leave one of them out.",
-            )
-        )
+    _refuse_unused(nodes, here if nodes is not None else there)
     if nodes is not None:
         from dpo_dist.commands.scaling import Nodes, nodes_of, print_scaling
 
@@ -139,6 +126,19 @@ def plan(
     from dpo_dist.commands.plan import print_plan
 
     print_plan(config, world_size, gpu_memory_gib, as_json)
+
+
+def _refuse_unused(nodes: str | None, ignored: dict[str, object]) -> None:
+    found = ", ".join(name for name, value in ignored.items() if value is not None)
+    if not found:
+        return
+    if nodes is None:
+        raise ConfigError(
+            f"{found} without --nodes", "--nodes 1,2,4 with it", "Add it, or leave the rest out."
+        )
+    raise ConfigError(
+        f"{found} with --nodes", "--nodes, or a run's own ranks", "Leave one of them out."
+    )
 
 
 def config(
