@@ -39,6 +39,7 @@ def test_who_greets_is_known_on_both_ends_at_once() -> None:
             heard = [*pool.map(lambda line: line.greet(replace(PULSE, rank=line.rank), 3), lines)]
         assert [sorted(word.pulse.rank for word in words) for words in heard] == [[1, 2], [0], [0]]
         lines[0].close()
+        lines[1].hear(0.5)  # what had been said by then
         assert lines[1].greet(PULSE, 3) == [], "and nobody waits for one that does not come"
     finally:
         for line in lines:
