@@ -93,7 +93,7 @@ class RayCluster:
                 "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=expected back",
                 "--deadline-remaining-seconds=120",
             ],
-            env=self.environment, check=True, timeout=60,
+            env=self.environment, check=True, timeout=200,
         )  # fmt: skip
 
     def num_alive(self) -> int:

@@ -31,11 +31,11 @@ from support.tiny_run import metrics_of, same_training
 from dpo_dist.run.attempts import died_of
 
 WORKERS = ("ray.workers=2", "ray.gpus_per_worker=0")
-JOB_S = 240
+JOB_S = 900  # a busy machine takes three times what a quiet one does
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("ip") or not RAY.exists(),
         reason="wants root, iproute2 and ray",
@@ -166,7 +166,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(
 ) -> None:
     """Ray itself would wait for ever."""
     job = cluster.submit(local / "run.yaml", f"run.dir={tmp_path}", "ray.workers=16")
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=200)
     assert job.returncode == 1 and not list(tmp_path.iterdir())
     assert "error: the cluster has room for 0 workers of 1 GPUs and 1 CPUs (" in output
     assert "expected room for 16. Lower ray.workers, ray.gpus_per_worker" in output
@@ -250,7 +250,7 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
     cluster.stop_node(2)
 
     second = cluster.submit(*arguments, *elastic, stages="train")
-    refused, _ = second.communicate(timeout=60)
+    refused, _ = second.communicate(timeout=200)
     assert second.returncode == 1
     assert f"error: {out} is in use by job raysubmit_" in refused
     assert "Wait for that job, stop it, or set another run.dir." in refused
@@ -260,7 +260,7 @@ def test_a_lost_node_and_a_killed_driver_leave_fewer_workers_and_the_same_curve(
         lambda a, e: mine in a and any(part.endswith(b"ray_launcher.py") for part in a[:2])
     ):
         os.kill(pid, signal.SIGKILL)
-    job.communicate(timeout=60)
+    job.communicate(timeout=200)
     assert job.returncode == 1
     wait_until(lambda: not any(rank_pids(out, rank) for rank in range(3)), 60)
     assert step_of(out) < LAST_STEP

@@ -32,12 +32,12 @@ LAUNCHER = ROOT / "launch" / "slurm_launcher.py"
 SIZE = (
     "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10",
 )  # fmt: skip
-JOB_S = 200
+JOB_S = 600  # a busy machine takes three times what a quiet one does
 HURRY_S = 5
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("slurmctld") or not shutil.which("munged"),
         reason="wants root, slurm-wlm and munge (apt-get install slurm-wlm munge iproute2)",
@@ -64,7 +64,7 @@ class Slurm:
     def call(self, *command: str | Path, cwd: Path | None = None) -> str:
         done = subprocess.run(
             list(map(str, command)), env=self.environment, cwd=cwd, capture_output=True, text=True,
-            timeout=60,
+            timeout=200,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -102,11 +102,11 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([SCRIPT, "up", folder], check=True, timeout=60)
+    subprocess.run([SCRIPT, "up", folder], check=True, timeout=200)
     try:
         yield Slurm(folder)
     finally:
-        subprocess.run([SCRIPT, "down", folder], check=True, timeout=60)
+        subprocess.run([SCRIPT, "down", folder], check=True, timeout=200)
 
 
 def rank_pids(job_id: str, rank: int) -> list[int]:
@@ -325,7 +325,7 @@ def test_a_sweep_is_an_array_whose_elements_stop_one_by_one(
     ids = {line.split()[0]: line.split()[2] for line in said.splitlines()}
     assert list(ids) == ["inputs", "points", "table"]
     again = subprocess.run(
-        command, env=user.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        command, env=user.environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert again.returncode == 2
     assert "jobs of this sweep are in the queue (" in again.stderr
@@ -363,7 +363,7 @@ def test_sbatch_that_refuses_cancels_what_was_submitted(
     ]
     done = subprocess.run(
         [sys.executable, LAUNCHER, local / "run.yaml", *overrides],
-        env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=slurm.environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: sbatch refuses train (exit 1: sbatch: error: ")
