@@ -9,7 +9,7 @@ DATA := runs/quickstart/data
 AGENT := examples/agent_trajectories
 # What `make coverage` runs, all by default; how tests share the cores; options of .ci/matrix.py.
 TESTS ?=
-PARALLEL := -n logical --dist loadfile --no-loadscope-reorder
+PARALLEL := -n $(shell echo $$(($$(nproc) * 3 / 2))) --dist loadfile --no-loadscope-reorder
 MATRIX ?=
 # Of each test that `make fuzz` runs, and where its random inputs begin.
 EXAMPLES ?= 300
@@ -45,7 +45,7 @@ agent: install
 	$(BIN)/dpo-dist run $(AGENT).yaml
 	$(BIN)/dpo-dist evaluate $(AGENT).yaml
 
-# A file of tests a core; the clusters, which need all cores, after them.
+# Three files of tests for two cores, since ranks wait for each other; then the clusters.
 test: install
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not cluster'
 	$(BIN)/python -m pytest -m 'cluster and not slow'

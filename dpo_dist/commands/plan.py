@@ -18,9 +18,16 @@ from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
+from dpo_dist.data.pairs import Pairs
 from dpo_dist.errors import ConfigError
 from dpo_dist.inputs.disk import disk_sizes
-from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named, without_quantization
+from dpo_dist.inputs.setup import (
+    count_shape,
+    make_setup,
+    sharding_named,
+    shares_prompts,
+    without_quantization,
+)
 from dpo_dist.inputs.work import Work, prepared_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.planning import entries
@@ -116,12 +123,21 @@ def _ranks(config: RunConfig, world_size: int | None) -> tuple[int, str]:
 
 def _count_pairs(config: RunConfig, work: Work, world_size: int) -> PairCounts:
     """The prepared pairs in numbers, the micro-batches of the first steps among them."""
-    lengths, settings = work.train.packed_lengths, config.train
+    train, settings = work.train, config.train
+    lengths, size, seed = train.packed_lengths, settings.global_batch_size, config.run.seed
+    shared = train.shared if shares_prompts(config) else None
+    steps = range(min(work.num_steps, STEPS_PACKED))
     micro_batches: list[int] = []
-    for step in range(min(work.num_steps, STEPS_PACKED)):
-        indices = step_pair_indices(step, len(lengths), settings.global_batch_size, config.run.seed)
-        on_ranks = plan_micro_batches(lengths, indices, world_size, settings.micro_batch_tokens)
+    for step in steps:
+        together = train.together(config.data.order)
+        indices = step_pair_indices(step, len(lengths), size, seed, together)
+        tokens = settings.micro_batch_tokens
+        on_ranks = plan_micro_batches(lengths, indices, world_size, tokens, shared)
         micro_batches.append(len(on_ranks[0]))
+    computed = {
+        order: 1.0 if shared is None else _computed(train, order, steps, size, seed)
+        for order in ("pairs", "prompts")
+    }
     return PairCounts(
         num_pairs=len(work.train),
         num_held_out=len(work.held_out),
@@ -130,7 +146,19 @@ def _count_pairs(config: RunConfig, work: Work, world_size: int) -> PairCounts:
         longest_tokens=int(lengths.max()),
         reference_tokens=int(lengths.sum() + work.held_out.packed_lengths.sum()),
         micro_batches=tuple(micro_batches),
+        computed=computed,
     )
+
+
+def _computed(train: Pairs, order: str, steps: range, size: int, seed: int) -> float:
+    """Tokens of the steps with what their pairs share counted once, over those of pairs alone."""
+    alone = together = 0
+    for step in steps:
+        indices = step_pair_indices(step, len(train), size, seed, train.together(order))
+        alone += int(train.packed_lengths[indices].sum())
+        assert train.shared is not None, "there is nothing to share"
+        together += train.shared.tokens(indices)
+    return together / alone
 
 
 def _reference_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, ...]]:

@@ -104,6 +104,11 @@ class DataSection(Section):
         [], description="Keys of pairs to leave out, as errors and non_finite/ name them."
     )
     max_dropped: Fraction = Field(0.5, description="Fail if more than this share is dropped.")
+    order: Literal["pairs", "prompts"] = Field(
+        "pairs",
+        description="What an epoch shuffles: pairs, or prompts with all their pairs, in which less "
+        "is computed twice.",
+    )
     num_workers: PositiveInt | Literal["auto"] = Field(
         "auto", description="Tokenizing processes; auto uses one per core, at most 16."
     )

@@ -6,6 +6,7 @@ from dpo_dist.config.run_config import RunConfig
 
 # keys that earlier versions had not: left out while they have the value that does as those did
 LATER_KEYS: dict[str, Any] = {
+    "data.order": "pairs",
     "train.min_lr_rate": 0.0,
     "train.warmup_steps": None,
     "train.decay_steps": 0.1,
@@ -32,6 +33,7 @@ def training_identity(config: RunConfig) -> dict[str, str]:
         else {"none": True},
         "model": {"dtype": config.model.dtype, "quantization": config.model.quantization},
         "run": {"seed": config.run.seed},
+        "data": {"order": config.data.order},
     }
     named = {
         f"{section}.{key}": value

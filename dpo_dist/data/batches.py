@@ -9,7 +9,7 @@
 4. `plan_scoring_batches` does the same in waves for a pass over many pairs.
 
 Nothing here knows its own rank: every rank computes the whole plan and takes its entry.
-A token count is that of the packed row: prompt + chosen + rejected.
+A token count is that of the packed row: prompt + chosen + rejected, each once where pairs share it.
 """
 
 import bisect
@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_dist.data.shared_parts import SharedParts, Unit, alone
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
 
-Bin = list[int]  # positions in the list of pairs that is being packed
+Bin = list[int]  # positions in the list of units that is being packed
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,20 @@ Plan = list[list[MicroBatch]]  # [rank][micro_step]
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> IntArray:
+def epoch_permutation(
+    num_pairs: int, seed: int, epoch: int, together: SharedParts | None = None
+) -> IntArray:
     """The order of the pairs in an epoch: (num_pairs,) read-only, a function of its arguments.
 
-    The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch).
+    The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch);
+    with `together` it is a word a prompt, whose pairs follow each other as they are numbered.
     numpy promises that stream for ever, unlike `Generator.permutation`: a run can be resumed, or
     repeated, with another numpy.
     """
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
-    order = np.argsort(words, kind="stable")
+    numbers = np.arange(num_pairs) if together is None else together.prompts
+    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    words = generator.random_raw(int(numbers.max()) + 1)
+    order = np.argsort(words[numbers], kind="stable")
     order.flags.writeable = False
     return order
 
@@ -77,7 +83,13 @@ def num_steps(num_pairs: int, global_batch_size: int, num_epochs: float) -> int:
     return steps
 
 
-def step_pair_indices(step: int, num_pairs: int, global_batch_size: int, seed: int) -> IntArray:
+def step_pair_indices(
+    step: int,
+    num_pairs: int,
+    global_batch_size: int,
+    seed: int,
+    together: SharedParts | None = None,
+) -> IntArray:
     """The (global_batch_size,) pairs of a step (counted from 0), whatever the number of ranks.
 
     They stand at positions [step * G, (step + 1) * G) of the epoch permutations laid end to end.
@@ -88,7 +100,8 @@ def step_pair_indices(step: int, num_pairs: int, global_batch_size: int, seed: i
     pieces: list[IntArray] = []
     while position < end:
         epoch, offset = divmod(position, num_pairs)
-        piece = epoch_permutation(num_pairs, seed, epoch)[offset : offset + end - position]
+        order = epoch_permutation(num_pairs, seed, epoch, together)
+        piece = order[offset : offset + end - position]
         pieces.append(piece)
         position += len(piece)
     return np.concatenate(pieces)
@@ -123,32 +136,54 @@ def plan_micro_batches(
     pair_indices: Sequence[int] | IntArray,
     world_size: int,
     micro_batch_tokens: int,
+    shared: SharedParts | None = None,
 ) -> Plan:
     """Packs pairs into equally many micro-batches on every rank: plan[rank][micro_step].
 
     Every entry of `pair_indices` appears in exactly one counted micro-batch, and none of them
     holds more than `micro_batch_tokens`; `lengths` are the packed tokens of every pair, indexed
-    by pair. Tokens are balanced over ranks and micro-steps. The plan is a function of the
-    arguments. Raises DataError as `check_token_budget`.
+    by pair. With `shared`, pairs of a prompt go together, and what they share counts once. Tokens
+    are balanced over ranks and micro-steps. The plan is a function of the arguments. Raises
+    DataError as `check_token_budget`.
     """
-    pairs = [int(pair) for pair in pair_indices]
+    pairs = np.asarray(pair_indices, dtype=np.int64)
     check_token_budget(lengths, pairs, micro_batch_tokens)
-    if not pairs:
+    if not len(pairs):
         return [[] for _ in range(world_size)]
-    tokens = [int(lengths[pair]) for pair in pairs]
-    # longest first; the position breaks ties so that the plan is deterministic
-    order = sorted(range(len(pairs)), key=lambda position: (-tokens[position], position))
+    if shared is None:
+        return _plan(lengths, pairs, alone(lengths[pairs]), world_size, micro_batch_tokens)[1]
+    # A prompt's pairs on one rank are the least work, and may be more than a rank's share of it:
+    # the others would wait. So both are tried.
+    share = -(-shared.tokens(pairs) // world_size)
+    plans = [
+        _plan(lengths, pairs, shared.together(pairs, most), world_size, micro_batch_tokens)
+        for most in sorted({micro_batch_tokens, min(share, micro_batch_tokens)}, reverse=True)
+    ]
+    return min(plans, key=lambda plan: plan[0])[1]
 
+
+def _plan(
+    lengths: IntArray, pairs: IntArray, units: list[Unit], world_size: int, micro_batch_tokens: int
+) -> tuple[int, Plan]:
+    """Packs units of pairs; beside the plan, the tokens of the fullest rank in each micro-step."""
+    tokens = [size for _, size in units]
+    # longest first; the position breaks ties so that the plan is deterministic
+    order = sorted(range(len(units)), key=lambda position: (-tokens[position], position))
     fitted = _best_fit(order, tokens, micro_batch_tokens)
     num_bins = -(-len(fitted) // world_size) * world_size
     bins = _level(order, tokens, micro_batch_tokens, num_bins) or fitted
-
-    micro_batches = [
-        MicroBatch(tuple(pairs[position] for position in members), counted=True) for members in bins
+    sized = [
+        (sum(tokens[unit] for unit in members), _micro_batch(pairs, units, members))
+        for members in bins
     ]
-    filler = MicroBatch((pairs[order[-1]],), counted=False)
-    micro_batches += [filler] * (num_bins - len(bins))
-    return _deal(micro_batches, lengths, world_size)
+    shortest = int(pairs[units[order[-1]][0][0]])
+    filler = int(lengths[shortest]), MicroBatch((shortest,), counted=False)
+    return _deal(sized + [filler] * (num_bins - len(bins)), world_size)
+
+
+def _micro_batch(pairs: IntArray, units: list[Unit], members: Bin) -> MicroBatch:
+    positions = [position for unit in members for position in units[unit][0]]
+    return MicroBatch(tuple(pairs[positions].tolist()), counted=True)
 
 
 def plan_scoring_batches(
@@ -157,6 +192,7 @@ def plan_scoring_batches(
     world_size: int,
     micro_batch_tokens: int,
     micro_batches_per_wave: int = 16,
+    shared: SharedParts | None = None,
 ) -> list[Plan]:
     """Cuts a pass over `pair_indices` into waves, each one a plan of `plan_micro_batches`.
 
@@ -172,7 +208,8 @@ def plan_scoring_batches(
     while start < len(pairs):
         # at least one pair, though a pair never exceeds a wave
         stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
-        waves.append(plan_micro_batches(lengths, pairs[start:stop], world_size, micro_batch_tokens))
+        wave = pairs[start:stop]
+        waves.append(plan_micro_batches(lengths, wave, world_size, micro_batch_tokens, shared))
         start, done = stop, int(ends[stop - 1])
     return waves
 
@@ -206,23 +243,21 @@ def _level(order: list[int], tokens: list[int], capacity: int, num_bins: int) ->
     return [members for members in bins if members]
 
 
-def _deal(micro_batches: list[MicroBatch], lengths: IntArray, world_size: int) -> Plan:
-    """Deals the micro-batches to ranks; their number is a multiple of world_size.
+def _deal(sized: list[tuple[int, MicroBatch]], world_size: int) -> tuple[int, Plan]:
+    """Deals (tokens, micro-batch) to ranks; their number is a multiple of world_size.
 
     The ranks wait for the slowest in every micro-step, so neighbors in size go together, and
-    the largest of them to the rank that has had least.
+    the largest of them to the rank that has had least. First comes for how many tokens they wait.
     """
-    sized = [
-        (sum(int(lengths[pair]) for pair in micro_batch.pair_indices), micro_batch)
-        for micro_batch in micro_batches
-    ]
-    sized.sort(key=lambda item: (-item[0], not item[1].counted, item[1].pair_indices))
+    sized = sorted(sized, key=lambda item: (-item[0], not item[1].counted, item[1].pair_indices))
     plan: Plan = [[] for _ in range(world_size)]
     loads = [0] * world_size
+    fullest = 0
     for start in range(0, len(sized), world_size):
         ranks = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
         micro_step = sized[start : start + world_size]
+        fullest += micro_step[0][0]
         for rank, (size, micro_batch) in zip(ranks, micro_step, strict=True):
             plan[rank].append(micro_batch)
             loads[rank] += size
-    return plan
+    return fullest, plan

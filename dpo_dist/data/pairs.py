@@ -6,8 +6,9 @@
         report.json      what was kept, dropped and noted
 
 Columns: prompt_ids, chosen_ids, rejected_ids (lists of int32), pair_key (16 bytes), source,
-origin. A token of an answer that is read and not scored, such as a tool's, is written ~id.
-N pairs of a split.
+origin, and a 16-byte key each of the prompt and of either answer behind it, by which pairs are
+known that share one. A token of an answer that is read and not scored, such as a tool's, is
+written ~id. N pairs of a split.
 """
 
 # pyright: basic
@@ -25,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
+from dpo_dist.data.shared_parts import SharedParts
 from dpo_dist.errors import ArtifactError
 from dpo_dist.reference.arrays import IdArray, IntArray, KeyArray
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, pair_key
@@ -36,12 +38,16 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 DATA_NAME = "data-00000-of-00001.arrow"
 
 _IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
+_KEY = pa.binary(KEY_BYTES)
+PART_KEYS = ("prompt_key", "chosen_key", "rejected_key")
+# of pairs that were prepared before prompts and answers had keys: they share nothing
+_EARLIER_SCHEMA = pa.schema(
     [
         ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
-        ("pair_key", pa.binary(KEY_BYTES)), ("source", pa.string()), ("origin", pa.string()),
+        ("pair_key", _KEY), ("source", pa.string()), ("origin", pa.string()),
     ]
 )  # fmt: skip
+SCHEMA = pa.schema([*_EARLIER_SCHEMA, *((name, _KEY) for name in PART_KEYS)])
 
 
 class SplitDetails(BaseModel):
@@ -70,8 +76,7 @@ class Pairs:
     @functools.cached_property
     def keys(self) -> KeyArray:
         """(N,) 16-byte keys; compare them as an array only."""
-        chunks = [key_column(chunk) for chunk in self.table["pair_key"].chunks]
-        return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
+        return self._keys_in("pair_key")
 
     @functools.cached_property
     def prompt_lengths(self) -> IntArray:
@@ -91,8 +96,26 @@ class Pairs:
     @functools.cached_property
     def packed_lengths(self) -> IntArray:
         """(N,) tokens of prompt | chosen | rejected."""
+        return self._part_lengths.sum(axis=1)
+
+    @functools.cached_property
+    def shared(self) -> SharedParts | None:
+        """Which pairs have a prompt or an answer in common; None where the pairs do not say."""
+        if PART_KEYS[0] not in self.table.schema.names:
+            return None
+        # half a key: two that are the same by chance cost a micro-batch some room and no more
+        halves = [self._keys_in(name).view("<u8")[::2] for name in PART_KEYS]
+        return SharedParts(np.stack(halves, axis=1), self._part_lengths)
+
+    def together(self, order: str) -> SharedParts | None:
+        """What an epoch of `data.order` keeps together; None: every pair goes by itself."""
+        return self.shared if order == "prompts" else None
+
+    @functools.cached_property
+    def _part_lengths(self) -> IntArray:
+        """(N, 3) tokens of prompt, chosen and rejected, those that are only read among them."""
         parts = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return np.sum([list_lengths(self.table[part]) for part in parts], axis=0)
+        return np.stack([list_lengths(self.table[part]) for part in parts], axis=1)
 
     @functools.cached_property
     def sources(self) -> npt.NDArray[np.str_]:
@@ -103,6 +126,10 @@ class Pairs:
     def digest(self) -> str:
         """Hex SHA-256 of all keys in order: the identity of these pairs."""
         return digest_of_keys(self.keys)
+
+    def _keys_in(self, column: str) -> KeyArray:
+        chunks = [key_column(chunk) for chunk in self.table[column].chunks]
+        return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
 
     def _scored_lengths(self, name: str) -> IntArray:
         counts = [scored_lengths(chunk) for chunk in self.table[name].chunks]
@@ -151,7 +178,7 @@ def open_pairs(pairs_dir: Path, split: str) -> Pairs:
         table = pa.ipc.open_stream(pa.memory_map(str(folder / DATA_NAME))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise _damaged(folder, f"is not readable ({first_line(error)})") from None
-    if table.schema != SCHEMA:
+    if table.schema not in (SCHEMA, _EARLIER_SCHEMA):
         raise _damaged(folder, f"has the columns {', '.join(table.schema.names)}")
     pairs = Pairs(table, folder)
     if pairs.digest != expected["digest"]:

@@ -13,9 +13,11 @@ import torch
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.pairs import Pairs
+from dpo_dist.data.shared_parts import SharedParts
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.packing import upload
+from dpo_dist.engine.forward.pair_scorer import scorer_of
 from dpo_dist.errors import ReferenceStoreError
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
@@ -70,6 +72,11 @@ class ScoredPairs:
         names = np.unique(sources).tolist()
         for name in names if len(names) > 1 else ():
             yield f"/{name}", np.flatnonzero(sources == name)
+
+
+def shared_for(model: torch.nn.Module, pairs: Pairs) -> SharedParts | None:
+    """What the pairs share, for a plan of micro-batches; None where each has to stand alone."""
+    return pairs.shared if scorer_of(model).shares_prompts else None
 
 
 def objective_of(config: RunConfig) -> Objective:

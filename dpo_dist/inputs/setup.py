@@ -17,6 +17,7 @@ from dpo_dist.model_files.files import (
     vocab_size_of,
 )
 from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.model_files.rope import length_bound_kinds
 from dpo_dist.planning.known_layouts import known_shape
 from dpo_dist.planning.setup import LOGITS_PER_CHUNK, ModelShape, Setup, Sharding, sharding_of
 
@@ -73,6 +74,12 @@ def count_shape(
     from dpo_dist.engine.model.model_shape import count_model  # seconds of imports
 
     return count_model(model_dir, adapter, config.model.trust_remote_code, start=start, **sizes)
+
+
+def shares_prompts(config: RunConfig) -> bool:
+    """Whether pairs may share a prompt in this model, as far as its config.json tells."""
+    settings = read_model_config(_config_dir(config.model.path, config.model.revision))
+    return not length_bound_kinds(settings.get("text_config") or settings)
 
 
 def own_vocab_size(config: RunConfig, model_dir: Path) -> int | None:

@@ -91,11 +91,24 @@ def check_settings(config: RunConfig) -> None:
 def _open_work(config: RunConfig) -> Work:
     pairs_dir, settings = RunDir(config.run.dir).pairs_dir, config.train
     train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
+    _check_order(config, train)
     check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
     steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
     steps = min(steps, settings.max_steps or steps)
     warmup_and_decay(settings, steps)
     return Work(train, held_out, steps)
+
+
+def _check_order(config: RunConfig, train: Pairs) -> None:
+    """Raises ArtifactError when pairs of a prompt are to go together and no pair says which."""
+    if config.data.order == "prompts" and train.shared is None:
+        raise ArtifactError(
+            f"data.order is prompts, and {train.folder} was prepared by a version that wrote no "
+            "keys of prompts",
+            "pairs with the columns prompt_key, chosen_key and rejected_key",
+            "Delete the prepared pairs and run `dpo-dist prepare` again, or set data.order to "
+            "pairs.",
+        )
 
 
 def _check_held_out(config: RunConfig, num_held_out: int) -> None:

@@ -94,6 +94,10 @@ def batch_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) ->
         return
     yield Entry("mean_pair_tokens", counts.mean_tokens, "prompt + chosen + rejected")
     yield Entry("longest_pair_tokens", counts.longest_tokens)
+    for order, computed in counts.computed.items():
+        if min(counts.computed.values()) < 1:
+            why = f"of these tokens with data.order {order}: what pairs of a step share, once"
+            yield Entry(f"computed_by_{order}", computed, why)
     micro_batches, steps = sum(counts.micro_batches), len(counts.micro_batches)
     why = f"= {micro_batches} micro-batches of a rank / the first {steps} steps"
     yield Entry("micro_batches_per_step", micro_batches / steps, why)
@@ -137,13 +141,15 @@ def _step_entries(config: RunConfig, counts: PairCounts) -> Iterator[Entry]:
     why = f"= floor({epochs} / {settings.global_batch_size} pairs){capped}"
     yield Entry("num_steps", counts.num_steps, why)
     in_steps = counts.num_steps * settings.global_batch_size
-    why = f"= {counts.mean_tokens:,.1f} tokens per pair x {in_steps:,} pairs"
+    computed = counts.computed[config.data.order]
+    shared = f" x {computed:.3f} computed" if computed < 1 else ""
+    why = f"= {counts.mean_tokens:,.1f} tokens per pair x {in_steps:,} pairs{shared}"
     yield Entry("num_tokens", _training_tokens(config, counts), why)
 
 
 def _training_tokens(config: RunConfig, counts: PairCounts) -> int:
     in_steps = counts.num_steps * config.train.global_batch_size
-    return round(counts.mean_tokens * in_steps)
+    return round(counts.mean_tokens * in_steps * counts.computed[config.data.order])
 
 
 def disk_entries(

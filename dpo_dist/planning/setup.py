@@ -1,5 +1,6 @@
 """What the arithmetic of the planner starts from: a model, its sharding, a run and its pairs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,7 @@ class PairCounts:
     longest_tokens: int
     reference_tokens: int  # of all pairs, held-out ones included
     micro_batches: tuple[int, ...]  # of a rank, in each of the first steps
+    computed: Mapping[str, float]  # by data.order: share of a step's tokens that is not shared
 
 
 def sharding_of(ds_config: dict[str, Any]) -> Sharding:

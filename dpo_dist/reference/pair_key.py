@@ -26,6 +26,11 @@ def pair_key(prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids) -> bytes:
     return digest.digest()
 
 
+def answer_key(prompt_ids: Ids, answer_ids: Ids) -> bytes:
+    """The 16-byte digest of one answer behind its prompt, equal in all pairs that it stands in."""
+    return pair_key(prompt_ids, answer_ids, ())
+
+
 def as_key_array(keys: Keys) -> npt.NDArray[np.bytes_]:
     """Brings keys (16-byte strings, or the rows of an (N, 16) uint8 array) to an (N,) S16 array.
 

@@ -22,7 +22,12 @@ from dpo_dist.engine.forward.scoring import score_on_all_ranks
 from dpo_dist.engine.model.model_choice import choose_model, load_chosen
 from dpo_dist.errors import DataError
 from dpo_dist.inputs.frozen_model import open_frozen, place_model
-from dpo_dist.inputs.scored_pairs import ScoredPairs, objective_of, with_reference
+from dpo_dist.inputs.scored_pairs import (
+    ScoredPairs,
+    objective_of,
+    shared_for,
+    with_reference,
+)
 from dpo_dist.metrics.evaluations import SHOWN
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
@@ -78,6 +83,7 @@ def _score_all(
         topology.world_size,
         config.scoring_tokens,
         micro_batches_per_wave=1,
+        shared=shared_for(model, pairs),
     )
     with progress_bar("pairs", enabled=topology.rank == 0) as bar:
         task = bar.add_task("evaluate", total=len(pairs))

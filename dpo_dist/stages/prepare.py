@@ -78,6 +78,7 @@ MAX_AUTO_WORKERS = 16
 LATER_KEYS = (
     "leave_out", "chat_template_kwargs", "on_lost_text", "allow_lost", "on_bad_row", "max_bad_rows",
 )  # fmt: skip
+FREE_KEYS = ("num_workers", "order")  # on which no pair depends
 ROWS_FOR_WORKERS = 4000  # with fewer rows starting processes takes longer than the work
 
 
@@ -143,7 +144,7 @@ def _identity(
     config: RunConfig, model_dir: Path, template: str | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and input digests that the pairs depend on; both name every difference."""
-    settings = config.data.model_dump(mode="json", exclude={"train", "eval", "num_workers"})
+    settings = config.data.model_dump(mode="json", exclude={"train", "eval", *FREE_KEYS})
     for key in LATER_KEYS:
         if settings[key] == DataSection.model_fields[key].get_default(call_default_factory=True):
             del settings[key]

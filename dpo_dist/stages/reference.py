@@ -24,6 +24,7 @@ from dpo_dist.engine.forward.scoring import score_on_all_ranks
 from dpo_dist.engine.model.policy import PolicyParts, load_policy
 from dpo_dist.errors import ArtifactError, ReferenceStoreError
 from dpo_dist.inputs.frozen_model import FrozenModel, open_frozen, place_model
+from dpo_dist.inputs.scored_pairs import shared_for
 from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.pair_logps import Terms
@@ -93,7 +94,7 @@ def _run_pass(
         _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
     with during("reference"), progress_bar("pairs", enabled=is_first) as bar:
         task, began = bar.add_task("reference", total=num_missing), time.monotonic()
-        for pairs, wave in _waves(config, splits, todo, topology.world_size):
+        for pairs, wave in _waves(config, reference.model, splits, todo, topology.world_size):
             own = wave[topology.rank]
             scored = score_on_all_ranks(reference.model, own, pairs.token_ids, device, terms)
             num_scored += _append(store, pairs, *scored, bad)
@@ -117,12 +118,18 @@ def _run_pass(
 
 
 def _waves(
-    config: RunConfig, splits: list[Pairs], todo: list[IndexArray], world_size: int
+    config: RunConfig,
+    model: torch.nn.Module,
+    splits: list[Pairs],
+    todo: list[IndexArray],
+    world_size: int,
 ) -> Iterator[tuple[Pairs, Plan]]:
     """What all ranks score together before it is committed, beside the split that it is of."""
     for pairs, missing in zip(splits, todo, strict=True):
-        budget = config.scoring_tokens
-        for wave in plan_scoring_batches(pairs.packed_lengths, missing, world_size, budget):
+        for wave in plan_scoring_batches(
+            pairs.packed_lengths, missing, world_size, config.scoring_tokens,
+            shared=shared_for(model, pairs),
+        ):  # fmt: skip
             yield pairs, wave
 
 
@@ -173,7 +180,12 @@ def _open_store(
         if opened.num_rows == 0:
             for line in explain_miss(root, contract):
                 _logger.info("reference: %s", line)
-        return [own_part(opened.coverage(pairs.keys)[1], part) for pairs in splits]
+        missing = [own_part(opened.coverage(pairs.keys)[1], part) for pairs in splits]
+        # those of a prompt in one wave, where they can share it
+        return [
+            own if pairs.shared is None else pairs.shared.by_prompt(own)
+            for pairs, own in zip(splits, missing, strict=True)
+        ]
 
     todo = collectives.on_first(look)
     return opened, todo

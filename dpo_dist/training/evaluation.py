@@ -7,7 +7,7 @@ from dpo_dist.data.batches import plan_scoring_batches
 from dpo_dist.data.tokens.templates import load_tokenizer, resolve_template
 from dpo_dist.engine.forward.generation import Sampling, answer_in_training
 from dpo_dist.engine.forward.scoring import score_on_all_ranks
-from dpo_dist.inputs.scored_pairs import distinct_prompts
+from dpo_dist.inputs.scored_pairs import distinct_prompts, shared_for
 from dpo_dist.objective.mixture import pair_losses
 from dpo_dist.training.job import Job
 from dpo_dist.training.sums import StepSums
@@ -20,8 +20,9 @@ def evaluate(job: Job) -> dict[str, float]:
     pairs = job.held_out.pairs
     scores, order = [], []
     for wave in plan_scoring_batches(
-        pairs.packed_lengths, range(len(pairs)), job.topology.world_size, job.config.scoring_tokens
-    ):
+        pairs.packed_lengths, range(len(pairs)), job.topology.world_size, job.config.scoring_tokens,
+        shared=shared_for(job.engine, pairs),
+    ):  # fmt: skip
         own = wave[job.topology.rank]
         indices, columns = score_on_all_ranks(
             job.engine, own, pairs.token_ids, job.device, job.terms

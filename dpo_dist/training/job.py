@@ -10,7 +10,8 @@ import torch
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import MicroBatch, plan_micro_batches, step_pair_indices
 from dpo_dist.engine.forward.packing import PackedPairs, pack_ahead
-from dpo_dist.inputs.scored_pairs import ScoredPairs
+from dpo_dist.engine.forward.pair_scorer import scorer_of
+from dpo_dist.inputs.scored_pairs import ScoredPairs, shared_for
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.objective import Objective
 from dpo_dist.objective.pair_logps import Terms
@@ -56,10 +57,11 @@ class Job:
 
     def step_pairs(self, step: int) -> IntArray:
         """The pairs of optimizer step 1, 2, ... over all ranks."""
-        global_batch_size = self.config.train.global_batch_size
+        pairs, config = self.train.pairs, self.config
         return step_pair_indices(
-            step - 1, len(self.train.pairs), global_batch_size, self.config.run.seed
-        )
+            step - 1, len(pairs), config.train.global_batch_size, config.run.seed,
+            pairs.together(config.data.order),
+        )  # fmt: skip
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step 1, 2, ..."""
@@ -68,9 +70,12 @@ class Job:
             self.step_pairs(step),
             self.topology.world_size,
             self.config.train.micro_batch_tokens,
+            shared_for(self.engine, self.train.pairs),
         )
         return planned[self.topology.rank]
 
     def packed(self, batches: list[MicroBatch]) -> AbstractContextManager[Iterator[PackedPairs]]:
         """The rows of micro-batches, each packed while the one before it computes."""
-        return pack_ahead(batches, self.train.pairs.token_ids, self.device, self.terms)
+        shared = scorer_of(self.engine).shares_prompts
+        ids = self.train.pairs.token_ids
+        return pack_ahead(batches, ids, self.device, self.terms, shared=shared)

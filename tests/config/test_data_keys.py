@@ -13,6 +13,7 @@ from support.prepared import make_model, orca_row, write_jsonl
 from support.servers.hub_server import Files, hub, read_from
 
 from dpo_dist.config.run_config import RunConfig
+from dpo_dist.data.batches import epoch_permutation
 from dpo_dist.data.pairs import SPLITS, open_pairs
 from dpo_dist.errors import DataError
 from dpo_dist.stages import prepare
@@ -89,6 +90,13 @@ def processes_of(config: RunConfig) -> str:
     return line.rpartition(", ")[2]
 
 
+def order_of(config: RunConfig) -> list[int]:
+    """The pairs of the first epoch."""
+    pairs = open_pairs(prepare.run(config), "train")
+    together = pairs.together(config.data.order)
+    return epoch_permutation(len(pairs), config.run.seed, 0, together).tolist()
+
+
 def source_flips(split: str) -> Iterator[Flip]:
     """Every key of a source, in one of the two lists."""
     for key, value in (
@@ -135,6 +143,12 @@ FLIPS = [
     Flip("data.leave_out", ["ab" * 16], refusal_of),
     Flip("data.max_dropped", 0.1, refusal_of),
     Flip("data.num_workers", 2, processes_of),
+    Flip(
+        "data.order",
+        "prompts",
+        order_of,
+        MANY_DROPPED | {"data.train[].path": "ranked.jsonl", "data.train[].pairs": "all"},
+    ),
 ]
 
 

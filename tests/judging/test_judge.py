@@ -440,19 +440,19 @@ def test_an_interrupted_judge_goes_on(
     out = tmp_path / "out"
 
     def stuck_after_five(request: Request, count: int) -> Answer:
-        return replace(larger_is_better(request, count), wait_s=30.0 if count > 5 else 0.0)
+        return replace(larger_is_better(request, count), wait_s=120.0 if count > 5 else 0.0)
 
     with serve(stuck_after_five) as server:
         running = run_command(files, server, out, "--concurrency", "1")
-        wait_until(lambda: len(server.requests) == 6, timeout_s=60)
+        wait_until(lambda: len(server.requests) == 6, timeout_s=120)
         os.killpg(running.pid, number)
-        running.communicate(timeout=20)
+        running.communicate(timeout=60)
         assert running.returncode != 0
         assert [path.name for path in out.iterdir()] == ["replies.jsonl"]
         assert len(replies(out)) == 5
         server.answer = larger_is_better
         running = run_command(files, server, out)
-        _, shown_table = running.communicate(timeout=60)
+        _, shown_table = running.communicate(timeout=120)
     assert running.returncode == 0, shown_table
     assert len(server.requests) == 6 + 7
     assert "12 comparisons, 5 of them judged before" in shown_table

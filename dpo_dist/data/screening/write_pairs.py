@@ -14,7 +14,7 @@ from dpo_dist.data.drop_reasons import KEPT
 from dpo_dist.data.pairs import DATA_NAME, SCHEMA, digest_of_keys
 from dpo_dist.data.screening.tokenized_rows import PairColumns, read_scratch
 from dpo_dist.reference.arrays import IntArray, KeyArray
-from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE
+from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE, answer_key
 
 # What `datasets` reads beside the Arrow file; it takes the columns from the file itself.
 _DATASETS_STATE = {
@@ -71,19 +71,31 @@ def _kept_batches(
 
 
 def _final_batch(batch: pa.RecordBatch, columns: PairColumns, rows: IntArray) -> pa.RecordBatch:
-    keys = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(KEY_BYTES), len(rows), [None, pa.py_buffer(columns.pair_keys[rows].tobytes())]
-    )
     names = [columns.sources[index].name for index in columns.source[rows].tolist()]
     origins = [columns.origin(row) for row in rows.tolist()]
+    prompts = batch["prompt_ids"]
+    chosen = truncate_lists(batch["chosen_ids"], columns.chosen_lengths[rows])
+    rejected = truncate_lists(batch["rejected_ids"], columns.rejected_lengths[rows])
     return pa.record_batch(
         [
-            batch["prompt_ids"],
-            truncate_lists(batch["chosen_ids"], columns.chosen_lengths[rows]),
-            truncate_lists(batch["rejected_ids"], columns.rejected_lengths[rows]),
-            keys,
+            *(prompts, chosen, rejected),
+            _key_array(columns.pair_keys[rows].tobytes()),
             pa.array(names, pa.string()),
             pa.array(origins, pa.string()),
+            _key_array(columns.prompt_keys[rows].tobytes()),
+            *(_key_array(_answer_keys(prompts, answers)) for answers in (chosen, rejected)),
         ],
         schema=SCHEMA,
+    )
+
+
+def _answer_keys(prompts: pa.ListArray, answers: pa.ListArray) -> bytes:
+    rows = zip(prompts, answers, strict=True)
+    return b"".join(answer_key(p.values.to_numpy(), a.values.to_numpy()) for p, a in rows)
+
+
+def _key_array(keys: bytes) -> pa.FixedSizeBinaryArray:
+    num_keys = len(keys) // KEY_BYTES
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(KEY_BYTES), num_keys, [None, pa.py_buffer(keys)]
     )

@@ -1,16 +1,15 @@
-"""Attention over a packed row: every completion sees its prompt and itself, nothing else.
+"""Attention over a packed row: every answer sees its prompt and itself, nothing else.
 
-Shapes: T packed tokens, H query heads, K key-value heads, E head size; of one pair p, c and r
-tokens of prompt, chosen and rejected.
+Shapes: T packed tokens, H query heads, K key-value heads, E head size.
 
-For each pair of the row `prompt | chosen | rejected` there are two causal calls, both with the
-mask aligned to the bottom right, so that no T x T mask exists:
+For each group of the row, `prompt | first answer | second answer | ...`, there is a causal call
+an answer, all with the mask aligned to the bottom right, so that no T x T mask exists:
 
-    A  queries prompt | chosen   keys and values prompt | chosen
-    B  queries rejected          keys and values prompt | rejected
+    first    queries prompt | answer   keys and values prompt | answer
+    others   queries answer            keys and values prompt | answer
 
-The queries of A0, B0, A1, B1, ... are the row itself, so a variable-length kernel takes all calls
-at once and only keys and values are copied, the prompts twice.
+The queries of all calls are the row itself, so a variable-length kernel takes them at once and
+only keys and values are copied, a prompt once for each answer.
 
 The function is registered with transformers under PACKED_ATTENTION; the row travels as a forward
 keyword, `packed_row`. A layer's window comes from the mask interface and not from the
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -43,40 +43,31 @@ class PackedAttentionError(RuntimeError):
 
 @dataclass
 class PackedRow:
-    """Where the pairs lie in a row, as the attention of every layer needs it; made per forward."""
+    """Where the groups lie in a row, as the attention of every layer needs it; made per forward."""
 
-    prompt_lengths: tuple[int, ...]
-    chosen_lengths: tuple[int, ...]
-    rejected_lengths: tuple[int, ...]
+    groups: list[list[int]]  # of each the tokens of its prompt, then of its answers
     backend: Backend
     device: torch.device
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # shared by the layers
-    query_ends: Tensor = field(init=False)  # (2B + 1,) int32, in the row
-    key_ends: Tensor = field(init=False)  # (2B + 1,) int32, in keys with every prompt twice
+    query_ends: Tensor = field(init=False)  # (A + 1,) int32, in the row
+    key_ends: Tensor = field(init=False)  # (A + 1,) int32, in keys with a prompt for each answer
     longest_query: int = field(init=False)
     longest_key: int = field(init=False)
 
     def __post_init__(self) -> None:
-        query_lengths = [length for p, c, r in self.pair_lengths() for length in (p + c, r)]
-        key_lengths = [length for p, c, r in self.pair_lengths() for length in (p + c, p + r)]
+        query_lengths = self.query_lengths()
+        key_lengths = [prompt + length for prompt, *answers in self.groups for length in answers]
         self.query_ends = _ends(query_lengths, self.device)
         self.key_ends = _ends(key_lengths, self.device)
         self.longest_query, self.longest_key = max(query_lengths), max(key_lengths)
 
     @classmethod
     def of(cls, packed: PackedPairs, backend: Backend) -> PackedRow:
-        return cls(
-            prompt_lengths=packed.prompt_lengths,
-            chosen_lengths=packed.chosen_lengths,
-            rejected_lengths=packed.rejected_lengths,
-            backend=backend,
-            device=packed.input_ids.device,
-        )
+        return cls(packed.part_lengths, backend, packed.input_ids.device)
 
-    def pair_lengths(self) -> list[tuple[int, int, int]]:
-        return list(
-            zip(self.prompt_lengths, self.chosen_lengths, self.rejected_lengths, strict=True)
-        )
+    def query_lengths(self) -> list[int]:
+        """Queries of each call: those of a group's first answer begin with the prompt's."""
+        return [n for prompt, first, *others in self.groups for n in (prompt + first, *others)]
 
     def mask(
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype
@@ -119,7 +110,7 @@ def packed_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each pair of `packed_row`; returns ((1, T, H, E of the values), None).
+    """Attend within each group of `packed_row`; returns ((1, T, H, E of the values), None).
 
     Raises PackedAttentionError for a layer that is not plain causal attention over the row.
     """
@@ -138,7 +129,7 @@ def packed_attention(
         sinks=s_aux,
         dropout=dropout,
     )
-    attend = _per_pair if packed_row.backend == "sdpa" else _varlen
+    attend = _per_answer if packed_row.backend == "sdpa" else _varlen
     return attend(query, key, value, packed_row, scoring), None
 
 
@@ -211,34 +202,36 @@ def _takes_groups(kernel: Callable[..., Any]) -> bool:
 
 
 def repeat_prompts(tokens: Tensor, row: PackedRow) -> Tensor:
-    """(T, ...) of the row to `prompt | chosen | prompt | rejected` of each pair in turn.
+    """(T, ...) of the row to `prompt | answer` of each answer in turn.
 
     By split and cat rather than by index: the backward is then a sum of slices in a fixed order.
     """
-    parts = tokens.split([length for lengths in row.pair_lengths() for length in lengths])
+    parts = iter(tokens.split([length for lengths in row.groups for length in lengths]))
     repeated: list[Tensor] = []
-    for prompt, chosen, rejected in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        repeated += [prompt, chosen, prompt, rejected]
+    for lengths in row.groups:
+        prompt, *answers = itertools.islice(parts, len(lengths))
+        repeated += [part for answer in answers for part in (prompt, answer)]
     return torch.cat(repeated)
 
 
-def _per_pair(
+def _per_answer(
     query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scoring: Scoring
 ) -> Tensor:
-    """Two calls for each pair, each on a dense block of it."""
+    """A call for each answer, on a dense block of it."""
     dtype = query.dtype
     if query.device.type == "cpu":
         # The fused CPU kernel's backward is six times slower in half precision than in float32.
         query, key, value = query.float(), key.float(), value.float()
-    sizes = [size for p, c, r in row.pair_lengths() for size in (p + c, r)]
-    queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))
+    sizes = row.query_lengths()
+    calls = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
     outs: list[Tensor] = []
-    for pair, num_prompt in enumerate(row.prompt_lengths):
-        first, second = 2 * pair, 2 * pair + 1
-        outs.append(_block(queries[first], keys[first], values[first], row, scoring))
-        seen_keys = torch.cat((keys[first][:, :, :num_prompt], keys[second]), 2)
-        seen_values = torch.cat((values[first][:, :, :num_prompt], values[second]), 2)
-        outs.append(_block(queries[second], seen_keys, seen_values, row, scoring))
+    for num_prompt, _, *others in row.groups:
+        queries, first_keys, first_values = next(calls)
+        outs.append(_block(queries, first_keys, first_values, row, scoring))
+        for queries, keys, values in itertools.islice(calls, len(others)):
+            seen_keys = torch.cat((first_keys[:, :, :num_prompt], keys), 2)
+            seen_values = torch.cat((first_values[:, :, :num_prompt], values), 2)
+            outs.append(_block(queries, seen_keys, seen_values, row, scoring))
     return torch.cat([out.transpose(1, 2) for out in outs], 1).to(dtype)
 
 

@@ -24,7 +24,8 @@ from dpo_dist.engine.forward.attention import Backend, PackedAttentionError
 from dpo_dist.engine.forward.backend_choice import choose_backend
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
-from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
+from dpo_dist.engine.forward.padding import unpack_sequences
+from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer, scorer_of
 from dpo_dist.engine.forward.rotary import (
     asked_by_pair,
     length_bound_kinds,
@@ -119,14 +120,14 @@ def choose_layout(
     runs and the model's mode is put back after. Raises DPODistError when neither layout gives the
     log-probs of the model's own logits.
     """
-    scorer = model if isinstance(model, PairScorer) else model.module
-    assert isinstance(scorer, PairScorer), type(scorer)
+    scorer = scorer_of(model)
     base = base_of(scorer.policy)
     dtype = next(base.parameters()).dtype
     training = model.training
     model.eval()
     try:
-        packed = pack_pairs(pairs or synthetic_pairs(base.config.get_text_config()), device)
+        tried = pairs or synthetic_pairs(base.config.get_text_config())
+        packed = pack_pairs(tried, device, shared=False)
         plain = model(packed, "plain")
         fault = _known_obstacle(scorer.policy) or packed_fault(model, packed, plain, dtype)
         fault = next((one for one in collectives.gather(fault) if one), None)
@@ -153,13 +154,12 @@ def check_neighbors(model: nn.Module, device: torch.device) -> float:
     ranks call it together; raises ConfigError where a pair depends on how far others reach, or
     may do so where it cannot be tried.
     """
-    scorer = model if isinstance(model, PairScorer) else model.module
-    assert isinstance(scorer, PairScorer), type(scorer)
+    scorer = scorer_of(model)
     base, training = base_of(scorer.policy), model.training
     kinds = ", ".join(length_bound_kinds(scorer.policy))
     short = synthetic_pairs(base.config.get_text_config())[-1]
-    near = pack_pairs([short, short], device)
-    behind = torch.arange(near.num_tokens, device=device)[None] >= near.pair_sizes[0]
+    near = pack_pairs([short, short], device, shared=False)
+    behind = torch.arange(near.num_tokens, device=device)[None] >= sum(near.part_lengths[0])
     far = replace(near, position_ids=near.position_ids + _FAR * behind)
     model.eval()
     try:
@@ -245,13 +245,10 @@ def _per_token(difference: Tensor, packed: PackedPairs) -> float:
 
 def _with_other_chosen(packed: PackedPairs) -> PackedPairs:
     """The same pairs with each chosen completion made of the tokens of its rejected one."""
-    row = packed.input_ids[0].tolist()
+    sequences = [ids.tolist() for ids in unpack_sequences(packed)]
     pairs: list[PairIds] = []
-    start = 0
-    for p, c, r in zip(
-        packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True
-    ):
-        prompt, rejected = row[start : start + p], row[start + p + c : start + p + c + r]
-        pairs.append((prompt, (rejected * c)[:c], rejected))
-        start += p + c + r
-    return pack_pairs(pairs, packed.input_ids.device)
+    for group, (chosen, rejected) in enumerate(packed.pairs):
+        num_prompt, num_chosen = packed.prompt_lengths[group], packed.answer_lengths[chosen]
+        prompt, others = sequences[rejected][:num_prompt], sequences[rejected][num_prompt:]
+        pairs.append((prompt, (others * num_chosen)[:num_chosen], others))
+    return pack_pairs(pairs, packed.input_ids.device, shared=False)

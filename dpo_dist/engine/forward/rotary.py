@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.engine.forward.model_parts import base_of
-
-_STATIC = {"default", "linear", "yarn", "llama3", "proportional"}
+from dpo_dist.model_files import rope
 
 
 class Parts(NamedTuple):
@@ -45,11 +44,7 @@ def asked_by_pair(modules: Sequence[nn.Module]) -> bool:
 
 def length_bound_kinds(policy: nn.Module) -> list[str]:
     """The kinds of rotary embedding in the model's config that may depend on the length."""
-    config = base_of(policy).config.get_text_config()
-    named = [getattr(config, key, None) or {} for key in ("rope_parameters", "rope_scaling")]
-    nested = [value for each in named for value in each.values() if isinstance(value, dict)]
-    kinds = {each.get("rope_type", each.get("type")) for each in (*named, *nested)}
-    return sorted(str(kind) for kind in kinds - _STATIC if kind)
+    return rope.length_bound_kinds(vars(base_of(policy).config.get_text_config()))
 
 
 def watch_rotary(policy: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ from dpo_dist.data.batches import MicroBatch
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.rng import restore_rng, rng_states
 from dpo_dist.engine.forward.packing import PairIds, pack_ahead
-from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs
+from dpo_dist.engine.forward.pair_scorer import Layout, score_pairs, scorer_of
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
 from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.watch.heartbeat import beat
@@ -39,7 +39,8 @@ def score(
     training = model.training
     model.train(training and dropout)
     try:
-        with pack_ahead(micro_batches, token_ids, device, terms) as rows:
+        shared = scorer_of(model).shares_prompts
+        with pack_ahead(micro_batches, token_ids, device, terms, shared=shared) as rows:
             for batch, packed in zip(micro_batches, rows, strict=True):
                 columns = score_pairs(model, packed, layout)
                 if batch.counted:

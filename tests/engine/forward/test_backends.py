@@ -132,7 +132,7 @@ def test_truth_09_a_flash_attn_that_does_not_import_is_passed_over(tmp_path: Pat
     """On a GPU by its capability, in a process that finds the package installed."""
     done = subprocess.run(
         [sys.executable, "-c", CHOICES],
-        capture_output=True, text=True, timeout=120, env=broken_package(tmp_path, "flash_attn"),
+        capture_output=True, text=True, timeout=240, env=broken_package(tmp_path, "flash_attn"),
     )  # fmt: skip
     chosen, refused, *machine = done.stdout.splitlines() or [done.stderr]
     # torch's kernel is tried next, and the build for CPUs cannot run it either

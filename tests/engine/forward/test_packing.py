@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dpo_dist.data.batches import MicroBatch
-from dpo_dist.engine.forward import packing
-from dpo_dist.engine.forward.packing import PairIds, pack_ahead, pack_pairs, pad_pairs, upload
+from dpo_dist.engine.forward import packing, padding
+from dpo_dist.engine.forward.packing import PairIds, pack_ahead, pack_pairs, upload
+from dpo_dist.engine.forward.padding import pad_pairs, unpack_sequences
 from dpo_dist.objective.pair_logps import Terms
 
 
@@ -71,18 +72,54 @@ def test_the_row_is_what_a_walk_over_the_tokens_makes(
 
     several = [(p, part_read(c), part_read(r)) for p, c, r in random_pairs(num_pairs)]
     for pairs in (random_pairs(num_pairs), several):
-        packed = pack_pairs([tuple(map(kind, pair)) for pair in pairs], terms=terms)  # pyright: ignore
+        of_kind: Any = [tuple(map(kind, pair)) for pair in pairs]
+        packed = pack_pairs(of_kind, terms=terms, shared=False)
         for name, expected in packed_by_token(pairs, terms).items():
             found = getattr(packed, name)
             assert found.dtype == torch.int64 and found.is_contiguous()
             assert found.flatten().tolist() == expected, name
         assert packed.input_ids.shape == packed.position_ids.shape == (1, packed.num_tokens)
-        assert packed.prompt_lengths == tuple(len(p) for p, _, _ in pairs)
-        assert packed.chosen_lengths == tuple(len(c) for _, c, _ in pairs)
-        assert packed.rejected_lengths == tuple(len(r) for _, _, r in pairs)
+        assert packed.part_lengths == [[len(ids) for ids in pair] for pair in pairs]
         scored = [sum(token >= 0 for token in ids) for _, *both in pairs for ids in both]
-        assert packed.completion_lengths == tuple(scored)
-        assert all(type(length) is int for length in packed.completion_lengths)
+        assert packed.scored_lengths == tuple(scored)
+        assert all(type(length) is int for length in packed.scored_lengths)
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(prompt=True)], ids=["answers", "prompts too"])
+@pytest.mark.parametrize("num_pairs", [1, 2, 7, 40])
+def test_what_pairs_share_is_packed_once(num_pairs: int, terms: Terms) -> None:
+    """Prompts and answers drawn from a few, so that pairs repeat them in any order."""
+    rng = random.Random(num_pairs)
+    prompts = [[5], [5, 6], [7, 8, 9]]
+    answers = [[3], [3, ~4, 2], [6, 6], [8, ~2]]
+    pairs: list[tuple[list[int], list[int], list[int]]] = []
+    for _ in range(num_pairs):
+        chosen, rejected = rng.sample(answers, 2)
+        pairs.append((rng.choice(prompts), chosen, rejected))
+    packed = pack_pairs(pairs, terms=terms)
+    alone = pack_pairs(pairs, terms=terms, shared=False)
+    distinct = {(tuple(prompt), tuple(ids)) for prompt, *both in pairs for ids in both}
+    tokens = sum(len(ids) for ids in {tuple(prompt) for prompt, _, _ in pairs})
+    assert packed.num_tokens == tokens + sum(len(ids) for _, ids in distinct)
+    assert packed.num_tokens_unshared == alone.num_tokens_unshared
+    assert packed.lengths.tolist() == alone.lengths.tolist()
+    assert packed.is_merged == (len(distinct) < 2 * num_pairs) and not alone.is_merged
+    targets = packed.targets.split(packed.target_lengths)
+    row, places = packed.input_ids[0], packed.position_ids[0]
+    before = packed.score_positions.split(packed.target_lengths)
+    sequences, group_of = unpack_sequences(packed), packed.group_of
+    for (prompt, *both), pair in zip(pairs, packed.pairs, strict=True):
+        for ids, answer in zip(both, pair, strict=True):
+            plain = [*prompt, *(token if token >= 0 else ~token for token in ids)]
+            assert sequences[answer].tolist() == plain
+            scored = [at for at, token in enumerate(ids) if token >= 0]
+            assert targets[answer].tolist() == [ids[at] for at in scored]
+            predictors = [len(prompt) + at - 1 for at in scored]
+            assert places[before[answer]].tolist() == predictors
+            assert row[before[answer]].tolist() == [plain[at] for at in predictors]
+        if terms.prompt:
+            own = targets[len(packed.answer_lengths) + group_of[pair[0]]]
+            assert own.tolist() == prompt[1:]
 
 
 def test_ids_that_are_no_integers_are_a_mistake_of_the_caller() -> None:
@@ -91,8 +128,9 @@ def test_ids_that_are_no_integers_are_a_mistake_of_the_caller() -> None:
 
 
 def test_worked_examples() -> None:
-    results = doctest.testmod(packing)
-    assert results.attempted >= 10 and results.failed == 0
+    for module, examples in ((packing, 9), (padding, 4)):
+        results = doctest.testmod(module)
+        assert results.attempted >= examples and results.failed == 0
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 7])
@@ -100,7 +138,7 @@ def test_every_completion_token_is_scored_once_by_the_token_before_it(num_pairs:
     pairs = random_pairs(num_pairs)
     packed = pack_pairs(pairs)
     row, positions = packed.input_ids[0], packed.position_ids[0]
-    lengths = packed.completion_lengths
+    lengths = packed.scored_lengths
     assert packed.num_pairs == num_pairs
     for index, (prompt, chosen, rejected) in enumerate(pairs):
         for completion, ids in ((2 * index, chosen), (2 * index + 1, rejected)):
@@ -116,7 +154,7 @@ def test_token_counts() -> None:
     packed = pack_pairs(pairs)
     assert packed.num_tokens == sum(len(p) + len(c) + len(r) for p, c, r in pairs)
     assert packed.num_tokens_unshared == sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    assert sum(packed.completion_lengths) == len(packed.targets) == len(packed.score_positions)
+    assert sum(packed.scored_lengths) == len(packed.targets) == len(packed.score_positions)
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2])

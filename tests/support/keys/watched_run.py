@@ -99,6 +99,6 @@ def watched(stage: str, run_yaml: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def pairs_in(packed: Any) -> list[list[int]]:
-    """The tokens of each packed pair."""
-    sizes = zip(packed.prompt_lengths, packed.chosen_lengths, packed.rejected_lengths, strict=True)
-    return [part.tolist() for part in packed.input_ids[0].split([sum(size) for size in sizes])]
+    """The tokens of each packed group of pairs."""
+    sizes = [sum(lengths) for lengths in packed.part_lengths]
+    return [part.tolist() for part in packed.input_ids[0].split(sizes)]
