@@ -143,12 +143,8 @@ def pack_pairs(
     [[5, 6, 7, 8, 9, 4, 5, 9, 8, 4]]
     >>> packed.position_ids.tolist()  # rejected starts again behind its prompt
     [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2]]
-    >>> packed.targets.tolist()
-    [8, 9, 4, 9, 8, 4]
-    >>> packed.score_positions.tolist()  # token 2 predicts both 8 (chosen) and 4 (rejected)
-    [2, 3, 2, 6, 6, 8]
-    >>> packed.lengths.tolist(), packed.num_tokens, packed.num_tokens_unshared
-    ([[2, 1], [1, 2]], 10, 14)
+    >>> packed.targets.tolist(), packed.score_positions.tolist()  # token 2 predicts both 8 and 4
+    ([8, 9, 4, 9, 8, 4], [2, 3, 2, 6, 6, 8])
     >>> pack_pairs([([5, 6, 7], [8, ~9, ~2, 3], [4])]).targets.tolist()
     [8, 3, 4]
     >>> packed = pack_pairs([([5, 6], [8], [9, 4]), ([5, 6], [8], [7])])  # three answers
