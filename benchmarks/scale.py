@@ -42,7 +42,7 @@ from dpo_dist.reference.contract import scoring_contract
 from dpo_dist.reference.pair_key import KEY_BYTES, KEY_DTYPE
 from dpo_dist.reference.parts import ROW_DTYPE, publish_part
 from dpo_dist.reference.store import ReferenceStore, open_store
-from dpo_dist.run.manifest import Manifest, digest_of, write_manifest
+from dpo_dist.run.manifest import Manifest, digest_of_hex, write_manifest
 
 BATCH_ROWS, PART_ROWS, NUM_HELD_OUT = 256, 4096, 1000
 # as many pairs a wave as 16,384 tokens hold of pairs of real length
@@ -124,7 +124,7 @@ def looking_up(config: RunConfig) -> Iterator[str]:
     yield "look all pairs up"
     found = torch.from_numpy(store.lookup(keys))
     yield "digest of the reference"
-    digest_of(found.numpy().tobytes().hex())
+    digest_of_hex(found.numpy().reshape(-1).view(np.uint8).data)
 
 
 def resuming(config: RunConfig) -> Iterator[str]:
@@ -134,9 +134,9 @@ def resuming(config: RunConfig) -> Iterator[str]:
     yield f"start of a resumed training, rank {rank}"
     work = prepared_work(config)
     assert work is not None
-    digests = [work.train.digest]
+    assert work.train.digest
     train, _ = (with_reference(models_of(config), p, "packed") for p in (work.train, work.held_out))
-    digests.append(digest_of(train.reference.numpy().tobytes().hex()))
+    assert train.reference_digest
     pairs = step_pair_indices(work.num_steps // 2, len(work.train), STEP_PAIRS, 0)
     plan = plan_micro_batches(work.train.packed_lengths, pairs, RANKS, TOKENS)
     indices = plan[rank][0].pair_indices
@@ -155,7 +155,7 @@ PARTS: dict[str, Callable[[RunConfig], Iterator[str]]] = {
 
 
 def measure(part: str, folder: Path, rank: int, parent: Connection) -> None:
-    """In a process of its own: tells its parent where a part is, and goes on when it is answered."""
+    """In a process of its own: tells its parent where a part is, and waits for the answer."""
     os.environ |= {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     config, name = config_of(folder), ""
     wall, cpu = time.perf_counter(), time.process_time()

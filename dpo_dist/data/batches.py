@@ -157,24 +157,27 @@ def plan_scoring_batches(
     world_size: int,
     micro_batch_tokens: int,
     micro_batches_per_wave: int = 16,
-) -> list[Plan]:
+) -> Iterator[Plan]:
     """Cuts a pass over `pair_indices` into waves, each one a plan of `plan_micro_batches`.
 
     A wave is what the reference pass commits at once: about `micro_batches_per_wave` full
-    micro-batches on every rank. Raises DataError as `check_token_budget`, before the first wave.
+    micro-batches on every rank. It is planned when it is asked for. Raises DataError as
+    `check_token_budget`, before the first wave.
     """
     pairs = np.asarray(pair_indices, dtype=np.int64)
     check_token_budget(lengths, pairs, micro_batch_tokens)
     wave_tokens = world_size * micro_batch_tokens * micro_batches_per_wave
     ends = np.cumsum(lengths[pairs])
-    waves: list[Plan] = []
-    start, done = 0, 0
-    while start < len(pairs):
-        # at least one pair, though a pair never exceeds a wave
-        stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
-        waves.append(plan_micro_batches(lengths, pairs[start:stop], world_size, micro_batch_tokens))
-        start, done = stop, int(ends[stop - 1])
-    return waves
+
+    def waves() -> Iterator[Plan]:
+        start, done = 0, 0
+        while start < len(pairs):
+            # at least one pair, though a pair never exceeds a wave
+            stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
+            yield plan_micro_batches(lengths, pairs[start:stop], world_size, micro_batch_tokens)
+            start, done = stop, int(ends[stop - 1])
+
+    return waves()
 
 
 def _best_fit(order: list[int], tokens: list[int], capacity: int) -> list[Bin]:

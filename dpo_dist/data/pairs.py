@@ -15,6 +15,7 @@ N pairs of a split.
 
 import functools
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ from dpo_dist.wording import first_line
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 DATA_NAME = "data-00000-of-00001.arrow"
+MANY = 16  # more than one pair in so many, and the lengths of all are found faster than theirs
 
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -70,7 +72,7 @@ class Pairs:
     @functools.cached_property
     def keys(self) -> KeyArray:
         """(N,) 16-byte keys; compare them as an array only."""
-        chunks = [key_column(chunk) for chunk in self.table["pair_key"].chunks]
+        chunks = [key_column(chunk) for chunk in self._key_chunks]
         return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
 
     @functools.cached_property
@@ -91,18 +93,45 @@ class Pairs:
     @functools.cached_property
     def packed_lengths(self) -> IntArray:
         """(N,) tokens of prompt | chosen | rejected."""
-        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return np.sum([list_lengths(self.table[part]) for part in parts], axis=0)
+        lengths = np.zeros(len(self), dtype=np.int64)
+        for column in self._id_columns:
+            lengths += list_lengths(column)
+        return lengths
 
     @functools.cached_property
     def sources(self) -> npt.NDArray[np.str_]:
         """(N,) names of the sources."""
-        return np.array(self.table["source"].to_pylist(), dtype=np.str_)
+        codes = pc.call_function("dictionary_encode", [self.table["source"]]).combine_chunks()
+        names = np.array(codes.dictionary.to_pylist(), dtype=np.str_)
+        return names[codes.indices.to_numpy()]
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of all keys in order: the identity of these pairs."""
-        return digest_of_keys(self.keys)
+        """Hex SHA-256 of all keys in order, `digest_of_keys`: the identity of these pairs."""
+        digest = hashlib.sha256()
+        for chunk in self._key_chunks:  # where they lie in the file: many ranks need no more
+            digest.update(key_column(chunk).data)
+        return digest.hexdigest()
+
+    def lengths_of(self, indices: Sequence[int] | IntArray) -> IntArray:
+        """(B, 3) tokens of the prompts, and scored tokens of the chosen and the rejected answers.
+
+        Which tokens are scored stands in the tokens, so only those of these pairs are read.
+        """
+        if len(indices) > len(self) // MANY:
+            columns = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
+            return np.stack([column[np.asarray(indices)] for column in columns], axis=1)
+        counts = [self._lengths_of_one(int(index)) for index in indices]
+        return np.array(counts, dtype=np.int64).reshape(-1, 3)
+
+    @functools.cached_property
+    def _lengths_of_one(self) -> Callable[[int], tuple[int, int, int]]:
+        @functools.lru_cache(maxsize=1 << 14)  # every micro-batch asks for all pairs of its step
+        def count(index: int) -> tuple[int, int, int]:
+            prompt, chosen, rejected = self._ids(*self._place(index))
+            return len(prompt), np.count_nonzero(chosen >= 0), np.count_nonzero(rejected >= 0)
+
+        return count
 
     def _scored_lengths(self, name: str) -> IntArray:
         counts = [scored_lengths(chunk) for chunk in self.table[name].chunks]
@@ -120,15 +149,27 @@ class Pairs:
     def token_ids(self, index: int) -> tuple[IdArray, IdArray, IdArray]:
         """Prompt, chosen and rejected ids as they lie in the file, (tokens,) int32, not to be
         written to; raises ArtifactError when they do not have their key."""
+        number, row = self._place(index)
+        prompt, chosen, rejected = self._ids(number, row)
+        if self._key_chunks[number][row].as_py() != pair_key(prompt, chosen, rejected):
+            raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
+        return prompt, chosen, rejected
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a pair's chunk, and its row there."""
         # not by ChunkedArray's own index, which walks over all chunks
         number = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = index - int(self._first_rows[number])
+        return number, index - int(self._first_rows[number])
+
+    def _ids(self, number: int, row: int) -> tuple[IdArray, IdArray, IdArray]:
         prompt, chosen, rejected = (
             column.chunk(number)[row].values.to_numpy() for column in self._id_columns
         )
-        if self.keys[index : index + 1].tobytes() != pair_key(prompt, chosen, rejected):
-            raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
         return prompt, chosen, rejected
+
+    @functools.cached_property
+    def _key_chunks(self) -> list[pa.FixedSizeBinaryArray]:
+        return self.table["pair_key"].chunks
 
     @functools.cached_property
     def _id_columns(self) -> list[pa.ChunkedArray]:
@@ -137,7 +178,7 @@ class Pairs:
     @functools.cached_property
     def _first_rows(self) -> IntArray:
         """The index of the first pair of every chunk; all columns have the same chunks."""
-        lengths = [len(chunk) for chunk in self.table["pair_key"].chunks]
+        lengths = [len(chunk) for chunk in self._key_chunks]
         return np.cumsum([0, *lengths[:-1]])
 
 
@@ -172,7 +213,10 @@ def key_column(array: pa.FixedSizeBinaryArray) -> KeyArray:
 
 def list_lengths(column: pa.ListArray | pa.ChunkedArray) -> IntArray:
     """(N,) lengths of the lists of an Arrow column."""
-    return pc.call_function("list_value_length", [column]).to_numpy().astype(np.int64)
+    lengths = pc.call_function("list_value_length", [column])
+    # in one piece it needs no pandas, whose import takes longer than the lengths of a million pairs
+    whole = lengths.combine_chunks() if isinstance(lengths, pa.ChunkedArray) else lengths
+    return whole.to_numpy().astype(np.int64)
 
 
 def unmarked(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:

@@ -23,6 +23,7 @@ from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
 from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.reference.contract import scoring_contract, store_root
 from dpo_dist.reference.store import explain_miss, open_store
+from dpo_dist.run.manifest import digest_of_hex
 from dpo_dist.run.run_dir import RunDir
 
 Indices = Sequence[int] | IntArray
@@ -34,6 +35,11 @@ class ScoredPairs:
 
     pairs: Pairs
     reference: torch.Tensor
+
+    @property
+    def reference_digest(self) -> str:
+        """Hex SHA-256 that a resume must find unchanged: of the bytes as hex digits in quotes."""
+        return digest_of_hex(self.reference.numpy().reshape(-1).view(np.uint8).data)
 
     def logps(
         self,
@@ -47,17 +53,16 @@ class ScoredPairs:
         `step` are the pairs whose mean the loss is, for losses per token; by default the same.
         """
         rows, step_rows = np.asarray(indices), np.asarray(indices if step is None else step)
-        columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])
-        lengths = upload(torch.from_numpy(np.stack(columns, axis=1)), policy.device)
-        chosen = self.pairs.chosen_lengths[step_rows]
+        own, of_step = self.pairs.lengths_of(rows), self.pairs.lengths_of(step_rows)
+        lengths = upload(torch.from_numpy(own), policy.device)
         return PairLogps.from_columns(
             policy,
             upload(self.reference[rows], policy.device),
-            lengths,
+            lengths[:, 1:],
             terms,
-            prompt_lengths=upload(torch.from_numpy(self.pairs.prompt_lengths[rows]), policy.device),
-            mean_chosen_length=float(chosen.mean()),
-            mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
+            prompt_lengths=lengths[:, 0],
+            mean_chosen_length=float(of_step[:, 1].mean()),
+            mean_sequence_length=float((of_step[:, 0] - 1 + of_step[:, 1]).mean()),
         )
 
     def by_source(self, indices: IntArray) -> Iterator[tuple[str, IntArray]]:
@@ -102,15 +107,20 @@ def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
     if models.config.objective.reference_free:
         return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
 
-    def look_up() -> LogpArray:
+    found: list[LogpArray] = []
+
+    def look_up() -> int:
         root, contract = store_root(models.config), scoring_contract(models, layout)
         try:
-            return open_store(root, contract).lookup(pairs.keys, np.arange(len(pairs)))
+            found.append(open_store(root, contract).lookup(pairs.keys))
         except ReferenceStoreError as error:
-            found = "; ".join([error.found, *explain_miss(root, contract)])
-            raise ReferenceStoreError(found, error.expected, error.remedy) from None
+            told = "; ".join([error.found, *explain_miss(root, contract)])
+            raise ReferenceStoreError(told, error.expected, error.remedy) from None
+        return len(pairs)
 
-    return ScoredPairs(pairs, torch.from_numpy(collectives.on_first(look_up)))
+    rows = collectives.on_first(look_up)
+    reference = torch.from_numpy(found[0]) if found else torch.empty(rows, 2)
+    return ScoredPairs(pairs, collectives.broadcast_tensor(reference))
 
 
 def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:

@@ -74,7 +74,7 @@ def _score_all(
     scores = np.zeros((len(pairs), 2), dtype=np.float32)
     waves = plan_scoring_batches(
         pairs.packed_lengths,
-        range(len(pairs)),
+        np.arange(len(pairs)),
         topology.world_size,
         config.scoring_tokens,
         micro_batches_per_wave=1,

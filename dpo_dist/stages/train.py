@@ -28,7 +28,6 @@ from dpo_dist.inputs.setup import count_shape
 from dpo_dist.inputs.work import Work, checked_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.mixture import pair_losses
-from dpo_dist.run.manifest import digest_of
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.stop_flag import StopFlag, Stopped
 from dpo_dist.run.topology import Topology, from_environment
@@ -63,7 +62,7 @@ def run(config: RunConfig) -> Path:
                 return resume
             checkpoint.check_ours(resume, settings.trusted_owners)
         job = _build_job(models, work, topology, device, resume)
-        digests |= {"reference": digest_of(job.train.reference.numpy().tobytes().hex())}
+        digests |= {"reference": job.train.reference_digest}
         if resume is None:
             check_start(job)
         built = time.monotonic()

@@ -20,7 +20,10 @@ def evaluate(job: Job) -> dict[str, float]:
     pairs = job.held_out.pairs
     scores, order = [], []
     for wave in plan_scoring_batches(
-        pairs.packed_lengths, range(len(pairs)), job.topology.world_size, job.config.scoring_tokens
+        pairs.packed_lengths,
+        np.arange(len(pairs)),
+        job.topology.world_size,
+        job.config.scoring_tokens,
     ):
         own = wave[job.topology.rank]
         indices, columns = score_on_all_ranks(

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from dpo_dist.data import batches
 from dpo_dist.data.batches import (
     MicroBatch,
     Plan,
@@ -170,7 +171,7 @@ def test_a_pair_that_occurs_twice_in_a_step_counts_twice() -> None:
 
 def test_no_pairs_make_no_micro_batches() -> None:
     assert plan_micro_batches(np.array([10]), [], 2, 40) == [[], []]
-    assert plan_scoring_batches(np.array([10]), [], 2, 40) == []
+    assert list(plan_scoring_batches(np.array([10]), [], 2, 40)) == []
 
 
 @pytest.mark.parametrize("plan", [plan_micro_batches, plan_scoring_batches])
@@ -193,7 +194,7 @@ def test_scoring_waves_cover_the_pairs_in_order() -> None:
     rng = np.random.default_rng(3)
     lengths = lognormal_lengths(rng, 3000)
     pairs = np.flatnonzero(rng.random(3000) < 0.7)
-    waves = plan_scoring_batches(lengths, pairs, 3, 8192, micro_batches_per_wave=4)
+    waves = list(plan_scoring_batches(lengths, pairs, 3, 8192, micro_batches_per_wave=4))
     assert sum((counted_pairs(plan) for plan in waves), Counter()) == Counter(pairs.tolist())
     edges = [(min(counted_pairs(plan)), max(counted_pairs(plan))) for plan in waves]
     assert all(left[1] < right[0] for left, right in zip(edges, edges[1:], strict=False))
@@ -201,3 +202,38 @@ def test_scoring_waves_cover_the_pairs_in_order() -> None:
         assert len({len(micro_batches) for micro_batches in plan}) == 1
         assert len(plan[0]) <= 5  # 4 full ones, and one where packing leaves gaps
     assert 1 < len(waves) <= -(-int(lengths[pairs].sum()) // (3 * 8192 * 4)) + 1
+
+
+def planned_at_once(lengths: np.ndarray, pairs: np.ndarray, ranks: int, budget: int) -> list[Plan]:
+    """The waves as they were planned before they were planned one by one."""
+    ends, waves, start, done = np.cumsum(lengths[pairs]), list[Plan](), 0, 0
+    while start < len(pairs):
+        stop = max(int(np.searchsorted(ends, done + ranks * budget * 16, side="right")), start + 1)
+        waves.append(plan_micro_batches(lengths, pairs[start:stop], ranks, budget))
+        start, done = stop, int(ends[stop - 1])
+    return waves
+
+
+def test_waves_are_planned_when_they_are_asked_for_and_are_those_of_a_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+
+    def counted(lengths: np.ndarray, pairs: np.ndarray, ranks: int, budget: int) -> Plan:
+        planned.append(len(pairs))
+        return plan_micro_batches(lengths, pairs, ranks, budget)
+
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        lengths = lognormal_lengths(rng, 2000)
+        pairs = np.flatnonzero(rng.random(2000) < rng.random())
+        ranks, budget = int(rng.integers(1, 4)), int(rng.integers(4096, 16384))
+        expected = planned_at_once(lengths, pairs, ranks, budget)
+        planned.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "plan_micro_batches", counted)
+            waves = plan_scoring_batches(lengths, pairs, ranks, budget)
+            assert planned == []
+            for number, wave in enumerate(waves, start=1):
+                assert len(planned) == number and wave == expected[number - 1]
+        assert len(planned) == len(expected) and sum(planned) == len(pairs)
