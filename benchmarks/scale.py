@@ -135,7 +135,7 @@ def resuming(config: RunConfig) -> Iterator[str]:
     work = prepared_work(config)
     assert work is not None
     assert work.train.digest
-    train, _ = (with_reference(models_of(config), p, "packed") for p in (work.train, work.held_out))
+    train, _ = with_reference(models_of(config), [work.train, work.held_out], "packed")
     assert train.reference_digest
     pairs = step_pair_indices(work.num_steps // 2, len(work.train), STEP_PAIRS, 0)
     plan = plan_micro_batches(work.train.packed_lengths, pairs, RANKS, TOKENS)

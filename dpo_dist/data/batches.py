@@ -19,9 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
+from dpo_dist.reference.sorted_rows import stable_order
 
 Bin = list[int]  # positions in the list of pairs that is being packed
 
@@ -42,7 +44,7 @@ Plan = list[list[MicroBatch]]  # [rank][micro_step]
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> IntArray:
+def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
     """The order of the pairs in an epoch: (num_pairs,) read-only, a function of its arguments.
 
     The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch).
@@ -50,7 +52,7 @@ def epoch_permutation(num_pairs: int, seed: int, epoch: int) -> IntArray:
     repeated, with another numpy.
     """
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
-    order = np.argsort(words, kind="stable")
+    order = stable_order(words).astype(np.uint32)  # kept by every rank
     order.flags.writeable = False
     return order
 
@@ -89,7 +91,7 @@ def step_pair_indices(step: int, num_pairs: int, global_batch_size: int, seed: i
     while position < end:
         epoch, offset = divmod(position, num_pairs)
         piece = epoch_permutation(num_pairs, seed, epoch)[offset : offset + end - position]
-        pieces.append(piece)
+        pieces.append(piece.astype(np.int64))
         position += len(piece)
     return np.concatenate(pieces)
 

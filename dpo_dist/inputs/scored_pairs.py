@@ -96,7 +96,7 @@ def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
     return [list(prompt) for prompt in distinct]
 
 
-def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
+def with_reference(models: RunModels, splits: Sequence[Pairs], layout: str) -> list[ScoredPairs]:
     """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
 
     An objective without a reference gets zeros.
@@ -105,22 +105,25 @@ def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
     instead.
     """
     if models.config.objective.reference_free:
-        return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
-
+        return [ScoredPairs(pairs, torch.zeros(len(pairs), 2)) for pairs in splits]
     found: list[LogpArray] = []
 
-    def look_up() -> int:
+    def look_up() -> list[int]:
         root, contract = store_root(models.config), scoring_contract(models, layout)
         try:
-            found.append(open_store(root, contract).lookup(pairs.keys))
+            store = open_store(root, contract)
+            found.extend(store.lookup(pairs.keys) for pairs in splits)
         except ReferenceStoreError as error:
             told = "; ".join([error.found, *explain_miss(root, contract)])
             raise ReferenceStoreError(told, error.expected, error.remedy) from None
-        return len(pairs)
+        return list(map(len, found))
 
-    rows = collectives.on_first(look_up)
-    reference = torch.from_numpy(found[0]) if found else torch.empty(rows, 2)
-    return ScoredPairs(pairs, collectives.broadcast_tensor(reference))
+    numbers = collectives.on_first(look_up)
+    rows = map(torch.from_numpy, found) if found else (torch.empty(n, 2) for n in numbers)
+    return [
+        ScoredPairs(pairs, collectives.broadcast_tensor(reference))
+        for pairs, reference in zip(splits, rows, strict=True)
+    ]
 
 
 def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:

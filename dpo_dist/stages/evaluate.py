@@ -53,7 +53,7 @@ def run(config: RunConfig) -> Path:
         placement = place_model(config, base_dir, topology, device, "evaluate")
         model = load_chosen(choice, base_dir, config.model, device, placement.zero3)
         frozen = open_frozen(model, placement)
-        held_out = with_reference(models, pairs, frozen.settle(config))
+        (held_out,) = with_reference(models, [pairs], frozen.settle(config))
         scores = _score_all(config, frozen.model, pairs, topology, device)
         frozen.take_down()
         if topology.rank == 0:

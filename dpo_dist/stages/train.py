@@ -98,7 +98,7 @@ def _build_job(
     layout = settle_layout(engine, scorer, config.model, device, record)
     objective = objective_of(config)
     experts = num_experts(scorer.policy) if objective.router_aux_loss_coef else 0
-    train, held_out = (with_reference(models, p, layout) for p in (work.train, work.held_out))
+    train, held_out = with_reference(models, [work.train, work.held_out], layout)
     return Job(
         models, topology, device, engine, train, held_out, work.num_steps, objective,
         objective.terms(experts),

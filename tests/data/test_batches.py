@@ -58,6 +58,16 @@ def test_the_permutation_never_changes() -> None:
     assert epoch_permutation(10, 42, 1).tolist() == [4, 9, 5, 3, 0, 2, 7, 1, 6, 8]
 
 
+def test_the_permutation_is_the_stable_argsort_that_runs_began_with() -> None:
+    for count, seed, epoch in ((1, 0, 0), (2, 5, 1), (1000, 42, 3), (50_000, 7, 2)):
+        key = np.array([seed, epoch], dtype=np.uint64)
+        words = np.random.Philox(key=key).random_raw(count)
+        expected = np.argsort(words, kind="stable")
+        assert epoch_permutation(count, seed, epoch).tolist() == expected.tolist()
+        steps = [step_pair_indices(step, count, 7, seed) for step in range(3)]
+        assert all(step.dtype == np.int64 for step in steps)
+
+
 def test_a_permutation_is_fair() -> None:
     counts = np.zeros((5, 5))
     for epoch in range(2000):

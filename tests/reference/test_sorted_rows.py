@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.reference import sorted_rows, store
 from dpo_dist.reference.pair_key import KEY_DTYPE
-from dpo_dist.reference.sorted_rows import key_order, key_words, sort_rows
+from dpo_dist.reference.sorted_rows import key_order, key_words, sort_rows, stable_order
 from dpo_dist.reference.store import ScoringContract, open_store
 
 CONTRACT = ScoringContract("aa" * 32, "bb" * 32, "float32", "packed", "completion")
@@ -36,6 +36,20 @@ def test_keys_are_sorted_by_their_words_and_equal_ones_stay_as_they_came(
     keys = some_keys(np.random.default_rng(count), count, alike=alike)
     words = in_words(keys)
     assert key_order(key_words(keys)).tolist() == sorted(range(count), key=words.__getitem__)
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+@pytest.mark.parametrize("high", [1, 2, 5, 1000, 1 << 40, 1 << 64])
+def test_numbers_are_sorted_as_by_a_stable_argsort(
+    high: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorted_rows, "BLOCK", block)
+    random = np.random.default_rng(high % 97)
+    for count in (0, 1, 2, 3, 17, 256, 257, 900):
+        numbers = random.integers(0, high, count, dtype=np.uint64)
+        for each in (numbers, np.sort(numbers), numbers << np.uint64(24)):
+            expected = np.argsort(each, kind="stable")
+            assert stable_order(each).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("alike", [False, True])
