@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
     args = parser.parse_args()
+    pa.array([0]).to_numpy()  # imports pandas
     columns: list[dict[str, str]] = []
     for num_pairs in args.pairs:
         folder = args.folder / str(num_pairs)
