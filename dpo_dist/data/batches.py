@@ -19,10 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dpo_dist.data.shared_parts import SharedParts, Unit, alone
 from dpo_dist.errors import DataError
 from dpo_dist.reference.arrays import IntArray
+from dpo_dist.reference.sorted_rows import stable_order
 
 Bin = list[int]  # positions in the list of units that is being packed
 
@@ -45,7 +47,7 @@ Plan = list[list[MicroBatch]]  # [rank][micro_step]
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(
     num_pairs: int, seed: int, epoch: int, together: SharedParts | None = None
-) -> IntArray:
+) -> npt.NDArray[np.uint32]:
     """The order of the pairs in an epoch: (num_pairs,) read-only, a function of its arguments.
 
     The pairs are sorted by one raw 64-bit word each of a Philox generator with key (seed, epoch);
@@ -56,7 +58,7 @@ def epoch_permutation(
     numbers = np.arange(num_pairs) if together is None else together.prompts
     generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     words = generator.random_raw(int(numbers.max()) + 1)
-    order = np.argsort(words[numbers], kind="stable")
+    order = stable_order(words[numbers]).astype(np.uint32)  # kept by every rank
     order.flags.writeable = False
     return order
 
@@ -101,9 +103,8 @@ def step_pair_indices(
     while position < end:
         epoch, offset = divmod(position, num_pairs)
         order = epoch_permutation(num_pairs, seed, epoch, together)
-        piece = order[offset : offset + end - position]
-        pieces.append(piece)
-        position += len(piece)
+        pieces.append(order[offset : offset + end - position].astype(np.int64))
+        position += len(pieces[-1])
     return np.concatenate(pieces)
 
 
@@ -193,25 +194,28 @@ def plan_scoring_batches(
     micro_batch_tokens: int,
     micro_batches_per_wave: int = 16,
     shared: SharedParts | None = None,
-) -> list[Plan]:
+) -> Iterator[Plan]:
     """Cuts a pass over `pair_indices` into waves, each one a plan of `plan_micro_batches`.
 
     A wave is what the reference pass commits at once: about `micro_batches_per_wave` full
-    micro-batches on every rank. Raises DataError as `check_token_budget`, before the first wave.
+    micro-batches on every rank. It is planned when it is asked for. Raises DataError as
+    `check_token_budget`, before the first wave.
     """
     pairs = np.asarray(pair_indices, dtype=np.int64)
     check_token_budget(lengths, pairs, micro_batch_tokens)
     wave_tokens = world_size * micro_batch_tokens * micro_batches_per_wave
     ends = np.cumsum(lengths[pairs])
-    waves: list[Plan] = []
-    start, done = 0, 0
-    while start < len(pairs):
-        # at least one pair, though a pair never exceeds a wave
-        stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
-        wave = pairs[start:stop]
-        waves.append(plan_micro_batches(lengths, wave, world_size, micro_batch_tokens, shared))
-        start, done = stop, int(ends[stop - 1])
-    return waves
+
+    def waves() -> Iterator[Plan]:
+        start, done = 0, 0
+        while start < len(pairs):
+            # at least one pair, though a pair never exceeds a wave
+            stop = max(int(np.searchsorted(ends, done + wave_tokens, side="right")), start + 1)
+            wave = pairs[start:stop]
+            yield plan_micro_batches(lengths, wave, world_size, micro_batch_tokens, shared)
+            start, done = stop, int(ends[stop - 1])
+
+    return waves()
 
 
 def _best_fit(order: list[int], tokens: list[int], capacity: int) -> list[Bin]:

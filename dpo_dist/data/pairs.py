@@ -16,6 +16,7 @@ written ~id. N pairs of a split.
 
 import functools
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,18 +37,20 @@ from dpo_dist.wording import first_line
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 DATA_NAME = "data-00000-of-00001.arrow"
+BLOCK = 1 << 20
+MANY = 16  # more than one pair in so many, and the lengths of all are found faster than theirs
 
 _IDS = pa.list_(pa.int32())
 _KEY = pa.binary(KEY_BYTES)
 PART_KEYS = ("prompt_key", "chosen_key", "rejected_key")
 # of pairs that were prepared before prompts and answers had keys: they share nothing
-_EARLIER_SCHEMA = pa.schema(
+EARLIER_SCHEMA = pa.schema(
     [
         ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),
         ("pair_key", _KEY), ("source", pa.string()), ("origin", pa.string()),
     ]
 )  # fmt: skip
-SCHEMA = pa.schema([*_EARLIER_SCHEMA, *((name, _KEY) for name in PART_KEYS)])
+SCHEMA = pa.schema([*EARLIER_SCHEMA, *((name, _KEY) for name in PART_KEYS)])
 
 
 class SplitDetails(BaseModel):
@@ -76,7 +79,8 @@ class Pairs:
     @functools.cached_property
     def keys(self) -> KeyArray:
         """(N,) 16-byte keys; compare them as an array only."""
-        return self._keys_in("pair_key")
+        chunks = [key_column(chunk) for chunk in self._key_chunks]
+        return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
 
     @functools.cached_property
     def prompt_lengths(self) -> IntArray:
@@ -96,40 +100,86 @@ class Pairs:
     @functools.cached_property
     def packed_lengths(self) -> IntArray:
         """(N,) tokens of prompt | chosen | rejected."""
-        return self._part_lengths.sum(axis=1)
+        lengths = np.zeros(len(self), dtype=np.int64)
+        for start in range(0, len(self), BLOCK):  # every rank holds the sum and little beside it
+            for column in self._id_columns:
+                lengths[start : start + BLOCK] += list_lengths(column.slice(start, BLOCK))
+        return lengths
 
     @functools.cached_property
     def shared(self) -> SharedParts | None:
         """Which pairs have a prompt or an answer in common; None where the pairs do not say."""
         if PART_KEYS[0] not in self.table.schema.names:
             return None
-        # half a key: two that are the same by chance cost a micro-batch some room and no more
-        halves = [self._keys_in(name).view("<u8")[::2] for name in PART_KEYS]
-        return SharedParts(np.stack(halves, axis=1), self._part_lengths)
+        return SharedParts(len(self), self._part_numbers, self._part_lengths)
 
     def together(self, order: str) -> SharedParts | None:
         """What an epoch of `data.order` keeps together; None: every pair goes by itself."""
         return self.shared if order == "prompts" else None
 
     @functools.cached_property
-    def _part_lengths(self) -> IntArray:
-        """(N, 3) tokens of prompt, chosen and rejected, those that are only read among them."""
-        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return np.stack([list_lengths(self.table[part]) for part in parts], axis=1)
-
-    @functools.cached_property
     def sources(self) -> npt.NDArray[np.str_]:
         """(N,) names of the sources."""
-        return np.array(self.table["source"].to_pylist(), dtype=np.str_)
+        codes = pc.call_function("dictionary_encode", [self.table["source"]]).combine_chunks()
+        names = np.array(codes.dictionary.to_pylist(), dtype=np.str_)
+        return names[codes.indices.to_numpy()]
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of all keys in order: the identity of these pairs."""
-        return digest_of_keys(self.keys)
+        """Hex SHA-256 of all keys in order, `digest_of_keys`: the identity of these pairs."""
+        digest = hashlib.sha256()
+        for chunk in self._key_chunks:  # where they lie in the file: many ranks need no more
+            digest.update(key_column(chunk).data)
+        return digest.hexdigest()
 
-    def _keys_in(self, column: str) -> KeyArray:
-        chunks = [key_column(chunk) for chunk in self.table[column].chunks]
-        return np.concatenate(chunks) if chunks else np.empty(0, dtype=KEY_DTYPE)
+    def lengths_of(self, indices: Sequence[int] | IntArray) -> IntArray:
+        """(B, 3) tokens of the prompts, and scored tokens of the chosen and the rejected answers.
+
+        Which tokens are scored stands in the tokens, so only those of these pairs are read.
+        """
+        if len(indices) > len(self) // MANY:
+            columns = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
+            return np.stack([column[np.asarray(indices)] for column in columns], axis=1)
+        counts = [self._lengths_of_one(int(index)) for index in indices]
+        return np.array(counts, dtype=np.int64).reshape(-1, 3)
+
+    @functools.cached_property
+    def _lengths_of_one(self) -> Callable[[int], tuple[int, int, int]]:
+        @functools.lru_cache(maxsize=1 << 14)  # every micro-batch asks for all pairs of its step
+        def count(index: int) -> tuple[int, int, int]:
+            prompt, chosen, rejected = self._ids(*self._place(index))
+            return len(prompt), int((chosen >= 0).sum()), int((rejected >= 0).sum())
+
+        return count
+
+    def _part_numbers(self, indices: IntArray) -> npt.NDArray[np.uint64]:
+        """(B, 3) halves of the keys of prompt, chosen and rejected: two that are the same by
+        chance cost a micro-batch some room and no more."""
+        numbers = np.empty((len(indices), 3), dtype=np.uint64)
+        columns = [self.table[name].chunks for name in PART_KEYS]
+        for at, number, rows in self._by_chunk(indices):
+            for part, chunks in enumerate(columns):
+                numbers[at, part] = key_column(chunks[number]).view("<u8")[::2][rows]
+        return numbers
+
+    def _part_lengths(self, indices: IntArray) -> IntArray:
+        """(B, 3) tokens of prompt, chosen and rejected, those that are only read among them."""
+        lengths = np.empty((len(indices), 3), dtype=np.int64)
+        for at, number, rows in self._by_chunk(indices):
+            for part, column in enumerate(self._id_columns):
+                offsets = column.chunk(number).offsets.to_numpy()
+                lengths[at, part] = offsets[rows + 1] - offsets[rows]
+        return lengths
+
+    def _by_chunk(self, indices: IntArray) -> Iterator[tuple[IntArray, int, IntArray]]:
+        """Of each chunk that holds some of the pairs: their positions, its number, their rows."""
+        if not len(indices):
+            return
+        numbers = np.searchsorted(self._first_rows, indices, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            number = int(numbers[at[0]])
+            yield at, number, indices[at] - self._first_rows[number]
 
     def _scored_lengths(self, name: str) -> IntArray:
         counts = [scored_lengths(chunk) for chunk in self.table[name].chunks]
@@ -147,15 +197,27 @@ class Pairs:
     def token_ids(self, index: int) -> tuple[IdArray, IdArray, IdArray]:
         """Prompt, chosen and rejected ids as they lie in the file, (tokens,) int32, not to be
         written to; raises ArtifactError when they do not have their key."""
+        number, row = self._place(index)
+        prompt, chosen, rejected = self._ids(number, row)
+        if self._key_chunks[number][row].as_py() != pair_key(prompt, chosen, rejected):
+            raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
+        return prompt, chosen, rejected
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a pair's chunk, and its row there."""
         # not by ChunkedArray's own index, which walks over all chunks
         number = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = index - int(self._first_rows[number])
+        return number, index - int(self._first_rows[number])
+
+    def _ids(self, number: int, row: int) -> tuple[IdArray, IdArray, IdArray]:
         prompt, chosen, rejected = (
             column.chunk(number)[row].values.to_numpy() for column in self._id_columns
         )
-        if self.keys[index : index + 1].tobytes() != pair_key(prompt, chosen, rejected):
-            raise _damaged(self.folder, f"pair {index} has other tokens than its key says")
         return prompt, chosen, rejected
+
+    @functools.cached_property
+    def _key_chunks(self) -> list[pa.FixedSizeBinaryArray]:
+        return self.table["pair_key"].chunks
 
     @functools.cached_property
     def _id_columns(self) -> list[pa.ChunkedArray]:
@@ -164,7 +226,7 @@ class Pairs:
     @functools.cached_property
     def _first_rows(self) -> IntArray:
         """The index of the first pair of every chunk; all columns have the same chunks."""
-        lengths = [len(chunk) for chunk in self.table["pair_key"].chunks]
+        lengths = [len(chunk) for chunk in self._key_chunks]
         return np.cumsum([0, *lengths[:-1]])
 
 
@@ -178,7 +240,7 @@ def open_pairs(pairs_dir: Path, split: str) -> Pairs:
         table = pa.ipc.open_stream(pa.memory_map(str(folder / DATA_NAME))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise _damaged(folder, f"is not readable ({first_line(error)})") from None
-    if table.schema not in (SCHEMA, _EARLIER_SCHEMA):
+    if table.schema not in (SCHEMA, EARLIER_SCHEMA):
         raise _damaged(folder, f"has the columns {', '.join(table.schema.names)}")
     pairs = Pairs(table, folder)
     if pairs.digest != expected["digest"]:

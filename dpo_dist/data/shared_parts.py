@@ -4,7 +4,7 @@ Shapes: N pairs of a split; a part is the prompt (0), the chosen (1) or the reje
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,22 +22,25 @@ class SharedParts:
     Parts with the same number are the same tokens; an answer counts with its prompt before it.
     """
 
-    numbers: npt.NDArray[np.uint64]  # (N, 3)
-    lengths: IntArray  # (N, 3) tokens
+    num_pairs: int  # N
+    numbers_of: Callable[[IntArray], npt.NDArray[np.uint64]]  # (B,) indices of pairs to (B, 3)
+    lengths_of: Callable[[IntArray], IntArray]  # the same of tokens
 
     @functools.cached_property
     def prompts(self) -> IntArray:
         """(N,) numbers of the prompts, 0, 1, 2, ... as they first occur."""
-        return _numbered(self.numbers[:, 0])
+        return _numbered(self.numbers_of(np.arange(self.num_pairs))[:, 0])
 
     def by_prompt(self, pair_indices: IntArray) -> IntArray:
         """The same pairs, those of a prompt one after the other where its first one was."""
-        return pair_indices[np.argsort(_numbered(self.numbers[pair_indices, 0]), kind="stable")]
+        return pair_indices[
+            np.argsort(_numbered(self.numbers_of(pair_indices)[:, 0]), kind="stable")
+        ]
 
     def tokens(self, pair_indices: IntArray) -> int:
         """Tokens of these pairs in one row, every prompt and every answer once."""
         # an answer that is the same as a prompt is none: their keys are of different lengths
-        numbers, lengths = self.numbers[pair_indices], self.lengths[pair_indices]
+        numbers, lengths = self.numbers_of(pair_indices), self.lengths_of(pair_indices)
         _, first = np.unique(numbers, return_index=True)
         return int(lengths.ravel()[first].sum())
 
@@ -47,7 +50,7 @@ class SharedParts:
         A unit has at most `most_tokens`, but for a pair that is longer by itself. Units are in the
         order of their first pairs.
         """
-        numbers, lengths = self.numbers[pair_indices], self.lengths[pair_indices]
+        numbers, lengths = self.numbers_of(pair_indices), self.lengths_of(pair_indices)
         by_prompt: dict[int, list[int]] = {}
         for position, prompt in enumerate(numbers[:, 0].tolist()):
             by_prompt.setdefault(prompt, []).append(position)

@@ -25,6 +25,7 @@ from dpo_dist.objective.pair_logps import COMPLETIONS, PairLogps, Terms
 from dpo_dist.reference.arrays import IntArray, LogpArray
 from dpo_dist.reference.contract import scoring_contract, store_root
 from dpo_dist.reference.store import explain_miss, open_store
+from dpo_dist.run.manifest import digest_of_hex
 from dpo_dist.run.run_dir import RunDir
 
 Indices = Sequence[int] | IntArray
@@ -36,6 +37,11 @@ class ScoredPairs:
 
     pairs: Pairs
     reference: torch.Tensor
+
+    @property
+    def reference_digest(self) -> str:
+        """Hex SHA-256 that a resume must find unchanged: of the bytes as hex digits in quotes."""
+        return digest_of_hex(self.reference.numpy().reshape(-1).view(np.uint8).data)
 
     def logps(
         self,
@@ -49,17 +55,16 @@ class ScoredPairs:
         `step` are the pairs whose mean the loss is, for losses per token; by default the same.
         """
         rows, step_rows = np.asarray(indices), np.asarray(indices if step is None else step)
-        columns = (self.pairs.chosen_lengths[rows], self.pairs.rejected_lengths[rows])
-        lengths = upload(torch.from_numpy(np.stack(columns, axis=1)), policy.device)
-        chosen = self.pairs.chosen_lengths[step_rows]
+        own, of_step = self.pairs.lengths_of(rows), self.pairs.lengths_of(step_rows)
+        lengths = upload(torch.from_numpy(own), policy.device)
         return PairLogps.from_columns(
             policy,
             upload(self.reference[rows], policy.device),
-            lengths,
+            lengths[:, 1:],
             terms,
-            prompt_lengths=upload(torch.from_numpy(self.pairs.prompt_lengths[rows]), policy.device),
-            mean_chosen_length=float(chosen.mean()),
-            mean_sequence_length=float((self.pairs.prompt_lengths[step_rows] - 1 + chosen).mean()),
+            prompt_lengths=lengths[:, 0],
+            mean_chosen_length=float(of_step[:, 1].mean()),
+            mean_sequence_length=float((of_step[:, 0] - 1 + of_step[:, 1]).mean()),
         )
 
     def by_source(self, indices: IntArray) -> Iterator[tuple[str, IntArray]]:
@@ -98,7 +103,7 @@ def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
     return [list(prompt) for prompt in distinct]
 
 
-def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
+def with_reference(models: RunModels, splits: Sequence[Pairs], layout: str) -> list[ScoredPairs]:
     """Looks the reference up on rank 0 and sends it to the others: 8 bytes a pair.
 
     An objective without a reference gets zeros.
@@ -107,17 +112,25 @@ def with_reference(models: RunModels, pairs: Pairs, layout: str) -> ScoredPairs:
     instead.
     """
     if models.config.objective.reference_free:
-        return ScoredPairs(pairs, torch.zeros(len(pairs), 2))
+        return [ScoredPairs(pairs, torch.zeros(len(pairs), 2)) for pairs in splits]
+    found: list[LogpArray] = []
 
-    def look_up() -> LogpArray:
+    def look_up() -> list[int]:
         root, contract = store_root(models.config), scoring_contract(models, layout)
         try:
-            return open_store(root, contract).lookup(pairs.keys, np.arange(len(pairs)))
+            store = open_store(root, contract)
+            found.extend(store.lookup(pairs.keys) for pairs in splits)
         except ReferenceStoreError as error:
-            found = "; ".join([error.found, *explain_miss(root, contract)])
-            raise ReferenceStoreError(found, error.expected, error.remedy) from None
+            told = "; ".join([error.found, *explain_miss(root, contract)])
+            raise ReferenceStoreError(told, error.expected, error.remedy) from None
+        return list(map(len, found))
 
-    return ScoredPairs(pairs, torch.from_numpy(collectives.on_first(look_up)))
+    numbers = collectives.on_first(look_up)
+    rows = map(torch.from_numpy, found) if found else (torch.empty(n, 2) for n in numbers)
+    return [
+        ScoredPairs(pairs, collectives.broadcast_tensor(reference))
+        for pairs, reference in zip(splits, rows, strict=True)
+    ]
 
 
 def load_chat_tokenizer(config: RunConfig, folder: Path, is_adapter: bool, base_dir: Path) -> Any:

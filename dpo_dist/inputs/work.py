@@ -5,6 +5,8 @@ Opened by the planner, the doctor, and the stages that load a model, which look 
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import check_token_budget, num_steps
 from dpo_dist.data.pairs import Pairs, open_pairs
@@ -92,7 +94,9 @@ def _open_work(config: RunConfig) -> Work:
     pairs_dir, settings = RunDir(config.run.dir).pairs_dir, config.train
     train, held_out = (open_pairs(pairs_dir, split) for split in ("train", "eval"))
     _check_order(config, train)
-    check_token_budget(train.packed_lengths, range(len(train)), settings.micro_batch_tokens)
+    budget = settings.micro_batch_tokens
+    too_long = np.flatnonzero(train.packed_lengths > budget)
+    check_token_budget(train.packed_lengths, too_long, budget)
     steps = num_steps(len(train), settings.global_batch_size, settings.num_epochs)
     steps = min(steps, settings.max_steps or steps)
     warmup_and_decay(settings, steps)

@@ -20,6 +20,7 @@ import re
 import secrets
 import struct
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,17 @@ _PART_NAME = re.compile(r"part-(\d{6,})\.rows")
 Rows = npt.NDArray[np.void]  # of ROW_DTYPE
 
 
-def part_paths(directory: Path) -> list[Path]:
-    """The parts in the order of their numbers; none when there is no such folder."""
+def part_paths(directory: Path, known: Collection[str] = ()) -> list[Path]:
+    """The parts in the order of their numbers; none when there is no such folder.
+
+    Those whose names are `known` are left out.
+    """
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
-    return [directory / name for name in sorted(filter(_PART_NAME.fullmatch, names), key=_number)]
+    new = filter(_PART_NAME.fullmatch, set(names).difference(known))
+    return [directory / name for name in sorted(new, key=_number)]
 
 
 def num_rows_in(path: Path) -> int:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.errors import ReferenceStoreError, disk_errors_as
 from dpo_dist.parsing import parse_object
 from dpo_dist.reference.arrays import IntArray, KeyArray, LogpArray
-from dpo_dist.reference.pair_key import KEY_DTYPE, Keys, as_key_array
+from dpo_dist.reference.pair_key import Keys, as_key_array
 from dpo_dist.reference.parts import (
     QUARANTINE_NAME,
     ROW_DTYPE,
@@ -32,6 +31,14 @@ from dpo_dist.reference.parts import (
     part_paths,
     publish_part,
     read_part,
+)
+from dpo_dist.reference.sorted_rows import (
+    Mask,
+    SortedRows,
+    Words,
+    key_order,
+    key_words,
+    sort_rows,
 )
 from dpo_dist.run.manifest import digest_of, write_json
 
@@ -71,20 +78,21 @@ class StoredContract:
 
 
 class ReferenceStore:
-    """The rows of one scoring contract, held in memory (24 bytes each) sorted by key."""
+    """The rows of one scoring contract, held in memory: 24 bytes each."""
 
     def __init__(self, directory: Path, contract: ScoringContract) -> None:
         self.directory = directory
         self.contract = contract
         self._read_parts: set[str] = set()
-        self._keys = np.empty(0, dtype=KEY_DTYPE)
-        self._logps = np.empty((0, 2), dtype=np.float32)
+        # with distinct keys, and each at most half as long as the one before: what is appended
+        # is sorted into few rows, and only seldom into all of them
+        self._blocks: list[SortedRows] = []
         self.refresh()
 
     @property
     def num_rows(self) -> int:
         """Distinct keys held."""
-        return len(self._keys)
+        return sum(map(len, self._blocks))
 
     def refresh(self) -> None:
         """Takes in the parts that this or another process has appended since the last look.
@@ -93,20 +101,22 @@ class ReferenceStore:
         Raises ReferenceStoreError when the store cannot be read.
         """
         unread: list[Rows] = []
+        contract_digest = self.contract.digest()
         with _disk_errors("read", self.directory):
-            for path in part_paths(self.directory):
-                if path.name in self._read_parts:
-                    continue
-                rows = read_part(path, self.contract.digest())
+            for path in part_paths(self.directory, self._read_parts):
+                rows = read_part(path, contract_digest)
                 if rows is not None:
                     unread.append(rows)
                     self._read_parts.add(path.name)
         if unread:
-            self._add(np.concatenate(unread))
+            words = key_words(np.concatenate([rows["key"] for rows in unread]))
+            logps = np.concatenate([rows["logps"] for rows in unread])
+            del unread, rows  # as large as what is made of them
+            self._add(words, logps)
 
     def coverage(self, keys: Keys) -> tuple[int, IntArray]:
         """How many of the N keys are present, and the positions in `keys` of those that are not."""
-        _, present = self._find(as_key_array(keys))
+        _, present = self._find(key_words(as_key_array(keys)))
         return int(present.sum()), np.flatnonzero(~present)
 
     def append(self, keys: Keys, logps: LogpArray, pair_indices: IntArray) -> int:
@@ -121,7 +131,7 @@ class ReferenceStore:
         assert logps.dtype == np.float32, f"logps are {logps.dtype}, expected float32"
         _check_finite(logps, pair_indices)
         self.refresh()
-        _, present = self._find(key_array)
+        _, present = self._find(key_words(key_array))
         unique, first = np.unique(key_array[~present], return_index=True)
         if len(unique) == 0:
             return 0
@@ -142,7 +152,7 @@ class ReferenceStore:
         Raises ReferenceStoreError when a key is missing, naming the first of them by pair index
         (by position in `keys` when `pair_indices` is None).
         """
-        positions, present = self._find(as_key_array(keys))
+        logps, present = self._find(key_words(as_key_array(keys)))
         missing = np.flatnonzero(~present)
         if len(missing):
             named = missing if pair_indices is None else pair_indices[missing]
@@ -152,23 +162,34 @@ class ReferenceStore:
                 "a row for every pair",
                 "Run `dpo-dist reference`, which scores the missing pairs only.",
             )
-        return self._logps[positions]
+        return logps
 
-    def _find(self, keys: KeyArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """Position of each key, meaningful only where the second array says it is present."""
-        if self.num_rows == 0:
-            return np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.bool_)
-        positions = np.minimum(np.searchsorted(self._keys, keys), self.num_rows - 1)
-        return positions, self._keys[positions] == keys
+    def _find(self, words: Words) -> tuple[LogpArray, Mask]:
+        """(N, 2) log-probs of the keys, meaningful only where the second array, (N,), says that
+        they are present."""
+        logps = np.zeros((words.shape[1], 2), dtype=np.float32)
+        present = np.zeros(len(logps), dtype=np.bool_)
+        if not self._blocks:
+            return logps, present
+        order = key_order(words)
+        in_order = np.take(words, order, axis=1)
+        both = logps.view(np.uint64)[:, 0]  # two numbers as one, which numpy moves much faster
+        for block in self._blocks:
+            positions, here = block.find(in_order)
+            at = order[here]
+            both[at], present[at] = block.logps.view(np.uint64)[positions[here], 0], True
+        return logps, present
 
-    def _add(self, rows: Rows) -> None:
-        """Merges rows that come in the order of their parts; the first row of a key stays."""
-        unique, first = np.unique(rows["key"], return_index=True)
-        _, present = self._find(unique)
-        fresh = unique[~present]
-        at = np.searchsorted(self._keys, fresh)
-        self._keys = np.insert(self._keys, at, fresh)
-        self._logps = np.insert(self._logps, at, rows["logps"][first[~present]], axis=0)
+    def _add(self, words: Words, logps: LogpArray) -> None:
+        """Takes in rows that come in the order of their parts; the first row of a key stays."""
+        if self._blocks:
+            _, present = self._find(words)
+            words, logps = words[:, ~present], logps[~present]
+        self._blocks.append(sort_rows(words, logps))
+        while len(self._blocks) > 1 and len(self._blocks[-2]) < 2 * len(self._blocks[-1]):
+            last, before = self._blocks.pop(), self._blocks.pop()
+            words = np.concatenate([before.words, last.words], axis=1)
+            self._blocks.append(sort_rows(words, np.concatenate([before.logps, last.logps])))
 
 
 def open_store(root: Path, contract: ScoringContract) -> ReferenceStore:

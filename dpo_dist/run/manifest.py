@@ -32,6 +32,15 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()
 
 
+def digest_of_hex(data: memoryview) -> str:
+    """`digest_of(data.hex())`, of any number of bytes, without a string of all of them."""
+    digest = hashlib.sha256(b'"')
+    for start in range(0, len(data), READ_BYTES):
+        digest.update(data[start : start + READ_BYTES].hex().encode())
+    digest.update(b'"')
+    return digest.hexdigest()
+
+
 def digest_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

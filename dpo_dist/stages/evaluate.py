@@ -58,7 +58,7 @@ def run(config: RunConfig) -> Path:
         placement = place_model(config, base_dir, topology, device, "evaluate")
         model = load_chosen(choice, base_dir, config.model, device, placement.zero3)
         frozen = open_frozen(model, placement)
-        held_out = with_reference(models, pairs, frozen.settle(config))
+        (held_out,) = with_reference(models, [pairs], frozen.settle(config))
         scores = _score_all(config, frozen.model, pairs, topology, device)
         frozen.take_down()
         if topology.rank == 0:
@@ -79,7 +79,7 @@ def _score_all(
     scores = np.zeros((len(pairs), 2), dtype=np.float32)
     waves = plan_scoring_batches(
         pairs.packed_lengths,
-        range(len(pairs)),
+        np.arange(len(pairs)),
         topology.world_size,
         config.scoring_tokens,
         micro_batches_per_wave=1,

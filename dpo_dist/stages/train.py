@@ -28,7 +28,6 @@ from dpo_dist.inputs.setup import count_shape
 from dpo_dist.inputs.work import Work, checked_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.objective.mixture import pair_losses
-from dpo_dist.run.manifest import digest_of
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.stop_flag import StopFlag, Stopped
 from dpo_dist.run.topology import Topology, from_environment
@@ -63,7 +62,7 @@ def run(config: RunConfig) -> Path:
                 return resume
             checkpoint.check_ours(resume, settings.trusted_owners)
         job = _build_job(models, work, topology, device, resume)
-        digests |= {"reference": digest_of(job.train.reference.numpy().tobytes().hex())}
+        digests |= {"reference": job.train.reference_digest}
         if resume is None:
             check_start(job)
         built = time.monotonic()
@@ -99,7 +98,7 @@ def _build_job(
     layout = settle_layout(engine, scorer, config.model, device, record)
     objective = objective_of(config)
     experts = num_experts(scorer.policy) if objective.router_aux_loss_coef else 0
-    train, held_out = (with_reference(models, p, layout) for p in (work.train, work.held_out))
+    train, held_out = with_reference(models, [work.train, work.held_out], layout)
     return Job(
         models, topology, device, engine, train, held_out, work.num_steps, objective,
         objective.terms(experts),

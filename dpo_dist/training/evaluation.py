@@ -20,9 +20,12 @@ def evaluate(job: Job) -> dict[str, float]:
     pairs = job.held_out.pairs
     scores, order = [], []
     for wave in plan_scoring_batches(
-        pairs.packed_lengths, range(len(pairs)), job.topology.world_size, job.config.scoring_tokens,
+        pairs.packed_lengths,
+        np.arange(len(pairs)),
+        job.topology.world_size,
+        job.config.scoring_tokens,
         shared=shared_for(job.engine, pairs),
-    ):  # fmt: skip
+    ):
         own = wave[job.topology.rank]
         indices, columns = score_on_all_ranks(
             job.engine, own, pairs.token_ids, job.device, job.terms

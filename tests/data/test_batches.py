@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dpo_dist.data import batches
 from dpo_dist.data.batches import (
     MicroBatch,
     Plan,
@@ -55,6 +57,16 @@ def test_the_permutation_never_changes() -> None:
     # a resumed run continues this order: other numbers here mean broken checkpoints
     assert epoch_permutation(10, 42, 0).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
     assert epoch_permutation(10, 42, 1).tolist() == [4, 9, 5, 3, 0, 2, 7, 1, 6, 8]
+
+
+def test_the_permutation_is_the_stable_argsort_that_runs_began_with() -> None:
+    for count, seed, epoch in ((1, 0, 0), (2, 5, 1), (1000, 42, 3), (50_000, 7, 2)):
+        key = np.array([seed, epoch], dtype=np.uint64)
+        words = np.random.Philox(key=key).random_raw(count)
+        expected = np.argsort(words, kind="stable")
+        assert epoch_permutation(count, seed, epoch).tolist() == expected.tolist()
+        steps = [step_pair_indices(step, count, 7, seed) for step in range(3)]
+        assert all(step.dtype == np.int64 for step in steps)
 
 
 def test_a_permutation_is_fair() -> None:
@@ -170,7 +182,7 @@ def test_a_pair_that_occurs_twice_in_a_step_counts_twice() -> None:
 
 def test_no_pairs_make_no_micro_batches() -> None:
     assert plan_micro_batches(np.array([10]), [], 2, 40) == [[], []]
-    assert plan_scoring_batches(np.array([10]), [], 2, 40) == []
+    assert list(plan_scoring_batches(np.array([10]), [], 2, 40)) == []
 
 
 @pytest.mark.parametrize("plan", [plan_micro_batches, plan_scoring_batches])
@@ -193,7 +205,7 @@ def test_scoring_waves_cover_the_pairs_in_order() -> None:
     rng = np.random.default_rng(3)
     lengths = lognormal_lengths(rng, 3000)
     pairs = np.flatnonzero(rng.random(3000) < 0.7)
-    waves = plan_scoring_batches(lengths, pairs, 3, 8192, micro_batches_per_wave=4)
+    waves = list(plan_scoring_batches(lengths, pairs, 3, 8192, micro_batches_per_wave=4))
     assert sum((counted_pairs(plan) for plan in waves), Counter()) == Counter(pairs.tolist())
     edges = [(min(counted_pairs(plan)), max(counted_pairs(plan))) for plan in waves]
     assert all(left[1] < right[0] for left, right in zip(edges, edges[1:], strict=False))
@@ -201,3 +213,38 @@ def test_scoring_waves_cover_the_pairs_in_order() -> None:
         assert len({len(micro_batches) for micro_batches in plan}) == 1
         assert len(plan[0]) <= 5  # 4 full ones, and one where packing leaves gaps
     assert 1 < len(waves) <= -(-int(lengths[pairs].sum()) // (3 * 8192 * 4)) + 1
+
+
+def planned_at_once(lengths: np.ndarray, pairs: np.ndarray, ranks: int, budget: int) -> list[Plan]:
+    """The waves as they were planned before they were planned one by one."""
+    ends, waves, start, done = np.cumsum(lengths[pairs]), list[Plan](), 0, 0
+    while start < len(pairs):
+        stop = max(int(np.searchsorted(ends, done + ranks * budget * 16, side="right")), start + 1)
+        waves.append(plan_micro_batches(lengths, pairs[start:stop], ranks, budget))
+        start, done = stop, int(ends[stop - 1])
+    return waves
+
+
+def test_waves_are_planned_when_they_are_asked_for_and_are_those_of_a_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+
+    def counted(lengths: np.ndarray, pairs: np.ndarray, *others: Any) -> Plan:
+        planned.append(len(pairs))
+        return plan_micro_batches(lengths, pairs, *others)
+
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        lengths = lognormal_lengths(rng, 2000)
+        pairs = np.flatnonzero(rng.random(2000) < rng.random())
+        ranks, budget = int(rng.integers(1, 4)), int(rng.integers(4096, 16384))
+        expected = planned_at_once(lengths, pairs, ranks, budget)
+        planned.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "plan_micro_batches", counted)
+            waves = plan_scoring_batches(lengths, pairs, ranks, budget)
+            assert planned == []
+            for number, wave in enumerate(waves, start=1):
+                assert len(planned) == number and wave == expected[number - 1]
+        assert len(planned) == len(expected) and sum(planned) == len(pairs)

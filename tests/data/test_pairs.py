@@ -13,7 +13,7 @@ import pytest
 from support.token_rows import TokenRow, columns_of
 
 from dpo_dist.data.drop_reasons import CODES
-from dpo_dist.data.pairs import DATA_NAME, Pairs, digest_of_keys, open_pairs
+from dpo_dist.data.pairs import DATA_NAME, EARLIER_SCHEMA, Pairs, digest_of_keys, open_pairs
 from dpo_dist.data.screening.tokenized_rows import truncate
 from dpo_dist.data.screening.write_pairs import truncate_lists, write_pairs
 from dpo_dist.errors import ArtifactError
@@ -66,6 +66,46 @@ def test_what_is_read_is_what_was_kept(tmp_path: Path) -> None:
     assert set(pairs.sources) == {"rows"}
     assert pairs.origin(0) == f"{tmp_path}/source/rows.jsonl:1"
     assert pairs.origin(1) == f"{tmp_path}/source/rows.jsonl:3"
+
+
+def test_lengths_of_some_pairs_are_those_among_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs_dir = written(tmp_path)
+    pairs, full = open_pairs(pairs_dir, "train"), open_pairs(pairs_dir, "train")
+    columns = (full.prompt_lengths, full.chosen_lengths, full.rejected_lengths)
+    random = np.random.default_rng(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Pairs, "chosen_lengths", None)  # nothing reads the tokens of all pairs
+        for count in (0, 1, 5, 18):
+            rows = random.integers(0, len(pairs), count)
+            expected = np.stack([column[rows] for column in columns], axis=1)
+            assert pairs.lengths_of(rows).tolist() == expected.tolist()
+            assert pairs.lengths_of(tuple(rows.tolist())).tolist() == expected.tolist()
+    many = random.integers(0, len(pairs), 200)
+    assert pairs.lengths_of(many).tolist() == np.stack(columns, axis=1)[many].tolist()
+
+
+def test_tokens_that_are_read_and_not_scored_do_not_count(tmp_path: Path) -> None:
+    marked: list[TokenRow] = [([1], [5, ~6, 7], [~n, 9]) for n in range(40)]
+    ids = [pa.array(column, pa.list_(pa.int32())) for column in zip(*marked, strict=True)]
+    keys = pa.array([bytes(16)] * 40, pa.binary(16))
+    names = pa.array([""] * 40)
+    pairs = Pairs(pa.table([*ids, keys, names, names], schema=EARLIER_SCHEMA), tmp_path)
+    assert pairs.lengths_of([3, 3]).tolist() == [[1, 2, 1]] * 2
+    assert pairs.lengths_of(range(40)).tolist() == [[1, 2, 1]] * 40
+
+
+def test_opening_copies_no_keys_and_reads_no_tokens(tmp_path: Path) -> None:
+    pairs = open_pairs(written(tmp_path), "train")
+    assert pairs.packed_lengths.sum() > 0
+    assert not {"keys", "prompt_lengths", "chosen_lengths", "rejected_lengths"} & vars(pairs).keys()
+
+
+def test_sources_are_named_in_the_order_of_the_pairs(tmp_path: Path) -> None:
+    names = ["a", "bb", "a", "a", "ccc", "bb"]
+    table = pa.table({"source": pa.chunked_array([names[:2], names[2:5], names[5:]])})
+    assert Pairs(table, tmp_path).sources.tolist() == names
 
 
 def test_weighted_rows_are_repeated(tmp_path: Path) -> None:

@@ -107,3 +107,12 @@ def test_missing_and_broken_manifest(tmp_path: Path) -> None:
     (tmp_path / "MANIFEST.json").write_text("{")
     with pytest.raises(ArtifactError, match="is not readable .*; expected the manifest as it was"):
         manifest.read_manifest(tmp_path)
+
+
+def test_a_digest_of_hex_digits_is_that_of_the_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 3  # checkpoints hold the digest of the string
+    for block in (1, 7, 256, 768, 1 << 22):
+        monkeypatch.setattr(manifest, "READ_BYTES", block)
+        for length in (0, 1, 255, 256, 768):
+            data = content[:length]
+            assert manifest.digest_of_hex(memoryview(data)) == manifest.digest_of(data.hex())

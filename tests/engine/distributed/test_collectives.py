@@ -38,8 +38,23 @@ def exchange() -> dict[str, Any]:
             "sum": collectives.sum_over_ranks(torch.tensor([topology.rank, 0.5])).tolist(),
             "first": collectives.is_first(),
             "on first": collectives.on_first(lambda: topology.rank + 5),
+            "tensor": send_rows(topology.rank),
             "error": error,
         }
+
+
+def send_rows(rank: int) -> list[Any]:
+    """A tensor in pieces, the last of them smaller; sent where it lies, and as bytes alone."""
+    import torch
+
+    sending = collectives.PIECE
+    collectives.PIECE = 4
+    try:
+        tensor = torch.arange(10.0).view(5, 2) if rank == 0 else torch.zeros(5, 2)
+        sent = collectives.broadcast_tensor(tensor)
+        return [sent.data_ptr() == tensor.data_ptr(), sent.tolist()]
+    finally:
+        collectives.PIECE = sending
 
 
 class NeedsMore(ValueError):
@@ -95,6 +110,7 @@ def test_exchanges_between_three_ranks() -> None:
             "sum": [3.0, 1.5],
             "first": rank == 0,
             "on first": 5,
+            "tensor": [True, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]],
             "error": "found this; expected that. Do so.",
         }
 
