@@ -34,6 +34,7 @@ TOLERANCE = {torch.float32: 1e-3}  # of the largest output; other dtypes are coa
 COARSE_TOLERANCE = 5e-2
 
 Forward = Callable[[Tensor], Tensor]
+RandomStates = tuple[Tensor, Tensor | None]  # of the CPU, and of the GPU if there is one
 
 
 def tile_mlps(policy: nn.Module, tokens: int | None, *, partitioned: bool = False) -> None:
@@ -153,7 +154,7 @@ class _Tiles(torch.autograd.Function):
         ctx.whole, ctx.tokens, ctx.parameters = whole, tokens, parameters
         ctx.random = _random_states(hidden.device) if draws else None
         ctx.save_for_backward(hidden)
-        return _forward(whole, hidden, tokens)
+        return _forward(whole, hidden.detach(), tokens)
 
     @staticmethod
     @once_differentiable
@@ -169,6 +170,7 @@ class _Tiles(torch.autograd.Function):
         with _drawing_as(ctx.random, hidden.device), torch.enable_grad():
             for tile in _tiles(len(rows), ctx.tokens):
                 part = _like(hidden, rows[tile]).requires_grad_(needs_hidden)
+                part = part.view_as(part)  # no leaf: hooks of several gradients refuse it here
                 out = ctx.whole(part)
                 wanted = ([part] if needs_hidden else []) + list(parameters)
                 found = list(
@@ -176,7 +178,9 @@ class _Tiles(torch.autograd.Function):
                 )
                 del out
                 if grad_rows is not None:
-                    grad_rows[tile] = found.pop(0).view_as(grad_rows[tile])
+                    of_part = found.pop(0)
+                    assert of_part is not None
+                    grad_rows[tile] = of_part.flatten(0, -2)
                 if len(rows) <= ctx.tokens:  # to the bit what the whole MLP gives
                     sums = found
                     break
@@ -212,7 +216,7 @@ def _like(hidden: Tensor, rows: Tensor) -> Tensor:
     return rows.view(*[1] * (hidden.dim() - 2), *rows.shape)
 
 
-def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _random_states(device: torch.device) -> RandomStates:
     return (
         torch.get_rng_state(),
         torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
