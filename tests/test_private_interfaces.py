@@ -589,6 +589,21 @@ def test_partitioned_parameters_are_marked(engines: dict[str, Any]) -> None:
 
 
 @row(
+    "deepspeed", "deepspeed.utils", "set_z3_leaf_module", files=f"{MODEL}tiled_mlp.py",
+    why="ZeRO-3 gathers an MLP with its layers around all tiles, of which ranks have unequal numbers",
+    gone="train.tiled_mlp fails at the start with an import error; without the mark ranks would hang",
+)  # fmt: skip
+def test_a_module_is_marked_to_be_gathered_with_its_layers() -> None:
+    import torch
+    from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
+
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert not z3_leaf_module(module)
+    set_z3_leaf_module(module, True)
+    assert z3_leaf_module(module) and not z3_leaf_module(module[0])
+
+
+@row(
     "deepspeed", "set_gradient_accumulation_boundary", "scale_wrt_gas", "get_global_grad_norm",
     "was_step_applied", files="dpo_dist/engine/sharding/zero.py",
     why="a step's micro-batches hold as many pairs as their tokens allow: sums, not means",

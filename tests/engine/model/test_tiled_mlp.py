@@ -139,7 +139,16 @@ def scored(policy: Any, tokens: int | None) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 # What has no MLP of its own, hands it a second input, or has experts in every layer.
-WITHOUT = {"mamba", "bloom", "mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "phimoe_longrope", "llama4"}
+WITHOUT = {
+    "mamba",
+    "bloom",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "gpt_oss",
+    "phimoe_longrope",
+    "llama4",
+}
 PADDED = {"recurrent_gemma", "falcon_h1", "lfm2", "stablelm", "stablelm_dynamic"}
 
 
