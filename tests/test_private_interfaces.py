@@ -579,7 +579,8 @@ def test_shards_have_these_files_keys_and_classes(engines: dict[str, Any]) -> No
 @row(
     "deepspeed", "ds_id", "ds_numel", "ds_shape", "ds_tensor",
     files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {MODEL}tiled_mlp.py "
-    f"{CHECKPOINTS}resharding.py dpo_dist/engine/sharding/optimizers.py dpo_dist/engine/sharding/zero.py",
+    f"{CHECKPOINTS}resharding.py dpo_dist/engine/sharding/optimizers.py "
+    "dpo_dist/engine/sharding/zero.py",
     why="a partitioned parameter looks empty: its marks tell that it is one, and what it holds",
     gone="ZeRO-3 fails at the head's first forward; counts of parameters become 0",
 )  # fmt: skip
@@ -590,8 +591,8 @@ def test_partitioned_parameters_are_marked(engines: dict[str, Any]) -> None:
 
 @row(
     "deepspeed", "deepspeed.utils", "set_z3_leaf_module", files=f"{MODEL}tiled_mlp.py",
-    why="ZeRO-3 gathers an MLP with its layers around all tiles, of which ranks have unequal numbers",
-    gone="train.tiled_mlp fails at the start with an import error; without the mark ranks would hang",
+    why="ZeRO-3 gathers an MLP with its layers around its tiles, whose number differs by rank",
+    gone="train.tiled_mlp fails at the start with an import error; ranks would hang without it",
 )  # fmt: skip
 def test_a_module_is_marked_to_be_gathered_with_its_layers() -> None:
     import torch

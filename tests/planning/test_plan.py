@@ -174,8 +174,8 @@ def test_a_plan_of_long_pairs_says_how_long_and_what_would_help(tmp_path: Path) 
     assert found["memory_per_host"]["layer_inputs_gib"] == 32
     assert found["memory_per_gpu"]["longest_pair_that_fits"] > 131_072
     assert re.search(
-        r"longest pair that fits +[\d,]+  tokens = \(80.0 GiB - 2.0 GiB reserve - [\d.]+ GiB resident - "
-        r"[\d.]+ [GM]iB of a micro-batch of any length\) / [\d,]+ bytes",
+        r"longest pair that fits +[\d,]+  tokens = \(80.0 GiB - 2.0 GiB reserve - "
+        r"[\d.]+ GiB resident - [\d.]+ [GM]iB of a micro-batch of any length\) / [\d,]+ bytes",
         entries,
     )
     assert "of MLPs recomputed in tiles" in entries
