@@ -290,6 +290,30 @@ def test_attentions_are_exchanged_by_name() -> None:
 
 
 @row(
+    "transformers", "_gradient_checkpointing_func", files=f"{MODEL}recompute.py",
+    why="the function by which a layer is recomputed: around it, its inputs go to host memory",
+    gone="train.offload_activations is refused: the model recomputes in a way of its own",
+)  # fmt: skip
+def test_every_layer_has_the_function_by_which_it_is_recomputed() -> None:
+    import torch
+
+    model, calls = tiny("llama"), []
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    for layer in model.model.layers:
+        own = vars(layer)["_gradient_checkpointing_func"]
+
+        def counted(function: Any, *inputs: Any, own: Any = own) -> Any:
+            calls.append([type(each).__name__ for each in inputs])
+            return own(function, *inputs)
+
+        layer._gradient_checkpointing_func = counted
+    model.train()(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
+    model.eval()
+    model.activation_checkpointing_disable()
+    assert calls == [["Tensor"]] * len(model.model.layers)  # the hidden states and nothing else
+
+
+@row(
     "transformers", "local_size", "use_vmap", "s_aux", "position_bias",
     files=f"{FORWARD}attention.py",
     why="which keywords models hand to a registered attention and mask: window, sinks, soft cap",
@@ -554,14 +578,30 @@ def test_shards_have_these_files_keys_and_classes(engines: dict[str, Any]) -> No
 
 @row(
     "deepspeed", "ds_id", "ds_numel", "ds_shape", "ds_tensor",
-    files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {CHECKPOINTS}resharding.py "
-    "dpo_dist/engine/sharding/optimizers.py dpo_dist/engine/sharding/zero.py",
+    files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {MODEL}tiled_mlp.py "
+    f"{CHECKPOINTS}resharding.py dpo_dist/engine/sharding/optimizers.py "
+    "dpo_dist/engine/sharding/zero.py",
     why="a partitioned parameter looks empty: its marks tell that it is one, and what it holds",
     gone="ZeRO-3 fails at the head's first forward; counts of parameters become 0",
 )  # fmt: skip
 def test_partitioned_parameters_are_marked(engines: dict[str, Any]) -> None:
     assert engines["stage3"]["marks"]["policy.embed.weight"] == [True, 13 * 7, [13, 7], 46]
     assert engines["stage2"]["marks"]["policy.embed.weight"] == [False, 0, [], 0]
+
+
+@row(
+    "deepspeed", "deepspeed.utils", "set_z3_leaf_module", files=f"{MODEL}tiled_mlp.py",
+    why="ZeRO-3 gathers an MLP with its layers around its tiles, whose number differs by rank",
+    gone="train.tiled_mlp fails at the start with an import error; ranks would hang without it",
+)  # fmt: skip
+def test_a_module_is_marked_to_be_gathered_with_its_layers() -> None:
+    import torch
+    from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
+
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert not z3_leaf_module(module)
+    set_z3_leaf_module(module, True)
+    assert z3_leaf_module(module) and not z3_leaf_module(module[0])
 
 
 @row(

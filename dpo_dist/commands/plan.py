@@ -31,7 +31,7 @@ from dpo_dist.inputs.setup import (
 from dpo_dist.inputs.work import Work, prepared_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.planning import entries
-from dpo_dist.planning.memory import estimate_memory, fits, reference_sizes
+from dpo_dist.planning.memory import estimate_memory, fits, longest_pair, reference_sizes
 from dpo_dist.planning.remedies import Alternatives, find_remedies
 from dpo_dist.planning.run_plan import Entry, RunPlan, as_dict, as_text
 from dpo_dist.planning.setup import PairCounts, Setup
@@ -87,6 +87,7 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
     counts = None if work is None else _count_pairs(config, work, ranks)
     memory = estimate_memory(setup)
     fits_gpu = None if limit_gib is None else fits(memory.peak_bytes, limit_gib * GIB)
+    longest = None if limit_gib is None else longest_pair(setup, limit_gib * GIB)
     changes = []
     if limit_gib is not None and not fits_gpu:
         alternatives = _alternatives(config, counts)
@@ -96,7 +97,7 @@ def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float |
     disk = _disk_entries(config, setup, work)
     groups = {
         "run": entries.run_entries(config, setup, ranks_why, RunModels(config).start_adapter),
-        "memory_per_gpu": list(entries.memory_entries(memory, limit_gib)),
+        "memory_per_gpu": list(entries.memory_entries(memory, limit_gib, longest)),
         "memory_per_host": entries.host_entries(memory),
         "reference_pass": reference,
         "evaluate_and_verify": of_export,

@@ -159,6 +159,15 @@ class TrainSection(Section):
         True,
         description="Recompute activations in the backward pass: less memory, a third more FLOPs.",
     )
+    tiled_mlp: PositiveInt | None = Field(
+        None,
+        description="Tokens per tile of a dense MLP, which is recomputed tile by tile; for long "
+        "pairs.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="Keep the inputs of recomputed layers in host memory; for long pairs.",
+    )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="At a loss or gradient that is not finite: stop, or leave the step out.",
@@ -213,6 +222,12 @@ def train_rules(train: TrainSection) -> Iterator[Rule]:
         f"train.min_lr_rate: {train.min_lr_rate} with lr_schedule {train.lr_schedule}",
         "0.0, because only cosine and wsd read it",
         "Remove the key, or set train.lr_schedule to cosine.",
+    )
+    yield (
+        train.offload_activations and not train.gradient_checkpointing,
+        "train.offload_activations: true with train.gradient_checkpointing false",
+        "true, because what is kept in host memory are the inputs of recomputed layers",
+        "Set train.gradient_checkpointing to true.",
     )
     for name in ("decay_steps", "decay_shape"):
         value, default = getattr(train, name), TrainSection.model_fields[name].default

@@ -16,6 +16,7 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.policy import settle_layout
+from dpo_dist.engine.model.tiled_mlp import tile_mlps
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.inputs.setup import count_shape, make_setup, sharding_named
 from dpo_dist.model_files.files import weight_files
@@ -34,6 +35,7 @@ class Placement:
 
     device: torch.device
     zero3: dict[str, Any] | None = None  # DeepSpeed's config; None: whole on every rank
+    tiled_mlp: int | None = None  # tokens of a tile, as in training
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ def place_model(
     if topology.rank == 0:
         _logger.info("%s: %s (%s)", who, "whole on every rank" if whole else "ZeRO-3", reason)
     if whole:
-        return Placement(device)
+        return Placement(device, tiled_mlp=config.train.tiled_mlp)
     sharding = ds_config.inference_config(config.model.dtype, topology.world_size)
-    return Placement(device, sharding)
+    return Placement(device, sharding, config.train.tiled_mlp)
 
 
 def open_frozen(policy: nn.Module, placement: Placement) -> FrozenModel:
     """Readies a policy that was loaded for the placement; all ranks call together."""
+    tile_mlps(policy, placement.tiled_mlp, partitioned=placement.zero3 is not None)
     scorer = PairScorer(policy.requires_grad_(False).eval())
     engine = None if placement.zero3 is None else zero.start_inference(scorer, placement.zero3)
     return FrozenModel(scorer, placement.device, engine)

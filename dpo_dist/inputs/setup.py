@@ -41,6 +41,8 @@ def make_setup(config: RunConfig, world_size: int) -> Setup:
         padded=config.model.layout == "padded",
         optimizer=settings.optimizer,
         copies_checkpoints=config.checkpoint.mode == "async",
+        mlp_tile=settings.tiled_mlp or 0,
+        offload_activations=settings.offload_activations,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.planning.flops import flops_per_token
-from dpo_dist.planning.memory import RESERVE_BYTES, MemoryEstimate, fits
+from dpo_dist.planning.memory import RESERVE_BYTES, LongestPair, MemoryEstimate, fits
 from dpo_dist.planning.run_plan import Entry, spelled
 from dpo_dist.planning.setup import PairCounts, Setup
 from dpo_dist.planning.sizes import GIB, Size, in_gib, total
@@ -41,8 +41,10 @@ def run_entries(
     ]
 
 
-def memory_entries(memory: MemoryEstimate, limit_gib: float | None) -> Iterator[Entry]:
-    """What a GPU holds in training: every size, the peak, and whether it fits."""
+def memory_entries(
+    memory: MemoryEstimate, limit_gib: float | None, longest: LongestPair | None
+) -> Iterator[Entry]:
+    """What a GPU holds in training: every size, the peak, whether it fits, and what would."""
     yield from map(_entry, (*memory.resident, *memory.micro_batch, *memory.update))
     transients = memory.transients
     if memory.evaluation:
@@ -52,10 +54,12 @@ def memory_entries(memory: MemoryEstimate, limit_gib: float | None) -> Iterator[
     resident, added = in_gib(total(memory.resident)), in_gib(transients[phase])
     yield Entry("peak_gib", memory.peak_bytes / GIB, f"= {resident} resident + {added} {phase}")
     yield _fits_entry(memory.peak_bytes, limit_gib)
+    if longest is not None:
+        yield Entry("longest_pair_that_fits", longest.tokens, longest.arithmetic)
 
 
 def host_entries(memory: MemoryEstimate) -> list[Entry]:
-    """What a host holds for an offloaded optimizer, and to write checkpoints from."""
+    """What a host holds: what is offloaded, and what checkpoints are written from."""
     return [_entry(size) for size in memory.host]
 
 
@@ -105,13 +109,16 @@ def batch_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) ->
 
 def work_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) -> Iterator[Entry]:
     """Steps, tokens, and the FLOPs of training and of the reference pass."""
-    flops = flops_per_token(setup.shape, checkpointing=setup.checkpointing)
+    flops = flops_per_token(setup.shape, checkpointing=setup.checkpointing, tiled_mlp=setup.tiled)
     forward, training = flops.forward, flops.hardware
     why = f"= 2 x {setup.shape.num_active:,} matrix elements"
     yield Entry("forward_gflop_per_token", forward / 1e9, why)
     passes = "forward and backward"
-    if flops.recomputed:
+    if setup.checkpointing:
         passes += ", and the forward recomputed"
+    if setup.tiled:
+        again = 2 * setup.shape.num_layers * setup.shape.num_mlp
+        passes += f", and {again / 1e9:.3g} of MLPs recomputed in tiles"
     coupled = config.objective.second_forward
     if coupled is not None:
         training += forward

@@ -53,16 +53,18 @@ class Flops:
         return self.model + self.recomputed
 
 
-def flops_per_token(shape: ModelShape, *, checkpointing: bool) -> Flops:
+def flops_per_token(shape: ModelShape, *, checkpointing: bool, tiled_mlp: bool = False) -> Flops:
     """FLOPs of a training token that passes every matrix, the output head included.
 
     Forward 2 per matrix element, a multiplication and an addition. Backward as many for the
     gradient of the activations, and 2 per trained element for its own gradient. Full training
-    takes 6 per parameter, as in Kaplan et al. 2020 (arXiv:2001.08361), section 2.1.
+    takes 6 per parameter, as in Kaplan et al. 2020 (arXiv:2001.08361), section 2.1. MLPs in
+    tiles go forward once more.
     """
     forward = 2 * shape.num_active
     trained = 2 * min(shape.num_trained, shape.num_active)
-    return Flops(forward, forward + trained, forward if checkpointing else 0)
+    again = 2 * shape.num_layers * shape.num_mlp if tiled_mlp else 0
+    return Flops(forward, forward + trained, (forward if checkpointing else 0) + again)
 
 
 def step_flops(
@@ -72,6 +74,7 @@ def step_flops(
     *,
     checkpointing: bool,
     second_forward: bool = False,
+    tiled_mlp: bool = False,
 ) -> Flops:
     """FLOPs of an optimizer step, of all ranks together.
 
@@ -80,11 +83,12 @@ def step_flops(
     them. The backward always makes the logits again. `second_forward` says that the loss couples
     pairs, so that the whole step goes forward once before it trains.
     """
-    token = flops_per_token(shape, checkpointing=checkpointing)
+    token = flops_per_token(shape, checkpointing=checkpointing, tiled_mlp=tiled_mlp)
+    in_tiles = num_tokens * (token.recomputed - (token.forward if checkpointing else 0))
     head, unscored = 2 * shape.num_head, num_tokens - num_scored
     forward = token.forward * num_tokens - head * unscored
     backward = token.backward * num_tokens - head * (1 + shape.head_trained) * unscored
-    recomputed = forward if checkpointing else head * num_scored
+    recomputed = in_tiles + (forward if checkpointing else head * num_scored)
     return Flops(forward, backward, recomputed + second_forward * forward)
 
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from dpo_dist.planning.memory_resident import host_sizes, parameter_sizes, resident_sizes
 from dpo_dist.planning.memory_transient import micro_batch_sizes, scoring_sizes, update_sizes
 from dpo_dist.planning.setup import Setup, Sharding
-from dpo_dist.planning.sizes import GIB, Size, total
+from dpo_dist.planning.sizes import GIB, Size, in_gib, total
 
+MOST_TOKENS = 2**30  # where the search for the longest pair ends
 RESERVE_BYTES = 2 * GIB  # assumed: CUDA context, NCCL's buffers, fragmentation of the allocator
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one GPU, and of one host where the optimizer is offloaded."""
+    """Memory of one GPU, and of one host where something is kept there."""
 
     resident: tuple[Size, ...]
     micro_batch: tuple[Size, ...]
@@ -59,6 +60,42 @@ def reference_sizes(setup: Setup, sharding: Sharding) -> tuple[Size, ...]:
     """Memory of a GPU in the reference pass: the parameters and a forward without gradients."""
     scoring = replace(setup, sharding=sharding)
     return *parameter_sizes(scoring), *scoring_sizes(scoring)
+
+
+@dataclass(frozen=True)
+class LongestPair:
+    """Tokens of the longest pair that fits, alone in its micro-batch, and how it was found."""
+
+    tokens: int
+    arithmetic: str
+
+
+def longest_pair(setup: Setup, limit_bytes: int | float) -> LongestPair:
+    """The longest pair that a GPU of `limit_bytes` trains on; 0 tokens when none fits."""
+
+    def with_pair(tokens: int) -> MemoryEstimate:
+        scoring = tokens if setup.scoring_tokens else 0
+        return estimate_memory(replace(setup, micro_batch_tokens=tokens, scoring_tokens=scoring))
+
+    def has_room(tokens: int) -> bool:
+        return fits(with_pair(tokens).peak_bytes, limit_bytes)
+
+    low, high = 0, 1
+    while has_room(high) and high < MOST_TOKENS:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if has_room(middle) else (low, middle)
+    resident = total(with_pair(1).resident)
+    room = f"{in_gib(limit_bytes)} - {in_gib(RESERVE_BYTES)} reserve - {in_gib(resident)} resident"
+    if low == 0:
+        return LongestPair(0, f"{room}, which leaves no room for a pair")
+    memory = with_pair(low)
+    phase = max(memory.transients, key=lambda name: memory.transients[name])
+    each = with_pair(low + 1).transients[phase] - memory.transients[phase]
+    fixed = memory.transients[phase] - low * each
+    text = f"tokens = ({room} - {in_gib(fixed)} of a {phase} of any length) / {each:,} bytes"
+    return LongestPair(low, text)
 
 
 def fits(num_bytes: int, limit_bytes: int | float) -> bool:

@@ -127,3 +127,8 @@ def host_sizes(setup: Setup) -> Iterator[Size]:
         else:  # rank 0 writes the weights, and without ZeRO all
             num_bytes, why = int(each * trained), f"{each:g}{parameters}, on rank 0's node"
         yield Size("checkpoint_copy", num_bytes, f"{why}, where memory has room")
+    if setup.offload_activations:
+        shape, each = setup.shape, setup.dtype_bytes * setup.shape.hidden_size
+        tokens = setup.tokens_in_layers(setup.micro_batch_tokens)
+        why = f"{of_node}{shape.num_layers} layers x {tokens:,} tokens x {each:,} bytes"
+        yield Size("layer_inputs", ranks * shape.num_layers * tokens * each, why)

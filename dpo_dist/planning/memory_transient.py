@@ -14,6 +14,7 @@ from dpo_dist.planning.sizes import Size, shortened
 def micro_batch_sizes(setup: Setup) -> Iterator[Size]:
     """What is added between the start of a forward and the end of its backward."""
     yield _training_activations(setup)
+    yield from _tile_gradients(setup)
     yield from _gathered_parameters(setup)
     shape, d = setup.shape, setup.dtype_bytes
     if d == 2 and setup.sharding.stage < 2:
@@ -33,9 +34,7 @@ def micro_batch_sizes(setup: Setup) -> Iterator[Size]:
 
 def scoring_sizes(setup: Setup) -> Iterator[Size]:
     """What a forward without gradients adds: the widest place of one layer, and the head."""
-    tokens, padded = _tokens_in_layers(setup, setup.scoring_tokens)
-    each = forward_bytes(setup.shape, setup.dtype_bytes)
-    yield Size("activations", tokens * each, f"{tokens:,} tokens{padded} x {each:,} bytes")
+    yield _scoring_activations(setup)
     yield from _gathered_parameters(setup)
     yield _logits(setup, setup.scoring_tokens)
 
@@ -72,39 +71,79 @@ def layer_bytes(shape: ModelShape, d: int, dropout: bool = False) -> int:
     norms = shape.norms_per_layer * (4 + d) * shape.hidden_size
     inputs = d * 2 * shape.hidden_size
     attention = d * (3 * shape.query_width + 4 * shape.key_value_width)
-    mlp = d * (4 if shape.mlp_matrices == 3 else 2) * shape.mlp_width
     experts = d * 2 * shape.experts_per_token * shape.hidden_size
     adapter = d * shape.adapter_ranks + (d + 1) * dropout * shape.adapter_inputs
-    return norms + inputs + attention + mlp + experts + adapter
+    return norms + inputs + attention + _mlp_bytes(shape, d) + experts + adapter
 
 
-def forward_bytes(shape: ModelShape, d: int) -> int:
-    """Bytes per token at the widest place of a layer when nothing is kept for a backward.
+def _mlp_bytes(shape: ModelShape, d: int) -> int:
+    """Of these, what lies between the matrices of the MLP."""
+    return d * (4 if shape.mlp_matrices == 3 else 2) * shape.mlp_width
 
-    Residual, layer input and norm, beside the inner parts of the MLP or of the attention.
+
+def _scoring_activations(setup: Setup) -> Size:
+    """The widest place of a layer when nothing is kept for a backward.
+
+    Residual, layer input and norm, beside the inner parts of the MLP or of the attention. An MLP in
+    tiles has its output beside one tile.
     """
+    shape, d = setup.shape, setup.dtype_bytes
+    tokens, padded = _tokens_in_layers(setup, setup.scoring_tokens)
     mlp = shape.mlp_matrices * shape.mlp_width + 2 * shape.experts_per_token * shape.hidden_size
     attention = 3 * shape.query_width + 4 * shape.key_value_width
-    return d * (3 * shape.hidden_size + max(mlp, attention))
+    tile = min(tokens, setup.mlp_tile) if setup.tiled else tokens
+    each = d * (3 * shape.hidden_size + (0 if setup.tiled else max(mlp, attention)))
+    arithmetic, num_bytes = f"{tokens:,} tokens{padded} x {each:,} bytes", tokens * each
+    if setup.tiled:
+        whole = max(attention, shape.hidden_size)
+        if tokens * whole >= tile * mlp:
+            each += d * whole
+            arithmetic, num_bytes = f"{tokens:,} tokens{padded} x {each:,} bytes", tokens * each
+        else:
+            arithmetic += f" + {tile:,} tokens of a tile x {d * mlp:,} bytes"
+            num_bytes += tile * d * mlp
+    return Size("activations", num_bytes, arithmetic)
 
 
 def _training_activations(setup: Setup) -> Size:
-    """All layers; with gradient checkpointing their inputs and one layer recomputed."""
+    """All layers; with gradient checkpointing their inputs and one layer recomputed.
+
+    An MLP in tiles keeps its input, which is that of its matrices, and has the rest of one tile.
+    """
     shape, d = setup.shape, setup.dtype_bytes
     tokens, padded = _tokens_in_layers(setup, setup.micro_batch_tokens)
-    layer = layer_bytes(shape, d, setup.dropout)
+    layer = layer_bytes(shape, d, setup.dropout) - setup.tiled * _mlp_bytes(shape, d)
     kept = d * shape.hidden_size if setup.checkpointing else layer
     recomputed = layer if setup.checkpointing else 0
+    # inputs that are offloaded: one is back for its layer, the next one is on its way
+    layers = min(2, shape.num_layers) if setup.offload_activations else shape.num_layers
     # The backward of an MLP holds the gradients of gate and up and of the layer's input and output
-    gradients = d * 2 * (shape.mlp_width + shape.hidden_size)
+    inner = d * 2 * shape.mlp_width
+    gradients = d * 2 * shape.hidden_size + (0 if setup.tiled else inner)
     last = (4 + 4 * d) * shape.hidden_size  # the last norm, and completion positions of its output
-    each = shape.num_layers * kept + recomputed + gradients + last
-    parts = [f"{shape.num_layers} layers x {kept:,}"]
+    each = layers * kept + recomputed + gradients + last
+    parts = [f"{layers} layers x {kept:,}"]
     if setup.checkpointing:
         parts.append(f"{recomputed:,} of a recomputed layer")
     parts += [f"{gradients:,} of gradients", f"{last:,} after the last layer"]
-    arithmetic = f"{tokens:,} tokens{padded} x ({' + '.join(parts)}) bytes"
-    return Size("activations", tokens * each, arithmetic)
+    arithmetic, num_bytes = (
+        f"{tokens:,} tokens{padded} x ({' + '.join(parts)}) bytes",
+        tokens * each,
+    )
+    if setup.tiled:
+        tile, of_tile = min(tokens, setup.mlp_tile), _mlp_bytes(shape, d) + inner
+        arithmetic += f" + {tile:,} tokens of a tile x {of_tile:,} bytes"
+        num_bytes += tile * of_tile
+    return Size("activations", num_bytes, arithmetic)
+
+
+def _tile_gradients(setup: Setup) -> Iterator[Size]:
+    """Of what trains in one MLP: the sum over tiles in float32, beside a tile's own gradients."""
+    shape, each = setup.shape, 4 + setup.dtype_bytes
+    if setup.tiled and setup.tokens_in_layers(setup.micro_batch_tokens) > setup.mlp_tile:
+        count = min(shape.num_mlp, shape.num_trained // shape.num_layers)
+        text = f"{each} bytes x {shortened(count)} trained parameters of an MLP"
+        yield Size("tile_gradients", each * count, text)
 
 
 def _gathered_parameters(setup: Setup) -> Iterator[Size]:
@@ -135,5 +174,4 @@ def _logits(setup: Setup, tokens: int) -> Size:
 
 
 def _tokens_in_layers(setup: Setup, tokens: int) -> tuple[int, str]:
-    """Tokens that pass the layers; padded pairs have their prompt twice, and padding."""
-    return (2 * tokens, " (padded)") if setup.padded else (tokens, "")
+    return setup.tokens_in_layers(tokens), " (padded)" if setup.padded else ""

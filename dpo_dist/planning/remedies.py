@@ -7,6 +7,7 @@ from dpo_dist.planning.memory import estimate_memory, fits
 from dpo_dist.planning.setup import ModelShape, Setup, Sharding
 
 DOUBLINGS = 10  # of the ranks, at most
+TILES = (8192, 4096, 2048, 1024)  # tokens; smaller ones would leave a GPU idle
 
 Change = tuple[str, Setup]
 
@@ -34,6 +35,13 @@ def find_remedies(setup: Setup, limit_bytes: int, others: Alternatives) -> list[
     """Single changes that lower the peak: those that fit first, then by the peak."""
     chains = [
         _checkpointed(setup),
+        _tiled(setup),
+        _offloaded(setup),
+        (
+            (f"{change} {more}", both)
+            for change, tiled in _tiled(setup)
+            for more, both in _offloaded(tiled)
+        ),
         _smaller_micro_batches(setup, others.least_tokens),
         *(
             iter([(f"train.deepspeed={name}", replace(setup, sharding=sharding))])
@@ -65,6 +73,17 @@ def _first_that_fits(chain: Iterator[Change], limit_bytes: int) -> list[Remedy]:
 
 def _checkpointed(setup: Setup) -> Iterator[Change]:
     yield "train.gradient_checkpointing=true", replace(setup, checkpointing=True)
+
+
+def _tiled(setup: Setup) -> Iterator[Change]:
+    for tile in TILES:
+        if setup.shape.num_mlp and tile < (setup.mlp_tile or setup.micro_batch_tokens):
+            yield f"train.tiled_mlp={tile}", replace(setup, mlp_tile=tile)
+
+
+def _offloaded(setup: Setup) -> Iterator[Change]:
+    if setup.checkpointing and not setup.offload_activations:
+        yield "train.offload_activations=true", replace(setup, offload_activations=True)
 
 
 def _smaller_micro_batches(setup: Setup, least_tokens: int) -> Iterator[Change]:

@@ -54,10 +54,11 @@ def as_text(plan: RunPlan) -> str:
             label = spelled(entry.key.removesuffix("_gib").removeprefix("num_"))
             lines.append(f"  {label:<23} {_shown(entry):>10}  {entry.why}".rstrip())
     if plan.remedies:
+        width = max(34, *(len(remedy.change) for remedy in plan.remedies))
         lines += ["", "what would help, each on its own"]
         for remedy in plan.remedies:
             verdict = "fits" if remedy.fits else "does not fit"
-            lines.append(f"  {remedy.change:<34} {in_gib(remedy.peak_bytes):>10}  {verdict}")
+            lines.append(f"  {remedy.change:<{width}} {in_gib(remedy.peak_bytes):>10}  {verdict}")
     return "\n".join(lines[1:])
 
 

@@ -36,6 +36,13 @@ class ModelShape:
         """Elements of the output head."""
         return self.vocab_size * self.hidden_size
 
+    @property
+    def num_mlp(self) -> int:
+        """Elements of a layer's dense MLP, its adapters aside; 0 with experts."""
+        return (
+            0 if self.experts_per_token else (self.mlp_matrices * self.mlp_width * self.hidden_size)
+        )
+
     def num_held(self, dtype_bytes: int) -> int:
         """Elements of dtype in memory: two NF4 weights are packed into each byte of them."""
         packed = self.num_quantized // (2 * dtype_bytes)
@@ -75,12 +82,23 @@ class Setup:
     padded: bool = False
     optimizer: str = "adamw"
     copies_checkpoints: bool = False  # which are written behind, from host memory
+    mlp_tile: int = 0  # tokens of a tile of a dense MLP; 0: it takes a row at once
+    offload_activations: bool = False  # the inputs of recomputed layers, to host memory
 
     @property
     def gradient_bytes(self) -> int:
         """Of an element of the gradient that lies in memory between two micro-batches."""
         wide = self.sharding.stage >= 2
         return max(self.dtype_bytes, self.sharding.sum_bytes) if wide else self.dtype_bytes
+
+    @property
+    def tiled(self) -> bool:
+        """Whether there is a dense MLP that runs in tiles."""
+        return self.mlp_tile > 0 and self.shape.num_mlp > 0
+
+    def tokens_in_layers(self, tokens: int) -> int:
+        """Tokens that pass the layers: padded pairs have their prompt twice, and padding."""
+        return 2 * tokens if self.padded else tokens
 
     def shards(self, *, from_stage: int) -> int:
         """The ranks that share what ZeRO shards from `from_stage` on; 1 below that stage."""

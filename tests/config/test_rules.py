@@ -38,6 +38,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "false, because recomputed layers pass no gradient to their routers. Set it to false.",
     ),
     (
+        {"train": {"offload_activations": True, "gradient_checkpointing": False}},
+        "train.offload_activations: true with train.gradient_checkpointing false; expected true, "
+        "because what is kept in host memory are the inputs of recomputed layers. Set "
+        "train.gradient_checkpointing to true.",
+    ),
+    (
         {"train": {"profile_steps": [12, 10]}},
         "train.profile_steps: [12, 10]; expected the first step, then the last. Swap them.",
     ),
@@ -178,6 +184,7 @@ def test_a_broken_rule_is_the_only_problem(sections: dict[str, Any], problem: st
             "train": {"gradient_checkpointing": False},
         },
         {"train": {"profile_steps": [10, 12]}},
+        {"train": {"offload_activations": True, "tiled_mlp": 4096}},
         {"train": {"lr_schedule": "wsd", "decay_steps": 50, "min_lr_rate": 0.1}},
         {"train": {"warmup_steps": 0, "warmup_ratio": None}},
         {"train": {"optimizer": "muon", "max_grad_norm": 0}},

@@ -35,6 +35,7 @@ from dpo_dist.stages import export, prepare
 pytestmark = pytest.mark.timeout(300)
 NUM_TRAIN, NUM_EVAL = 16, 4
 BUDGET = 88  # tokens: enough for the longest pair, and for no two of the longer ones
+TILE = 32  # tokens of an MLP's tile; fewer than any pair has
 COMMON = {
     "data.train[].limit": NUM_TRAIN,
     "data.eval[].limit": NUM_EVAL,
@@ -106,6 +107,12 @@ TRAINED: dict[str, Seen] = {
     ),
     "train.gradient_checkpointing": Seen(
         True, lambda run: run.forwards["recomputed"], False, True
+    ),
+    "train.tiled_mlp": Seen(
+        TILE, lambda run: run.forwards["most_in_mlp"] <= TILE, False, True
+    ),
+    "train.offload_activations": Seen(
+        True, lambda run: run.forwards["offloaded"], False, True
     ),
     "train.deepspeed": Seen(
         "zero2", lambda run: read_train_state(run.last_checkpoint).zero_stage, 3, 2

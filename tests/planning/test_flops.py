@@ -15,6 +15,7 @@ from dpo_dist.engine.forward.packing import PackedPairs, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.model_shape import shape_of
+from dpo_dist.engine.model.tiled_mlp import tile_mlps
 from dpo_dist.planning.flops import (
     PEAKS,
     Flops,
@@ -72,17 +73,19 @@ def counted_flops(policy: Any, packed: PackedPairs) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "adapter", "tied"),
+    ("checkpointing", "adapter", "tied", "tile"),
     [
-        (False, False, False),
-        (True, False, False),
-        (True, False, True),
-        (False, True, False),
-        (True, True, True),
+        (False, False, False, None),
+        (True, False, False, None),
+        (True, False, True, None),
+        (False, True, False, None),
+        (True, True, True, None),
+        (False, False, False, 64),
+        (True, False, False, 64),
     ],
 )
 def test_flops_of_a_step_are_those_that_torch_counts(
-    checkpointing: bool, adapter: bool, tied: bool
+    checkpointing: bool, adapter: bool, tied: bool, tile: int | None
 ) -> None:
     config = LlamaConfig(
         hidden_size=64,
@@ -96,6 +99,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(
     policy: Any = AutoModelForCausalLM.from_config(config)
     if adapter:
         policy = add_adapter(policy, AdapterSection.model_validate({"rank": 4}), "base")
+    tile_mlps(policy, tile)
     policy.enable_input_require_grads()  # as in training, so that every layer has a backward
     if checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": True})
@@ -103,7 +107,10 @@ def test_flops_of_a_step_are_those_that_torch_counts(
     packed = packed_pairs()
     forward, backward = counted_flops(policy, packed)
     shape, num_scored = shape_of(policy), len(packed.targets)
-    flops = step_flops(shape, packed.num_tokens, num_scored, checkpointing=checkpointing)
+    flops = step_flops(
+        shape, packed.num_tokens, num_scored,
+        checkpointing=checkpointing, tiled_mlp=tile is not None,
+    )  # fmt: skip
     assert num_scored < packed.num_tokens
     assert forward == flops.forward
     assert backward == flops.backward + flops.recomputed

@@ -21,11 +21,13 @@ from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import PairScorer
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.model_shape import shape_of
+from dpo_dist.engine.model.recompute import recompute_layers
+from dpo_dist.engine.model.tiled_mlp import tile_mlps
 from dpo_dist.engine.sharding import ds_config, zero
-from dpo_dist.planning.memory import estimate_memory
+from dpo_dist.planning.memory import estimate_memory, fits, longest_pair
 from dpo_dist.planning.memory_transient import layer_bytes
 from dpo_dist.planning.setup import Setup, sharding_of
-from dpo_dist.planning.sizes import Size, total
+from dpo_dist.planning.sizes import GIB, Size, total
 from dpo_dist.run.topology import from_environment
 
 BUCKET = 20_000  # elements; small beside the model's 723,008
@@ -221,12 +223,17 @@ def pairs_of(seed: int) -> Any:
     return pack_pairs([(ids(256), ids(128), ids(128)) for _ in range(4)])
 
 
-def kept_and_peak(layers: int, checkpointing: bool) -> tuple[float, float]:
-    """Bytes a token that autograd keeps after a float32 forward, and the peak of the backward."""
+def kept_and_peak(
+    layers: int, checkpointing: bool, tile: int | None = None, offload: bool = False
+) -> tuple[float, float]:
+    """Bytes a token that autograd keeps after a float32 forward, and the peak of the backward.
+
+    What is offloaded does not count as kept, and on a CPU it counts in the peak.
+    """
     model = llama(layers, torch.float32)
+    tile_mlps(model, tile)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": True})
-        model.enable_input_require_grads()
+        recompute_layers(model, offload=offload)
     model.train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -260,8 +267,23 @@ def test_gradient_checkpointing_keeps_the_input_of_a_layer() -> None:
     assert (many - few) / 4 == pytest.approx(4 * 64, rel=1e-3)
 
 
+def test_nothing_of_an_offloaded_layer_is_kept() -> None:
+    few, many = (kept_and_peak(layers, True, offload=True)[0] for layers in (2, 6))
+    assert many == few
+
+
+def test_an_mlp_in_tiles_keeps_its_input() -> None:
+    few, many = (kept_and_peak(layers, False, tile=64)[0] for layers in (2, 6))
+    inner = 4 * 4 * 224  # gate, activation, up and product
+    expected = layer_bytes(shape_of(llama(2, torch.float32)), 4) - inner
+    assert (many - few) / 4 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("tile", [None, 128])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_micro_batch_is_just_below_the_estimate(checkpointing: bool) -> None:
+def test_the_peak_of_a_micro_batch_is_just_below_the_estimate(
+    checkpointing: bool, tile: int | None
+) -> None:
     layers = 6
     setup = replace(
         setup_of(
@@ -272,9 +294,13 @@ def test_the_peak_of_a_micro_batch_is_just_below_the_estimate(checkpointing: boo
         ),
         checkpointing=checkpointing,
         micro_batch_tokens=pairs_of(0).num_tokens,
+        mlp_tile=tile or 0,
     )
-    estimated = sizes_of(setup)["activations"].num_bytes / setup.micro_batch_tokens
-    measured = kept_and_peak(layers, checkpointing)[1]
+    sizes = sizes_of(setup)
+    names = ("activations", "tile_gradients")
+    estimated = sum(sizes[name].num_bytes for name in names if name in sizes)
+    estimated /= setup.micro_batch_tokens
+    measured = kept_and_peak(layers, checkpointing, tile)[1]
     assert measured <= estimated <= 1.25 * measured
 
 
@@ -306,3 +332,55 @@ def test_a_rank_alone_gathers_nothing() -> None:
     sharding = ds_config.read_sharding("zero3")
     assert "gathered_parameters" not in sizes_of(setup_of(LLAMA_8B, sharding, "bfloat16", 1))
     assert "gathered_parameters" in sizes_of(setup_of(LLAMA_8B, sharding, "bfloat16", 2))
+
+
+def test_long_pairs_in_numbers() -> None:
+    """What tiles and offload leave of a row of 131,072 tokens in an 8B, and where the rest goes."""
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 8)
+    long = replace(setup, micro_batch_tokens=131_072)
+    tiled = replace(long, mlp_tile=4096)
+    both = replace(tiled, offload_activations=True)
+    assert sizes_of(tiled)["activations"].arithmetic == (
+        "131,072 tokens x (32 layers x 8,192 + 98,304 of a recomputed layer + 16,384 of gradients"
+        " + 49,152 after the last layer) bytes + 4,096 tokens of a tile x 172,032 bytes"
+    )
+    found = [sizes_of(each)["activations"].num_bytes for each in (long, tiled, both)]
+    assert found[0] - found[1] == (131_072 - 4096) * 172_032
+    assert found[1] - found[2] == 131_072 * 30 * 8192
+    assert sizes_of(tiled)["tile_gradients"].arithmetic == (
+        "6 bytes x 176 M trained parameters of an MLP"
+    )
+    (host,) = estimate_memory(both).host
+    assert (host.name, host.num_bytes) == ("layer_inputs", 8 * 32 * 131_072 * 8192)
+    assert host.arithmetic == ("8 ranks of a node x 32 layers x 131,072 tokens x 8,192 bytes")
+    experts = replace(long, shape=replace(LLAMA_8B, experts_per_token=2), mlp_tile=4096)
+    assert sizes_of(experts) == sizes_of(replace(experts, mlp_tile=0))
+
+
+def test_scoring_in_tiles_has_attention_as_its_widest_place() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 1)
+    setup = replace(setup, scoring_tokens=32_768)
+    found = [
+        estimate_memory(replace(setup, mlp_tile=tile)).evaluation[0].arithmetic
+        for tile in (0, 4096, 16_384)
+    ]
+    assert found == [
+        "32,768 tokens x 110,592 bytes",
+        "32,768 tokens x 57,344 bytes",
+        "32,768 tokens x 24,576 bytes + 16,384 tokens of a tile x 86,016 bytes",
+    ]
+
+
+def test_the_longest_pair_fits_and_one_token_more_does_not() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 8)
+    lengths = []
+    for each in (setup, replace(setup, mlp_tile=4096, offload_activations=True)):
+        found = longest_pair(each, 80 * GIB)
+        peaks = [
+            estimate_memory(replace(each, micro_batch_tokens=found.tokens + more)).peak_bytes
+            for more in (0, 1)
+        ]
+        assert [fits(peak, 80 * GIB) for peak in peaks] == [True, False]
+        lengths.append(found.tokens)
+    assert lengths[1] > 2 * lengths[0]
+    assert longest_pair(setup, 8 * GIB).tokens == 0

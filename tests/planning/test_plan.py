@@ -1,6 +1,7 @@
 """The planner as its users see it: counts without weights, text, JSON, dry run, errors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,28 @@ def test_a_misfit_has_remedies(tmp_path: Path) -> None:
     changes = {r.change: r for r in make_plan(config, 1, 8).remedies}
     packed = changes["model.quantization=nf4 (QLoRA)"]
     assert packed.peak_bytes == min(change.peak_bytes for change in changes.values())
+
+
+def test_a_plan_of_long_pairs_says_how_long_and_what_would_help(tmp_path: Path) -> None:
+    model = str(write_7b(tmp_path / "model"))
+    long = {"micro_batch_tokens": 131_072, "deepspeed": "zero2"}
+    plan = make_plan(config_of(tmp_path, model, adapter={}, train=long), 1, 80)
+    assert plan.fits is False
+    both = "train.tiled_mlp=8192 train.offload_activations=true"
+    assert plan.remedies[0].change == both and plan.remedies[0].fits
+    keys = {"tiled_mlp": 8192, "offload_activations": True}
+    helped = make_plan(config_of(tmp_path, model, adapter={}, train=long | keys), 1, 80)
+    found, entries = as_dict(helped), as_text(helped)
+    assert found["fits"] is True
+    assert found["memory_per_gpu"]["peak_gib"] == plan.remedies[0].peak_bytes / 2**30
+    assert found["memory_per_host"]["layer_inputs_gib"] == 32
+    assert found["memory_per_gpu"]["longest_pair_that_fits"] > 131_072
+    assert re.search(
+        r"longest pair that fits +[\d,]+  tokens = \(80.0 GiB - 2.0 GiB reserve - "
+        r"[\d.]+ GiB resident - [\d.]+ [GM]iB of a micro-batch of any length\) / [\d,]+ bytes",
+        entries,
+    )
+    assert "of MLPs recomputed in tiles" in entries
 
 
 def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:

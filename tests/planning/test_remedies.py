@@ -31,3 +31,19 @@ def test_remedies_lower_the_peak_and_those_that_fit_come_first() -> None:
     assert changes["4 ranks"] and "2 ranks" not in changes  # the fewest that fit
     assert not changes["train.micro_batch_tokens=1024"]  # the smallest is not enough
     assert "train.deepspeed=zero3" not in changes  # changes nothing
+
+
+def test_long_rows_are_helped_by_tiles_and_by_offloaded_inputs() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 8)
+    setup = replace(setup, micro_batch_tokens=131_072)
+    others = Alternatives(shardings={}, with_adapter=None, quantized=None, least_tokens=131_072)
+    found = {r.change: r for r in find_remedies(setup, 64 * GIB, others)}
+    both = found["train.tiled_mlp=8192 train.offload_activations=true"]
+    tiled = found["train.tiled_mlp=1024"]  # the smallest is not enough
+    assert both.fits and not tiled.fits
+    each = replace(setup, mlp_tile=1024)
+    assert tiled.peak_bytes == estimate_memory(each).peak_bytes
+    assert not found["train.offload_activations=true"].fits
+    already = replace(setup, mlp_tile=1024, offload_activations=True)
+    changes = {r.change for r in find_remedies(already, 1 * GIB, others)}
+    assert not any("tiled" in change or "activations" in change for change in changes)

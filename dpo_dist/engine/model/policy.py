@@ -19,7 +19,9 @@ from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.dropout import check_no_dropout
 from dpo_dist.engine.model.load import load_model, num_parameters, partitioned_loading
 from dpo_dist.engine.model.quantized import refuse_trained_quantized
+from dpo_dist.engine.model.recompute import recompute_layers
 from dpo_dist.engine.model.self_check import check_key, read_check, write_check
+from dpo_dist.engine.model.tiled_mlp import tile_mlps
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.engine.weights.adapter_file import fill_adapter
 from dpo_dist.watch.heartbeat import during
@@ -52,11 +54,9 @@ def build_policy(
     policy: Any = load_policy(parts, device, zero3)
     if parts.adapter is not None:
         refuse_trained_quantized(policy)
+    tile_mlps(policy, train.tiled_mlp, partitioned=zero3 is not None)
     if train.gradient_checkpointing:
-        # ZeRO-3 with adapters gathers a recomputed layer only under the reentrant kind, which
-        # in turn needs an input with a gradient when the embeddings are frozen.
-        policy.activation_checkpointing_enable({"use_reentrant": True})
-        policy.enable_input_require_grads()
+        recompute_layers(policy, offload=train.offload_activations)
     trainable, total = num_parameters(policy)
     _logger.info(
         "policy: %s of %s parameters train (%.2f %%)",

@@ -61,7 +61,7 @@ def scale(setup: Setup, hardware: Hardware, nodes: int, work: Work) -> Scale:
             flops = max(
                 step_flops(
                     shape, *one, checkpointing=setup.checkpointing,
-                    second_forward=work.second_forward,
+                    second_forward=work.second_forward, tiled_mlp=setup.tiled,
                 ).hardware
                 for one in ranks
             )  # fmt: skip

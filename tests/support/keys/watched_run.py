@@ -66,6 +66,7 @@ def watched(stage: str, run_yaml: str, overrides: list[str]) -> dict[str, Any]:
     from dpo_dist.stages import reference, train
 
     seen: dict[str, Any] = {"trained": [], "scored": [], "sharded": False, "recomputed": False}
+    seen |= {"most_in_mlp": 0, "offloaded": False}
     training_forward = False
 
     def before(module: Any, inputs: Any) -> None:
@@ -75,6 +76,8 @@ def watched(stage: str, run_yaml: str, overrides: list[str]) -> dict[str, Any]:
             training_forward = torch.is_grad_enabled()
             seen["trained" if training_forward else "scored"].append(pairs_in(inputs[0]))
             seen["sharded"] |= any(hasattr(p, "ds_id") for p in module.parameters())
+        elif name == "SiLUActivation" and training_forward:
+            seen["most_in_mlp"] = max(seen["most_in_mlp"], inputs[0].shape[1])
         elif name == "LlamaAttention":
             # activations that will be recomputed come from a forward without gradients
             seen["recomputed"] |= training_forward and not torch.is_grad_enabled()
@@ -88,6 +91,12 @@ def watched(stage: str, run_yaml: str, overrides: list[str]) -> dict[str, Any]:
         seen["behind"] = True
         return own_copy(copies, state_dict)
 
+    class SeenHooks(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, *packing: Any) -> None:
+            seen["offloaded"] = True
+            super().__init__(*packing)
+
+    torch.autograd.graph.saved_tensors_hooks = SeenHooks
     own_copy, HostCopies.copy, seen["behind"] = HostCopies.copy, copy, False
     hooks.register_module_forward_pre_hook(before)
     hooks.register_module_forward_hook(after)
