@@ -131,7 +131,7 @@ class Pairs:
         @functools.lru_cache(maxsize=1 << 14)  # every micro-batch asks for all pairs of its step
         def count(index: int) -> tuple[int, int, int]:
             prompt, chosen, rejected = self._ids(*self._place(index))
-            return len(prompt), np.count_nonzero(chosen >= 0), np.count_nonzero(rejected >= 0)
+            return len(prompt), int((chosen >= 0).sum()), int((rejected >= 0).sum())
 
         return count
 
