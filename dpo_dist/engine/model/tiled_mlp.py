@@ -173,7 +173,7 @@ class _Tiles(torch.autograd.Function):
                 part = part.view_as(part)  # no leaf: hooks of several gradients refuse it here
                 out = ctx.whole(part)
                 wanted = ([part] if needs_hidden else []) + list(parameters)
-                found = list(
+                found: list[Tensor | None] = list(
                     torch.autograd.grad(out, wanted, grad_out[tile].view_as(out), allow_unused=True)
                 )
                 del out
