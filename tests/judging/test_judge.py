@@ -386,6 +386,8 @@ def run_command(
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OPENAI_API_KEY": KEY, "COLUMNS": "200"}, start_new_session=True,
+        # what a shell starts in the background ignores it, with all its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
