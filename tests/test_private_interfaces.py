@@ -578,7 +578,7 @@ def test_shards_have_these_files_keys_and_classes(engines: dict[str, Any]) -> No
 
 @row(
     "deepspeed", "ds_id", "ds_numel", "ds_shape", "ds_tensor",
-    files=f"{FORWARD}head.py {MODEL}adapters.py {MODEL}quantized.py {MODEL}tiled_mlp.py "
+    files=f"{FORWARD}model_parts.py {MODEL}adapters.py {MODEL}quantized.py {MODEL}tiled_mlp.py "
     f"{CHECKPOINTS}resharding.py dpo_dist/engine/sharding/optimizers.py "
     "dpo_dist/engine/sharding/zero.py",
     why="a partitioned parameter looks empty: its marks tell that it is one, and what it holds",
