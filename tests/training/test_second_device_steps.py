@@ -49,10 +49,10 @@ CASES = {name: [f"objective.loss={name}", *SETTINGS.get(name, [])] for name in L
 }
 FEW = ("sigmoid", "aot", "weighted, long answers less", "several", "balanced routers")  # by default
 COUPLED = ("aot", "aot_unpaired", "balanced routers")
-# Of a micro-batch: the packed row, where its calls end, the tokens and the reference of its pairs.
-ROW, ENDS, LOOK_UP = 4, 2, 3
+# Of a micro-batch: the packed row, where its calls end, the lengths and the reference of its pairs.
+ROW, ENDS, LOOK_UP = 4, 2, 2
 PAIRS = 3  # of a step
-ROUTERS = 2  # which pair a token is of, and how often it counts
+ROUTERS = 2  # which part of the row a token is of, and which parts a pair has
 
 
 class Engine(nn.Module):
