@@ -17,6 +17,8 @@ FAULTS ?= 200
 SEED ?= $(shell date +%s)
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 export TOKENIZERS_PARALLELISM := false
+# Set in many containers; then every process compiles anew what it imports, 14 s of CPU each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart agent test test-slow faults fuzz soak gpu test-matrix coverage docs check format hooks clean
 
