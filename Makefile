@@ -52,8 +52,10 @@ test: install
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not cluster'
 	$(BIN)/python -m pytest -m 'cluster and not slow'
 
+# All that is slow but the soak, which has a target of its own.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow and not cluster' --ignore=tests/soak
+	$(BIN)/python -m pytest -m 'slow and cluster'
 
 # A training under hundreds of faults: make soak FAULTS=200 SEED=...
 soak: install

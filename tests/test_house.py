@@ -262,3 +262,9 @@ def test_no_utils_and_no_base_classes() -> None:
             if isinstance(node, ast.ClassDef):
                 assert not node.name.startswith("Base"), f"{path}: {node.name}"
                 assert not node.name.endswith("Manager"), f"{path}: {node.name}"
+
+
+def test_only_limits_sets_limits_of_a_process() -> None:
+    """Elsewhere nobody would think of what Python compiles under them."""
+    (set_there,) = [path for path in TESTS if re.search(r"\.setrlimit\(", path.read_text())]
+    assert set_there == ROOT / "tests" / "support" / "faults" / "limits.py"

@@ -1,12 +1,12 @@
 """What a full disk is told as, whatever was being written."""
 
 import errno
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.faults.limits import in_files_of
 
 from dpo_dist.errors import CheckpointError, DataError, as_disk_error, disk_errors_as, portable
 
@@ -30,9 +30,8 @@ def test_a_disk_without_room_ends_a_command_with_a_message(tmp_path: Path) -> No
     (tmp_path / "trl.yaml").write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
     command = "import-trl trl.yaml --num-processes 1 --out run.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_dist", *command.split()],
+        in_files_of(20, [sys.executable, "-m", "dpo_dist", *command.split()]),
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "File too large; expected a writable disk with free space" in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.faults.limits import limited
 from support.ranks import ROOT, wait_until
 from support.servers.local_judge import Answer, LocalJudge, Request, serve
 
@@ -121,12 +122,12 @@ def test_nothing_is_asked_twice(files: tuple[Path, Path], tmp_path: Path) -> Non
 
 
 def test_429_is_waited_out_as_long_as_asked_for(files: tuple[Path, Path], tmp_path: Path) -> None:
-    def limited(request: Request, number: int) -> Answer:
+    def rate_limited(request: Request, number: int) -> Answer:
         if number == 3:
             return Answer(status=429, body="slow down", headers={"Retry-After": "1"})
         return Answer(status=503) if number == 5 else larger_is_better(request, number)
 
-    with serve(limited) as server:
+    with serve(rate_limited) as server:
         result = judge(files, server.url, tmp_path / "out", limits=replace(LIMITS, concurrency=1))
     assert result["all"]["table"]["base"]["win"] == 6
     assert len(server.requests) == 14
@@ -420,14 +421,12 @@ def test_the_key_is_in_no_file_and_no_message(
 
 def test_a_disk_that_fills_up(files: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with serve(larger_is_better) as server:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
-        try:
-            with pytest.raises((OSError, BaseExceptionGroup)) as full:
-                judge(files, server.url, out)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with (
+            limited(resource.RLIMIT_FSIZE, 1500),
+            pytest.raises((OSError, BaseExceptionGroup)) as full,
+        ):
+            judge(files, server.url, out)
         assert "File too large; expected a writable disk" in str(as_disk_error(full.value))
         kept = (out / "replies.jsonl").read_bytes()
         judge(files, server.url, out)

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from support.commands import dpo_dist
+from support.faults.limits import in_files_of
 from support.ranks import ROOT
 
 from dpo_dist.commands import report
@@ -314,10 +314,9 @@ def assert_old_report_alone(paths: RunDir) -> None:
 def test_a_file_that_does_not_fit_leaves_the_old_report(whole: RunDir, num_bytes: int) -> None:
     old_report(whole)
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_dist", "report", str(whole.root)],
+        in_files_of(num_bytes, [sys.executable, "-m", "dpo_dist", "report", str(whole.root)]),
         cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"COLUMNS": "1000"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (

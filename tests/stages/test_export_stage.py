@@ -15,6 +15,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from support.faults.limits import limited
 from support.tiny_export import TrainedRun, make_trained_run, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -392,13 +393,8 @@ def test_a_full_disk_is_named(
 def test_a_write_that_fails_is_named(lora_run: TrainedRun, tmp_path: Path) -> None:
     config = copy_of(lora_run, tmp_path)
     folder = tmp_path / "out" / "export" / "adapter"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with pytest.raises(ArtifactError) as error:
-            export.run(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited(resource.RLIMIT_FSIZE, 2000), pytest.raises(ArtifactError) as error:
+        export.run(config)
     assert str(error.value) == (
         f"{folder} could not be written (File too large); expected a writable folder with free "
         "space. Fix this and run `dpo-dist export` again; nothing half-written is left."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.faults.limits import limited
 from support.ranks import run_ranks, started_ranks
 from support.tiny_engine import case_name, checkpoints_of, full_weights, start_engine, train_step
 
@@ -36,17 +37,6 @@ CASES = [
     (0, "bfloat16", False),
 ]
 IDENTITY = {"objective.beta": "0.1", "pairs": "abc"}
-
-
-@contextlib.contextmanager
-def limited(kind: int, value: int) -> Iterator[None]:
-    """A limit of this process alone, as with `ulimit`: real failures on one rank only."""
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
 
 
 def save_at(engine: Any, checkpoints_dir: Path, step: int, keep: int = 2) -> Path:

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on: the same files, the same faults."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.faults.limits import limited
 from support.ranks import run_ranks, started_ranks
 from support.tiny_engine import case_name, checkpoints_of, start_engine, train_step
 
@@ -112,14 +114,11 @@ def failing_behind(folder: str) -> tuple[str, list[str]]:
         begun_at(engine, run, 1, copies).commit(keep=2)
         train_step(engine, 1)
         second = not collectives.is_first()
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if second:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        under_way = begun_at(engine, run, 2, copies)
-        train_step(engine, 2)  # nobody waits for the rank that failed
-        with pytest.raises(CheckpointError) as caught:
-            under_way.commit(keep=2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with limited(resource.RLIMIT_FSIZE, 2000) if second else contextlib.nullcontext():
+            under_way = begun_at(engine, run, 2, copies)
+            train_step(engine, 2)  # nobody waits for the rank that failed
+            with pytest.raises(CheckpointError) as caught:
+                under_way.commit(keep=2)
         begun_at(engine, run, 3, copies).commit(keep=2)
         return str(caught.value), sorted(os.listdir(run))
 

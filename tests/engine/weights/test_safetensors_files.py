@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.faults.limits import limited
 
 from dpo_dist.engine.weights.safetensors_reader import TensorSpec, read_places, read_tensor
 from dpo_dist.engine.weights.safetensors_writer import (
@@ -125,13 +126,9 @@ def test_one_shard_has_no_index(tmp_path: Path) -> None:
 
 def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
     tensors = {f"w{i}": torch.zeros(4) for i in range(100)}
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_open = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 10, limits[1]))
-    try:
+    with limited(resource.RLIMIT_NOFILE, num_open + 10):
         write_shards(tmp_path, stream_of(tensors), max_shard_bytes=16)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(list(tmp_path.glob("*.safetensors"))) == 100
 
 
