@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_dist.errors import ConfigError
 
@@ -32,6 +32,19 @@ class Topology:
             self.master_addr, self.master_port,
         )  # fmt: skip
         return dict(zip(VARIABLES, map(str, values), strict=True))
+
+    def in_groups_of(self, size: int) -> "Topology":
+        """The job as its batches see it: `size` consecutive ranks are one, which reads a batch.
+
+        Raises ConfigError when ranks would be left over.
+        """
+        if self.world_size % size:
+            raise ConfigError(
+                f"train.sequence_parallel: {size} on {self.world_size} ranks",
+                "a number of ranks that it divides",
+                f"Start a multiple of {size} ranks, or set train.sequence_parallel to 1.",
+            )
+        return replace(self, rank=self.rank // size, world_size=self.world_size // size)
 
 
 SINGLE_PROCESS = Topology(0, 1, 0, 1, "127.0.0.1", 0)

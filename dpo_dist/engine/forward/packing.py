@@ -58,6 +58,7 @@ class PackedPairs:
     scored_lengths: tuple[int, ...]  # A counts of scored tokens
     pairs: tuple[tuple[int, int], ...]  # B of (chosen, rejected), the numbers of answers
     scored_offsets: Tensor  # (C,) place of each answer's target in it; stays on the host
+    score_places: Tensor  # (C,) the score positions once more; stay on the host
     terms: Terms = COMPLETIONS  # what is to be summed over the tokens of a pair
 
     @property
@@ -169,10 +170,11 @@ def pack_pairs(
     last_of_prompt = starts[prompt_of] + num_prompt - 1
     before = np.where(place[scored] > 0, scored - 1, last_of_prompt[part[scored]])
     of_prompt = np.flatnonzero(in_prompt & (place > 0)) if terms.prompt else scored[:0]
+    score_places = torch.from_numpy(np.concatenate([before, of_prompt - 1]))
     packed = PackedPairs(
         input_ids=torch.from_numpy(np.where((row < 0) & ~in_prompt, ~row, row))[None],
         position_ids=torch.from_numpy(np.where(in_prompt, place, place + num_prompt[part]))[None],
-        score_positions=torch.from_numpy(np.concatenate([before, of_prompt - 1])),
+        score_positions=score_places,
         targets=torch.from_numpy(row[np.concatenate([scored, of_prompt])]),
         prompt_lengths=tuple(lengths[prompts].tolist()),
         group_sizes=tuple(sizes),
@@ -180,6 +182,7 @@ def pack_pairs(
         scored_lengths=tuple(counts.tolist()),
         pairs=tuple(numbers),
         scored_offsets=torch.from_numpy(place[scored]),
+        score_places=score_places,
         terms=terms,
     )
     return packed.to(device)

@@ -2,7 +2,7 @@
 
 It takes several forwards, and every stage loads a model. A later stage takes over what an earlier
 one found for the same key: the model's class, config, adapter and dtype, what the run config asks
-for, the code that scores, its libraries, and the devices of all ranks. Weights are not in it: the
+for, the code that scores, its libraries, the devices of all ranks, and how many share a row. Weights are not in it: the
 layout follows from what a model computes, not from the numbers that it learned.
 """
 
@@ -30,7 +30,9 @@ _BESIDE = ("name_or_path", "version", "dtype", "architectures", "use_cache", "to
            "jitter", "inference_mode", "revision")  # fmt: skip
 
 
-def check_key(policy: nn.Module, section: ModelSection, device: torch.device) -> dict[str, Any]:
+def check_key(
+    policy: nn.Module, section: ModelSection, device: torch.device, ranks_per_row: int = 1
+) -> dict[str, Any]:
     """All that the outcome depends on, as JSON; all ranks call together."""
     base = base_of(policy)
     adapters = getattr(policy, "peft_config", None) or {}
@@ -44,6 +46,7 @@ def check_key(policy: nn.Module, section: ModelSection, device: torch.device) ->
         "requested": [section.layout, section.attention, section.quantization],
         "code": _digest_of_code(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
+        "ranks_per_row": ranks_per_row,
         "devices": sorted(set(collectives.gather(_device_name(device)))),
     }
 
