@@ -170,8 +170,8 @@ class TrainSection(Section):
     )
     sequence_parallel: PositiveInt = Field(
         1,
-        description="Ranks that share each row of tokens: a slice of it each, and some heads of its "
-        "attention; for long pairs.",
+        description="Ranks that share each row: a slice of its tokens each, in attention some of "
+        "its heads; for long pairs.",
     )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",

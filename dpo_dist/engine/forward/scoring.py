@@ -78,8 +78,9 @@ def look_ahead(
 ) -> tuple[IntArray, LogpArray, slice]:
     """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
 
-    `place` is this rank's among those that have other micro-batches. Its rows are in the order of its micro-batches. Dropout is as in training, and the
-    generators are put back, so that a forward of the same micro-batches makes the same numbers.
+    `place` is this rank's among those that have other micro-batches. Its rows are in the order of
+    its micro-batches. Dropout is as in training, and the generators are put back, so that a
+    forward of the same micro-batches makes the same numbers.
     """
     states = rng_states()
     own = score(model, micro_batches, token_ids, device, terms, dropout=True)

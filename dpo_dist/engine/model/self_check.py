@@ -2,8 +2,9 @@
 
 It takes several forwards, and every stage loads a model. A later stage takes over what an earlier
 one found for the same key: the model's class, config, adapter and dtype, what the run config asks
-for, the code that scores, its libraries, the devices of all ranks, and how many share a row. Weights are not in it: the
-layout follows from what a model computes, not from the numbers that it learned.
+for, the code that scores, its libraries, the devices of all ranks, and how many share a row.
+Weights are not in it: the layout follows from what a model computes, not from the numbers that it
+learned.
 """
 
 import importlib.metadata
@@ -19,6 +20,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
@@ -92,8 +94,9 @@ def _sorted_or_named(value: Any) -> Any:
 
 
 def _digest_of_code() -> str:
-    folder = Path(inspect.getfile(base_of)).parent
-    return digest_of([digest_of_file(path) for path in sorted(folder.glob("*.py"))])
+    folder, beside = (Path(inspect.getfile(one)) for one in (base_of, SequenceGroup))
+    paths = [*sorted(folder.parent.glob("*.py")), beside]
+    return digest_of([digest_of_file(path) for path in paths])
 
 
 def _version(library: str) -> str | None:

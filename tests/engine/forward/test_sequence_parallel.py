@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from support.oracles.plain_forward import adapted, pairs
@@ -12,9 +11,7 @@ from support.tiny_models import tiny_model
 from torch import Tensor, nn
 
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup, Slice, join_group
-from dpo_dist.engine.forward.attention import PackedAttentionError, PackedRow, packed_attention
-from dpo_dist.engine.forward.layout_choice import settle
+from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup, join_group
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms

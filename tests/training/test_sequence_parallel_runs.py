@@ -1,0 +1,106 @@
+"""Whole runs in which two ranks share every row, against runs in which each has rows of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.ranks import run_ranks
+from support.tiny_run import make_run, metrics_of, weights_of
+
+from dpo_dist.config.run_config import load_config
+from dpo_dist.data.pairs import open_pairs
+from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.reference.contract import scoring_contract, store_root
+from dpo_dist.reference.store import open_store
+from dpo_dist.run.run_dir import RunDir
+from dpo_dist.stages import prepare
+
+pytestmark = pytest.mark.timeout(300)
+SHARED = "train.sequence_parallel=2"
+LAST = 4
+SETTINGS = [
+    f"train.max_steps={LAST}", "checkpoint.every_steps=2", "eval.every_steps=2", "local.workers=1",
+    "eval.on_start=true", "logging.every_steps=1",
+]  # fmt: skip
+LORA = ["adapter.rank=4", "adapter.target_modules=[q_proj, v_proj, down_proj]"]
+RECOMPUTED = "train.gradient_checkpointing=true"
+CASES: dict[str, list[str]] = {
+    "zero3": ["train.deepspeed=zero3", RECOMPUTED, "reference.sharding=zero3"],
+    "zero2, adapter": ["train.deepspeed=zero2", RECOMPUTED, *LORA],
+    "zero1": ["train.deepspeed=zero1"],
+    "zero0": ["train.deepspeed=zero0"],
+    "zero2": ["train.deepspeed=zero2"],
+    "zero1, adapter": ["train.deepspeed=zero1", *LORA],
+    "zero3, adapter": ["train.deepspeed=zero3", RECOMPUTED, *LORA],
+    "coupled pairs": ["train.deepspeed=zero2", "objective.loss=bco_pair"],
+    "padded": ["train.deepspeed=zero2", "model.layout=padded"],
+    "tiles": ["train.tiled_mlp=16", "train.offload_activations=true", RECOMPUTED],
+}  # fmt: skip
+QUICK = ("zero3", "zero2, adapter")
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose pairs are there."""
+    path = make_run(tmp_path_factory.mktemp("shared-rows"))
+    prepare.run(load_config(path))
+    return path
+
+
+def trained(run_yaml: Path, name: str, *overrides: str) -> Path:
+    """The folder of a run on the same pairs, after two ranks scored its reference and trained."""
+    out = run_yaml.parent / name
+    out.mkdir(exist_ok=True)
+    if not (out / "pairs").exists():
+        (out / "pairs").symlink_to(run_yaml.parent / "out" / "pairs")
+    for stage in ("reference", "train"):
+        arguments = str(run_yaml), stage, [f"run.dir={out}", *SETTINGS, *overrides]
+        run_ranks(2, worker, *arguments, timeout_s=200)
+    return out
+
+
+def worker(run_yaml: str, stage: str, overrides: list[str]) -> None:
+    from dpo_dist.stages import reference, train
+
+    stages = {"reference": reference, "train": train}
+    stages[stage].run(load_config(Path(run_yaml), overrides))
+
+
+def reference_of(run_yaml: Path, out: Path, overrides: list[str]) -> Any:
+    """The stored log-probs of all pairs."""
+    config = load_config(run_yaml, [f"run.dir={out}", *SETTINGS, *overrides])
+    layout = json.loads(RunDir(out).reference_status_path.read_text())["layout"]
+    store = open_store(store_root(config), scoring_contract(RunModels(config), layout))
+    pairs = [open_pairs(RunDir(out).pairs_dir, split) for split in ("train", "eval")]
+    return np.concatenate([store.lookup(split.keys) for split in pairs])
+
+
+def same_run(one: Path, other: Path) -> dict[str, float]:
+    """Fails unless all metrics and weights agree to 1e-5; returns how far apart they are."""
+    ours, theirs = metrics_of(one), metrics_of(other)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and len(ours) > LAST
+    metrics = max(
+        (abs(a[key] - b[key]) / max(1.0, abs(b[key])), key)
+        for a, b in zip(ours, theirs, strict=True)
+        for key in a
+        if isinstance(a[key], int | float)
+    )
+    left, right = weights_of(one, LAST), weights_of(other, LAST)
+    assert left.keys() == right.keys()
+    weights = max((float((left[name] - right[name]).abs().max()), name) for name in left)
+    assert metrics[0] <= 1e-5 and weights[0] <= 1e-5, (metrics, weights)
+    return {"metrics": metrics[0], "weights": weights[0]}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES]
+)
+def test_shared_rows_train_as_rows_of_ones_own(run_yaml: Path, case: str) -> None:
+    overrides = CASES[case]
+    alone = trained(run_yaml, f"{case} alone", *overrides)
+    shared = trained(run_yaml, f"{case} shared", SHARED, *overrides)
+    print(case, same_run(shared, alone))
+    stored = [reference_of(run_yaml, out, overrides) for out in (shared, alone)]
+    np.testing.assert_allclose(*stored, rtol=1e-6, atol=1e-5)
