@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.ranks import run_ranks
-from support.tiny_run import make_run, metrics_of, weights_of
+from support.tiny_run import fail_on, make_run, metrics_of, succeed_on, weights_of
 
 from dpo_dist.config.run_config import load_config
 from dpo_dist.data.pairs import open_pairs
@@ -104,3 +104,44 @@ def test_shared_rows_train_as_rows_of_ones_own(run_yaml: Path, case: str) -> Non
     print(case, same_run(shared, alone))
     stored = [reference_of(run_yaml, out, overrides) for out in (shared, alone)]
     np.testing.assert_allclose(*stored, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resume_may_share_rows_and_stop_sharing_them(run_yaml: Path, stage: int) -> None:
+    sharding, name = f"train.deepspeed=zero{stage}", f"resumed-{stage}"
+    whole = ["train.lr_schedule=constant", "train.warmup_ratio=0", sharding]
+    alone = trained(run_yaml, f"{name} alone", *whole, "checkpoint.every_steps=1")
+    for steps, shared in ((1, 1), (2, 2), (3, 2), (LAST, 1)):
+        until = [f"train.max_steps={steps}", f"train.sequence_parallel={shared}"]
+        resumed = trained(run_yaml, name, *whole, "checkpoint.every_steps=1", *until)
+    left, right = weights_of(resumed, LAST), weights_of(alone, LAST)
+    assert max(float((left[key] - right[key]).abs().max()) for key in right) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_the_command_shares_rows(tmp_path: Path) -> None:
+    """Export, verification and evaluation too; verify finds what training computed."""
+    path = make_run(tmp_path)
+    overrides = [*SETTINGS, SHARED, "train.deepspeed=zero2", "run.dir=" + str(tmp_path / "out")]
+    succeed_on(1, "prepare", path, *overrides)
+    for stage, ranks in (("reference", 2), ("train", 2), ("export", 2), ("verify", 1)):
+        succeed_on(ranks, stage, path, *overrides)
+    succeed_on(2, "verify", path, *overrides)
+    succeed_on(2, "evaluate", path, *overrides)
+    shared = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    succeed_on(2, "evaluate", path, *overrides, "train.sequence_parallel=1")
+    alone = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert shared.keys() == alone.keys() and shared["num_pairs"] == alone["num_pairs"]
+    for key, value in alone["after"].items():
+        if isinstance(value, float):
+            assert shared["after"][key] == pytest.approx(value, abs=1e-5), key
+
+
+def test_ranks_that_would_be_left_over_are_refused(run_yaml: Path) -> None:
+    for stage in ("reference", "train", "evaluate"):
+        error = fail_on(3, stage, run_yaml, SHARED)
+        assert error == (
+            "error: train.sequence_parallel: 2 on 3 ranks; expected a number of ranks that it "
+            "divides. Start a multiple of 2 ranks, or set train.sequence_parallel to 1."
+        )
