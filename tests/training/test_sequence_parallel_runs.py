@@ -1,6 +1,7 @@
 """Whole runs in which two ranks share every row, against runs in which each has rows of its own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ CASES: dict[str, list[str]] = {
     "padded": ["train.deepspeed=zero2", "model.layout=padded"],
     "tiles": ["train.tiled_mlp=16", "train.offload_activations=true", RECOMPUTED],
 }  # fmt: skip
-QUICK = ("zero3", "zero2, adapter")
+QUICK = ("zero2, adapter",)
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +81,25 @@ def reference_of(run_yaml: Path, out: Path, overrides: list[str]) -> Any:
 def same_run(one: Path, other: Path) -> dict[str, float]:
     """Fails unless all metrics and weights agree to 1e-5; returns how far apart they are."""
     ours, theirs = metrics_of(one), metrics_of(other)
-    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and len(ours) > LAST
-    metrics = max(
-        (abs(a[key] - b[key]) / max(1.0, abs(b[key])), key)
-        for a, b in zip(ours, theirs, strict=True)
-        for key in a
-        if isinstance(a[key], int | float)
-    )
+    assert len(ours) > LAST
+    metrics = furthest(ours, theirs)
     left, right = weights_of(one, LAST), weights_of(other, LAST)
     assert left.keys() == right.keys()
     weights = max((float((left[name] - right[name]).abs().max()), name) for name in left)
     assert metrics[0] <= 1e-5 and weights[0] <= 1e-5, (metrics, weights)
     return {"metrics": metrics[0], "weights": weights[0]}
+
+
+def furthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, str]:
+    """The largest difference of a metric, relative above 1, and its name."""
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and ours
+    return max(
+        (abs(a[key] - b[key]) / max(1.0, abs(b[key])), key)
+        for a, b in zip(ours, theirs, strict=True)
+        for key in a
+        # before the first update margins are 0 but for rounding, which then decides on accuracies
+        if isinstance(a[key], int | float) and ("accuracies" not in key or a["step"] > 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,14 +117,26 @@ def test_shared_rows_train_as_rows_of_ones_own(run_yaml: Path, case: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resume_may_share_rows_and_stop_sharing_them(run_yaml: Path, stage: int) -> None:
-    sharding, name = f"train.deepspeed=zero{stage}", f"resumed-{stage}"
-    whole = ["train.lr_schedule=constant", "train.warmup_ratio=0", sharding]
-    alone = trained(run_yaml, f"{name} alone", *whole, "checkpoint.every_steps=1")
-    for steps, shared in ((1, 1), (2, 2), (3, 2), (LAST, 1)):
-        until = [f"train.max_steps={steps}", f"train.sequence_parallel={shared}"]
-        resumed = trained(run_yaml, name, *whole, "checkpoint.every_steps=1", *until)
-    left, right = weights_of(resumed, LAST), weights_of(alone, LAST)
-    assert max(float((left[key] - right[key]).abs().max()) for key in right) <= 1e-5
+    name = f"resumed {stage}"
+    settings = [f"train.deepspeed=zero{stage}", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    alone = trained(run_yaml, f"{name} alone", *settings)
+    shared = continued(run_yaml, f"{name} shared", alone, 1, SHARED, *settings)
+    again = continued(run_yaml, f"{name} again", shared, 3, *settings)
+    right = weights_of(alone, LAST)
+    for run in (shared, again):
+        left = weights_of(run, LAST)
+        assert max(float((left[key] - right[key]).abs().max()) for key in right) <= 1e-5
+        ours, theirs = (
+            [line for line in metrics_of(each) if line.get("step") == LAST] for each in (run, alone)
+        )
+        assert furthest(ours, theirs)[0] <= 1e-5
+
+
+def continued(run_yaml: Path, name: str, of: Path, step: int, *overrides: str) -> Path:
+    """As `trained`, from the checkpoint of a step of another run."""
+    folder = Path("checkpoints") / f"step-{step:06d}"
+    shutil.copytree(of / folder, run_yaml.parent / name / folder)
+    return trained(run_yaml, name, *overrides)
 
 
 @pytest.mark.slow
@@ -125,7 +145,7 @@ def test_a_whole_run_of_the_command_shares_rows(tmp_path: Path) -> None:
     path = make_run(tmp_path)
     overrides = [*SETTINGS, SHARED, "train.deepspeed=zero2", "run.dir=" + str(tmp_path / "out")]
     succeed_on(1, "prepare", path, *overrides)
-    for stage, ranks in (("reference", 2), ("train", 2), ("export", 2), ("verify", 1)):
+    for stage, ranks in (("reference", 2), ("train", 2), ("export", 1), ("verify", 1)):
         succeed_on(ranks, stage, path, *overrides)
     succeed_on(2, "verify", path, *overrides)
     succeed_on(2, "evaluate", path, *overrides)
