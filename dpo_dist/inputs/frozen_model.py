@@ -14,7 +14,7 @@ from torch import nn
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.sequence_parallel import join_group
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.engine.model.tiled_mlp import tile_mlps
@@ -82,8 +82,8 @@ def place_model(
 def open_frozen(policy: nn.Module, placement: Placement) -> FrozenModel:
     """Readies a policy that was loaded for the placement; all ranks call together."""
     tile_mlps(policy, placement.tiled_mlp, partitioned=placement.zero3 is not None)
-    group = join_group(placement.sequence_parallel)
-    scorer = PairScorer(policy.requires_grad_(False).eval(), sequence=group)
+    team = join_team(placement.sequence_parallel)
+    scorer = PairScorer(policy.requires_grad_(False).eval(), team=team)
     engine = None if placement.zero3 is None else zero.start_inference(scorer, placement.zero3)
     return FrozenModel(scorer, placement.device, engine)
 

@@ -92,7 +92,7 @@ def batch_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) ->
     pairs, tokens = config.train.global_batch_size, config.train.micro_batch_tokens
     yield Entry("global_batch_pairs", pairs, "train.global_batch_size")
     shared, places = setup.ranks_per_row, setup.world_size // setup.ranks_per_row
-    ranks = f"{setup.world_size} ranks" if shared == 1 else f"{places} groups of {shared} ranks"
+    ranks = f"{setup.world_size} ranks" if shared == 1 else f"{places} teams of {shared} ranks"
     yield Entry("pairs_per_rank", pairs / places, f"= {pairs} pairs / {ranks}")
     yield Entry("micro_batch_tokens", tokens, "train.micro_batch_tokens")
     if counts is None:

@@ -33,8 +33,8 @@ class Topology:
         )  # fmt: skip
         return dict(zip(VARIABLES, map(str, values), strict=True))
 
-    def in_groups_of(self, size: int) -> "Topology":
-        """The job as its batches see it: `size` consecutive ranks are one, which reads a batch.
+    def in_teams_of(self, size: int) -> "Topology":
+        """The job as its batches see it: `size` consecutive ranks are a team, which reads one.
 
         Raises ConfigError when ranks would be left over.
         """

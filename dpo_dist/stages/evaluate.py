@@ -44,7 +44,7 @@ from dpo_dist.watch.heartbeat import during
 def run(config: RunConfig) -> Path:
     """Scores the held-out pairs with the export and writes evaluate.json."""
     paths, topology = RunDir(config.run.dir), from_environment()
-    place = topology.in_groups_of(config.train.sequence_parallel)
+    place = topology.in_teams_of(config.train.sequence_parallel)
     pairs = open_pairs(paths.pairs_dir, "eval")
     if len(pairs) == 0:
         raise DataError(

@@ -53,7 +53,7 @@ def run(config: RunConfig) -> Path:
     models = RunModels(config)
     work = checked_work(models)
     splits, topology = [work.train, work.held_out], from_environment()
-    topology.in_groups_of(config.train.sequence_parallel)  # refuses ranks that would be left over
+    topology.in_teams_of(config.train.sequence_parallel)  # refuses ranks that would be left over
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         if directory := collectives.on_first(lambda: _complete(models, paths, splits)):
@@ -91,7 +91,7 @@ def _run_pass(
     store, todo = _open_store(models, layout, splits)
     num_missing, num_scored = sum(map(len, todo)), 0
     bad: list[dict[str, str]] = []
-    place = topology.in_groups_of(config.train.sequence_parallel)
+    place = topology.in_teams_of(config.train.sequence_parallel)
     if is_first:
         _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
     with during("reference"), progress_bar("pairs", enabled=is_first) as bar:

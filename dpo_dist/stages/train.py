@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Path:
     """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
     paths, topology, models = RunDir(config.run.dir), from_environment(), RunModels(config)
-    topology.in_groups_of(config.train.sequence_parallel)  # refuses ranks that would be left over
+    topology.in_teams_of(config.train.sequence_parallel)  # refuses ranks that would be left over
     work, stop = checked_work(models), StopFlag().install()
     if config.train.deterministic:
         make_deterministic()

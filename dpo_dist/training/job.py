@@ -53,7 +53,7 @@ class Job:
     @property
     def place(self) -> Topology:
         """This rank's place among those that read batches, where several ranks share one."""
-        return self.topology.in_groups_of(self.config.train.sequence_parallel)
+        return self.topology.in_teams_of(self.config.train.sequence_parallel)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Everything but attention works on one token at a time, so a rank computes it on 
 attention the ranks exchange: what each has of all heads becomes what it has of all tokens, and
 back. Jacobs et al. 2023 (DeepSpeed-Ulysses, arXiv:2309.14509).
 
-Shapes: N ranks of a group, T tokens of a row, t = ceil(T / N) of a slice, H query heads, K
+Shapes: N ranks of a team, T tokens of a row, t = ceil(T / N) of a slice, H query heads, K
 key-value heads, E and V sizes of a key's and of a value's head.
 """
 
@@ -45,7 +45,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class SequenceGroup:
+class Team:
     """The ranks that share a row, and this one's place among them."""
 
     size: int  # N
@@ -58,7 +58,7 @@ class SequenceGroup:
         return Slice(self.rank * length, length, count)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over the group, on each of its ranks.
+        """The sum over the team, on each of its ranks.
 
         A gradient reaches a rank's own part as it is: what all ranks compute from the sum is one
         loss, and the gradients of its parts are added up with those of all other ranks.
@@ -109,8 +109,8 @@ class SequenceGroup:
         return apply(parts, self.handle)
 
 
-def join_group(size: int) -> SequenceGroup | None:
-    """This rank's group of `size` consecutive ranks, None where each stands alone.
+def join_team(size: int) -> Team | None:
+    """This rank's team of `size` consecutive ranks, None where each stands alone.
 
     All ranks call together; their number must be a multiple of `size`.
     """
@@ -118,10 +118,10 @@ def join_group(size: int) -> SequenceGroup | None:
         return None
     rank, own = dist.get_rank(), None
     for first in range(0, dist.get_world_size(), size):
-        # every rank takes part in making every group
+        # every rank takes part in making every process group
         handle = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
         if first <= rank < first + size:
-            own = SequenceGroup(size, rank - first, handle)
+            own = Team(size, rank - first, handle)
     return own
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup
+from dpo_dist.engine.distributed.sequence_parallel import Team
 from dpo_dist.engine.forward.packing import PackedPairs, upload
 from dpo_dist.engine.forward.padding import unpack
 
@@ -50,7 +50,7 @@ class PackedRow:
     groups: list[list[int]]  # of each the tokens of its prompt, then of its answers
     backend: Backend
     device: torch.device
-    sequence: SequenceGroup | None = None  # the ranks that have a slice of the row each
+    team: Team | None = None  # the ranks that have a slice of the row each
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # shared by the layers
     query_ends: Tensor = field(init=False)  # (A + 1,) int32, in the row
     key_ends: Tensor = field(init=False)  # (A + 1,) int32, in keys with a prompt for each answer
@@ -65,10 +65,8 @@ class PackedRow:
         self.longest_query, self.longest_key = max(query_lengths), max(key_lengths)
 
     @classmethod
-    def of(
-        cls, packed: PackedPairs, backend: Backend, sequence: SequenceGroup | None = None
-    ) -> PackedRow:
-        return cls(packed.part_lengths, backend, packed.input_ids.device, sequence)
+    def of(cls, packed: PackedPairs, backend: Backend, team: Team | None = None) -> PackedRow:
+        return cls(packed.part_lengths, backend, packed.input_ids.device, team)
 
     def query_lengths(self) -> list[int]:
         """Queries of each call: those of a group's first answer begin with the prompt's."""
@@ -129,14 +127,14 @@ def packed_attention(
         raise PackedAttentionError(f"{type(module).__name__} is not causal")
     if query.shape[2] != key.shape[2]:
         raise PackedAttentionError(f"{type(module).__name__} attends to other than its own tokens")
-    group = packed_row.sequence
-    if group is not None:
-        if query.shape[1] % group.size:
+    team = packed_row.team
+    if team is not None:
+        if query.shape[1] % team.size:
             raise PackedAttentionError(
-                f"{type(module).__name__} has {query.shape[1]} heads for {group.size} ranks"
+                f"{type(module).__name__} has {query.shape[1]} heads for {team.size} ranks"
             )
-        query, key, value = group.to_heads(query, key, value, sum(packed_row.query_lengths()))
-        s_aux = None if s_aux is None else group.own_heads(s_aux)
+        query, key, value = team.to_heads(query, key, value, sum(packed_row.query_lengths()))
+        s_aux = None if s_aux is None else team.own_heads(s_aux)
     scoring = Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=None if attention_mask is None else int(attention_mask),
@@ -146,7 +144,7 @@ def packed_attention(
     )
     attend = _per_answer if packed_row.backend == "sdpa" else _varlen
     out = attend(query, key, value, packed_row, scoring)
-    return (out if group is None else group.to_tokens(out)), None
+    return (out if team is None else team.to_tokens(out)), None
 
 
 def _window_of_mask(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup, Slice
+from dpo_dist.engine.distributed.sequence_parallel import Team, Slice
 from dpo_dist.engine.forward.attention import (
     PACKED_ATTENTION,
     Backend,
@@ -53,7 +53,7 @@ def scorer_of(model: nn.Module) -> PairScorer:
 class PairScorer(nn.Module):
     """A causal LM, with or without a peft adapter, as a module that scores packed pairs.
 
-    The ranks of a `sequence` group score the same pairs together, each on its slice of the tokens,
+    The ranks of a `team` score the same pairs together, each on its slice of the tokens,
     or padded on its share of the sequences. All of them get all columns.
 
     `layout` and `backend` are set after loading, by `settle`. The model keeps the attention of the
@@ -67,14 +67,14 @@ class PairScorer(nn.Module):
         *,
         layout: Layout = "packed",
         backend: Backend = "sdpa",
-        sequence: SequenceGroup | None = None,
+        team: Team | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.head = CompletionHead(policy)
         self.layout: Layout = layout
         self.backend: Backend = backend
-        self.sequence = sequence
+        self.team = team
         self._rotary = watch_rotary(policy)
         self._own_attention: str = base_of(policy).get_correct_attn_implementation(None)
         self.train(policy.training)  # a policy in eval mode keeps its dropout off
@@ -96,13 +96,13 @@ class PairScorer(nn.Module):
         self.head.declare_parameters()
         targets = packed.targets if own is None else packed.targets[own]
         logps, log_sum_sq = self.head(hidden, targets, packed.terms.sum_sq)
-        if self.sequence is None or own is None:
+        if self.team is None or own is None:
             return pair_columns(packed, logps, log_sum_sq, routers)
-        # sums over the group's tokens of sums over one's own, where the others' count as zeros
+        # sums over the team's tokens of sums over one's own, where the others' count as zeros
         every = logps.new_zeros(packed.num_scored)
         logps = every.index_copy(0, own, logps)
         log_sum_sq = None if log_sum_sq is None else every.index_copy(0, own, log_sum_sq)
-        return self.sequence.sum(pair_columns(packed, logps, log_sum_sq, routers))
+        return self.team.sum(pair_columns(packed, logps, log_sum_sq, routers))
 
     @property
     def shares_prompts(self) -> bool:
@@ -112,7 +112,7 @@ class PairScorer(nn.Module):
     @property
     def ranks_per_row(self) -> int:
         """Ranks that score the same pairs."""
-        return 1 if self.sequence is None else self.sequence.size
+        return 1 if self.team is None else self.team.size
 
     def use_own_attention(self) -> None:
         """Gives the policy the attention it was loaded with, until the next forward of this."""
@@ -138,7 +138,7 @@ class PairScorer(nn.Module):
             # all of them: without a mask transformers reads the positions and waits for the device
             attention_mask=torch.ones_like(input_ids),
             use_cache=False,
-            packed_row=PackedRow.of(packed, self.backend, self.sequence),
+            packed_row=PackedRow.of(packed, self.backend, self.team),
             **self._router_kwargs(packed),
         )
         states = output.last_hidden_state[0]
@@ -199,7 +199,7 @@ class PairScorer(nn.Module):
 
     def _slice(self, count: int) -> Slice | None:
         """Which of `count` tokens or sequences this rank computes, None where it has all."""
-        return None if self.sequence is None else self.sequence.slice_of(count)
+        return None if self.team is None else self.team.slice_of(count)
 
     def _router_kwargs(self, packed: PackedPairs) -> dict[str, bool]:
         return {"output_router_logits": True} if packed.terms.num_experts else {}

@@ -64,7 +64,7 @@ def score_on_all_ranks(
 ) -> tuple[IntArray, LogpArray]:
     """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
     own = score(model, micro_batches, token_ids, device, terms, layout=layout)
-    parts = _of_groups(model, own)
+    parts = _of_teams(model, own)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -85,13 +85,13 @@ def look_ahead(
     states = rng_states()
     own = score(model, micro_batches, token_ids, device, terms, dropout=True)
     restore_rng(states)
-    parts = _of_groups(model, own)
+    parts = _of_teams(model, own)
     start = sum(len(part[0]) for part in parts[:place])
     indices, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
     return indices, columns, slice(start, start + len(own[0]))
 
 
-def _of_groups(
+def _of_teams(
     model: torch.nn.Module, own: tuple[IntArray, LogpArray]
 ) -> list[tuple[IntArray, LogpArray]]:
     """What the ranks scored, once for those that share their rows."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.sequence_parallel import join_group
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.layout_choice import settle
 from dpo_dist.engine.forward.model_parts import train_text
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
@@ -65,7 +65,7 @@ def build_policy(
         f"{total:,}",
         100 * trainable / total,
     )
-    scorer = PairScorer(policy, sequence=join_group(train.sequence_parallel))
+    scorer = PairScorer(policy, team=join_team(train.sequence_parallel))
     engine = zero.start_training(scorer, sharding, train, num_steps)
     engine.train()
     return engine, scorer

@@ -20,7 +20,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup
+from dpo_dist.engine.distributed.sequence_parallel import Team
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
@@ -94,7 +94,7 @@ def _sorted_or_named(value: Any) -> Any:
 
 
 def _digest_of_code() -> str:
-    folder, beside = (Path(inspect.getfile(one)) for one in (base_of, SequenceGroup))
+    folder, beside = (Path(inspect.getfile(one)) for one in (base_of, Team))
     paths = [*sorted(folder.parent.glob("*.py")), beside]
     return digest_of([digest_of_file(path) for path in paths])
 

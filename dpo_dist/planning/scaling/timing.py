@@ -107,7 +107,7 @@ def _micro_batch_seconds(traffic: Traffic, hardware: Hardware, nodes: int) -> tu
 def _all_to_all_seconds(setup: Setup, hardware: Hardware, tokens: int, work: Work) -> float:
     """What attention waits for where ranks share rows: nothing overlaps with it.
 
-    A group of more ranks than a node has sends to the other nodes through the node's link.
+    A team of more ranks than a node has sends to the other nodes through the node's link.
     """
     shared, inside = setup.ranks_per_row, hardware.gpus_per_node
     if shared == 1:

@@ -11,7 +11,7 @@ from support.tiny_models import tiny_model
 from torch import Tensor, nn
 
 from dpo_dist.engine.distributed import collectives
-from dpo_dist.engine.distributed.sequence_parallel import SequenceGroup, join_group
+from dpo_dist.engine.distributed.sequence_parallel import Team, join_team
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
@@ -67,12 +67,12 @@ def scored(scorer: PairScorer, packed: PackedPairs) -> tuple[Tensor, dict[str, T
     }
 
 
-def differences(case: str, group: SequenceGroup) -> dict[str, float]:
-    """The largest between the group and one rank, relative where numbers exceed 1."""
+def differences(case: str, team: Team) -> dict[str, float]:
+    """The largest between the team and one rank, relative where numbers exceed 1."""
     _, layout, terms, _ = CASES[case]
     policy, found = policy_of(case), {"columns": 0.0, "gradients": 0.0}
     alone = PairScorer(copy.deepcopy(policy), layout=layout)
-    together = PairScorer(policy, layout=layout, sequence=group)
+    together = PairScorer(policy, layout=layout, team=team)
     for rows in rows_of(alone):
         packed = pack_pairs(rows, terms=terms, shared=alone.shares_prompts)
         expected, gradients = scored(alone, packed)
@@ -91,9 +91,9 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 def on_ranks(size: int, cases: list[str]) -> dict[str, Any]:
     with collectives.process_group(from_environment()):
-        group = join_group(size)
-        assert group is not None and group.size == size
-        return {case: differences(case, group) for case in cases}
+        team = join_team(size)
+        assert team is not None and team.size == size
+        return {case: differences(case, team) for case in cases}
 
 
 def check(num_ranks: int, cases: list[str]) -> None:
