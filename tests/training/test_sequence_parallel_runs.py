@@ -161,7 +161,7 @@ def test_a_whole_run_of_the_command_shares_rows(tmp_path: Path) -> None:
 
 
 def test_ranks_that_would_be_left_over_are_refused(run_yaml: Path) -> None:
-    for stage in ("reference", "train", "evaluate"):
+    for stage in ("doctor", "reference", "train", "evaluate"):
         error = fail_on(3, stage, run_yaml, SHARED)
         assert error == (
             "error: train.sequence_parallel: 2 on 3 ranks; expected a number of ranks that it "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.engine.distributed.sequence_parallel import Team, Slice
+from dpo_dist.engine.distributed.sequence_parallel import Slice, Team
 from dpo_dist.engine.forward.attention import (
     PACKED_ATTENTION,
     Backend,

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from support.oracles.plain_forward import adapted, pairs
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.distributed.sequence_parallel import Team, join_team
+from dpo_dist.engine.forward.layout_choice import settle
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer, score_pairs
 from dpo_dist.objective.pair_logps import COMPLETIONS, Terms
@@ -35,6 +37,7 @@ CASES: dict[str, tuple[str, Layout, Terms, bool]] = {
     "padded frequencies": ("phi3_longrope", "padded", COMPLETIONS, False),
     "state space": ("mamba", "padded", COMPLETIONS, False),
 }
+QUICK = ["every column", "adapter", "window and soft caps", "sinks", "padded"]
 SINGLE: list[PairIds] = [([5], [6], [7])]  # fewer tokens and sequences than ranks
 LONG: list[PairIds] = [(list(range(3, 68)), [5, 6, 7], [8, 9]), ([3, 4], [9], [7, 7])]
 
@@ -97,14 +100,75 @@ def on_ranks(size: int, cases: list[str]) -> dict[str, Any]:
 
 
 def check(num_ranks: int, cases: list[str]) -> None:
+    worst: dict[str, float] = {}
     for result in run_ranks(num_ranks, on_ranks, num_ranks, cases, timeout_s=240):
-        worst = {(case, what): d for case in cases for what, d in result[case].items() if d > 1e-5}
-        assert result.keys() == set(cases) and not worst
+        assert result.keys() == set(cases)
+        for found in result.values():
+            worst = {what: max(away, worst.get(what, 0)) for what, away in found.items()}
+    print(num_ranks, worst)
+    assert worst["columns"] <= 1e-5 and worst["gradients"] <= 1e-5, worst
 
 
 def test_two_ranks_equal_one() -> None:
-    check(2, list(CASES))
+    check(2, QUICK)
 
 
+@pytest.mark.slow
+def test_two_ranks_equal_one_in_every_case() -> None:
+    check(2, [case for case in CASES if case not in QUICK])
+
+
+@pytest.mark.slow
 def test_four_ranks_with_two_key_value_heads_equal_one() -> None:
-    check(4, ["every column", "sinks", "window in the mask alone", "padded", "state space"])
+    check(4, [case for case in CASES if case != "learned positions"])  # of 4 heads each has one
+
+
+def settled_on_ranks(family: str, size: int) -> dict[str, Any]:
+    with collectives.process_group(from_environment()):
+        scorer = PairScorer(tiny_model(family), team=join_team(size))
+        return settle(scorer).found
+
+
+def test_the_self_check_scores_as_the_team_does() -> None:
+    """In a layout that the model can have; heads that ranks cannot share leave the padded one."""
+    for result in run_ranks(2, settled_on_ranks, "gemma2", 2):
+        assert result["layout"] == "packed"
+    for result in run_ranks(3, settled_on_ranks, "llama", 3):
+        assert result["layout"] == "padded"
+        assert result["layout_reason"] == "LlamaAttention has 4 heads for 3 ranks"
+
+
+def exchanged(heads: int, key_value_heads: int) -> bool:
+    """Whether every head of a rank meets the key-value head that it has in the whole row."""
+    with collectives.process_group(from_environment()):
+        team = join_team(dist.get_world_size())
+        assert team is not None
+        count = 5  # tokens, which no number of ranks here divides
+        part = team.slice_of(count)
+        token = torch.arange(count).float()
+        row = {h: token + 100 * torch.arange(h)[:, None] for h in (heads, key_value_heads)}
+        q, k, v = (
+            part.take(row[h][None, :, :, None], 2)
+            for h in (heads, key_value_heads, key_value_heads)
+        )
+        query, key, value = team.to_heads(q, k, -v.expand(-1, -1, -1, 3), count)
+        own = heads // team.size
+        number = (query[0, :, 0, 0] / 100).long()
+        met = (key[0].repeat_interleave(own // key.shape[1], 0)[:, 0, 0] / 100).long()
+        assert number.tolist() == list(range(team.rank * own, (team.rank + 1) * own))
+        assert met.tolist() == (number // (heads // key_value_heads)).tolist()
+        assert query.shape == (1, own, count, 1) and value.shape[2:] == (count, 3)
+        assert torch.equal(query[0, :, :, 0] % 100, token.expand(own, -1))
+        assert torch.equal(value, -key.expand_as(value))
+        back = team.to_tokens(query.transpose(1, 2))
+        real = part.is_there(back.device)
+        assert torch.equal(back[:, real], q.transpose(1, 2)[:, real]) and not back[:, ~real].any()
+        return True
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "key_value_heads"),
+    [(2, 6, 3), pytest.param(4, 12, 6, marks=pytest.mark.slow), (3, 6, 2)],
+)
+def test_heads_meet_their_key_value_heads(ranks: int, heads: int, key_value_heads: int) -> None:
+    assert all(run_ranks(ranks, exchanged, heads, key_value_heads))
