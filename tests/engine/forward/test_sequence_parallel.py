@@ -123,17 +123,17 @@ def test_four_ranks_with_two_key_value_heads_equal_one() -> None:
     check(4, [case for case in CASES if case != "learned positions"])  # of 4 heads each has one
 
 
-def settled_on_ranks(family: str, size: int) -> dict[str, Any]:
+def settled_on_ranks(family: str, size: int, dtype: str) -> dict[str, Any]:
     with collectives.process_group(from_environment()):
-        scorer = PairScorer(tiny_model(family), team=join_team(size))
+        scorer = PairScorer(tiny_model(family, dtype=getattr(torch, dtype)), team=join_team(size))
         return settle(scorer).found
 
 
 def test_the_self_check_scores_as_the_team_does() -> None:
     """In a layout that the model can have; heads that ranks cannot share leave the padded one."""
-    for result in run_ranks(2, settled_on_ranks, "gemma2", 2):
+    for result in run_ranks(2, settled_on_ranks, "gemma2", 2, "bfloat16"):
         assert result["layout"] == "packed"
-    for result in run_ranks(3, settled_on_ranks, "llama", 3):
+    for result in run_ranks(3, settled_on_ranks, "llama", 3, "float32"):
         assert result["layout"] == "padded"
         assert result["layout_reason"] == "LlamaAttention has 4 heads for 3 ranks"
 
