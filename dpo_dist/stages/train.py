@@ -138,12 +138,8 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
                 beat()
                 if batch.counted:
                     sums.add_tokens(packed)
-        own, sums = (
-            sums,
-            sums.over_ranks(
-                stopping=bool(stop), written=records.is_written, alike=settings.sequence_parallel
-            ),
-        )
+        own, alike = sums, settings.sequence_parallel
+        sums = own.over_ranks(stopping=bool(stop), written=records.is_written, alike=alike)
         update = zero.update(job.engine)
         beat()
         if not update.applied:

@@ -122,11 +122,9 @@ class PairScorer(nn.Module):
     def _packed(self, packed: PackedPairs) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(C, D) hidden states that predict the targets, which of the targets these are where ranks
         share the row, and the columns of the routers."""
-        sizes, part = (
-            [sum(lengths) for lengths in packed.part_lengths],
-            self._slice(packed.num_tokens),
-        )
+        sizes = [sum(lengths) for lengths in packed.part_lengths]
         input_ids, position_ids = packed.input_ids, packed.position_ids
+        part = self._slice(packed.num_tokens)
         if part is None:
             self._divide(Parts(1, sizes))
         else:
@@ -246,8 +244,8 @@ class PairScorer(nn.Module):
 def _scored(
     states: Tensor, positions: Tensor, places: Tensor, part: Slice | None, width: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """(own, D) of the hidden states, those at the (C,) positions that lie in this rank's part, and
-    which these are; `states` has `width` for each thing of the part. All, and None, without one.
+    """Hidden states (own, D) at those of the C positions that lie in this rank's part, and which of
+    the C these are; all of them, and None, without a part. A thing of it has `width` states.
 
     `places` are the positions on the host, so that nobody waits for the device to count them.
     """
