@@ -9,6 +9,8 @@ from dpo_dist.cli.output import print_json
 from dpo_dist.cli.rank import launch, run_or_launch
 from dpo_dist.config.run_config import load_config
 from dpo_dist.run import pipeline
+from dpo_dist.run.local_ranks import count_workers
+from dpo_dist.run.topology import count_places
 
 
 def run(
@@ -25,6 +27,7 @@ def run(
 
         print_dry_run(config, config_path, overrides or [])
         return
+    count_places(count_workers(config.local)[0], config.train.sequence_parallel)  # refuses at once
     for stage in pipeline.stages_of(config):
         code = launch(stage, config, config_path, overrides or [])
         if code:

@@ -38,7 +38,7 @@ from dpo_dist.planning.setup import PairCounts, Setup
 from dpo_dist.planning.sizes import GIB, Size
 from dpo_dist.run.local_ranks import LOOPBACK, count_gpus, count_workers
 from dpo_dist.run.pipeline import stage_argv, stages_of
-from dpo_dist.run.topology import Topology
+from dpo_dist.run.topology import Topology, count_places
 
 STEPS_PACKED = 16  # optimizer steps whose micro-batches are counted
 LEAST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
@@ -82,9 +82,10 @@ def print_dry_run(config: RunConfig, config_path: Path, overrides: Sequence[str]
 def make_plan(config: RunConfig, world_size: int | None, gpu_memory_gib: float | None) -> RunPlan:
     """The plan of a run; arguments and errors as those of `print_plan`."""
     ranks, ranks_why = _ranks(config, world_size)
+    places = count_places(ranks, config.train.sequence_parallel)
     limit_gib = _gpu_memory_gib() if gpu_memory_gib is None else gpu_memory_gib
     setup, work = make_setup(config, ranks), prepared_work(config)
-    counts = None if work is None else _count_pairs(config, work, ranks)
+    counts = None if work is None else _count_pairs(config, work, places)
     memory = estimate_memory(setup)
     fits_gpu = None if limit_gib is None else fits(memory.peak_bytes, limit_gib * GIB)
     longest = None if limit_gib is None else longest_pair(setup, limit_gib * GIB)
@@ -122,7 +123,7 @@ def _ranks(config: RunConfig, world_size: int | None) -> tuple[int, str]:
     return world_size, "--world-size"
 
 
-def _count_pairs(config: RunConfig, work: Work, world_size: int) -> PairCounts:
+def _count_pairs(config: RunConfig, work: Work, places: int) -> PairCounts:
     """The prepared pairs in numbers, the micro-batches of the first steps among them."""
     train, settings = work.train, config.train
     lengths, size, seed = train.packed_lengths, settings.global_batch_size, config.run.seed
@@ -133,7 +134,7 @@ def _count_pairs(config: RunConfig, work: Work, world_size: int) -> PairCounts:
         together = train.together(config.data.order)
         indices = step_pair_indices(step, len(lengths), size, seed, together)
         tokens = settings.micro_batch_tokens
-        on_ranks = plan_micro_batches(lengths, indices, world_size, tokens, shared)
+        on_ranks = plan_micro_batches(lengths, indices, places, tokens, shared)
         micro_batches.append(len(on_ranks[0]))
     computed = {
         order: 1.0 if shared is None else _computed(train, order, steps, size, seed)

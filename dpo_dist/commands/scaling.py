@@ -14,6 +14,7 @@ from dpo_dist.planning.scaling.hardware import LINK_SHARE, Hardware, hardware_of
 from dpo_dist.planning.scaling.timing import Scale, Tokens, Work, scale
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import duration
+from dpo_dist.run.topology import count_places
 
 STEPS_LOOKED_AT = 16
 MOST_NODES = 64
@@ -74,7 +75,8 @@ def scales_of(config: RunConfig, hardware: Hardware, nodes: Sequence[int]) -> li
     found: list[Scale] = []
     for count in nodes:
         ranks = count * hardware.gpus_per_node
-        if ranks > config.train.global_batch_size:
+        places = count_places(ranks, config.train.sequence_parallel)
+        if places > config.train.global_batch_size:
             raise ConfigError(
                 f"--nodes {count}: {ranks} GPUs for train.global_batch_size "
                 f"{config.train.global_batch_size}",
@@ -82,11 +84,11 @@ def scales_of(config: RunConfig, hardware: Hardware, nodes: Sequence[int]) -> li
                 "Name fewer nodes, or raise train.global_batch_size.",
             )
         setup = make_setup(config, ranks)
-        found.append(scale(setup, hardware, count, _work(config, prepared, ranks)))
+        found.append(scale(setup, hardware, count, _work(config, prepared, places)))
     return found
 
 
-def _work(config: RunConfig, prepared: PreparedWork, ranks: int) -> Work:
+def _work(config: RunConfig, prepared: PreparedWork, places: int) -> Work:
     """The micro-batches of the first steps as training makes them, and the rest in numbers."""
     train, settings = prepared.train, config.train
     packed = train.packed_lengths
@@ -94,7 +96,7 @@ def _work(config: RunConfig, prepared: PreparedWork, ranks: int) -> Work:
     steps: list[list[list[Tokens]]] = []
     for step in range(min(prepared.num_steps, STEPS_LOOKED_AT)):
         indices = step_pair_indices(step, len(packed), settings.global_batch_size, config.run.seed)
-        plan = plan_micro_batches(packed, indices, ranks, settings.micro_batch_tokens)
+        plan = plan_micro_batches(packed, indices, places, settings.micro_batch_tokens)
         steps.append(
             [
                 [

@@ -22,7 +22,7 @@ def training_identity(config: RunConfig) -> dict[str, str]:
     """
     free = {
         "micro_batch_tokens", "gradient_checkpointing", "deepspeed", "deterministic",
-        "profile_steps", "non_finite", "tiled_mlp", "offload_activations",
+        "profile_steps", "non_finite", "tiled_mlp", "offload_activations", "sequence_parallel",
     }  # fmt: skip
     sections = {
         "objective": config.objective.model_dump(mode="json"),

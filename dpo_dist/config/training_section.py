@@ -168,6 +168,11 @@ class TrainSection(Section):
         False,
         description="Keep the inputs of recomputed layers in host memory; for long pairs.",
     )
+    sequence_parallel: PositiveInt = Field(
+        1,
+        description="Ranks that share each row: a slice of its tokens each, in attention some of "
+        "its heads; for long pairs.",
+    )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="At a loss or gradient that is not finite: stop, or leave the step out.",

@@ -26,7 +26,7 @@ from dpo_dist.engine.weights.base_weights import build_skeleton, open_base, refu
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.exporting.folder import copy_tokenizer
 from dpo_dist.inputs.setup import own_vocab_size
-from dpo_dist.inputs.work import check_settings
+from dpo_dist.inputs.work import check_heads, check_settings
 from dpo_dist.model_files.files import CONFIG_NAME, copy_files, weight_files
 from dpo_dist.model_files.hub import require_token
 from dpo_dist.model_files.of_run import RunModels, makes_base
@@ -42,6 +42,7 @@ def preflight(models: RunModels) -> None:
     """
     config = models.config
     check_settings(config)
+    check_heads(models)
     weight_files(models.source, config.model.allow_pickle_weights)
     refuse_quantized(models.source)
     if config.reference.model is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.policy import settle_layout
 from dpo_dist.engine.model.tiled_mlp import tile_mlps
@@ -36,6 +37,7 @@ class Placement:
     device: torch.device
     zero3: dict[str, Any] | None = None  # DeepSpeed's config; None: whole on every rank
     tiled_mlp: int | None = None  # tokens of a tile, as in training
+    sequence_parallel: int = 1  # ranks that share a row, as in training
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,19 @@ def place_model(
     whole, reason = collectives.broadcast(_fits_whole(config, model_dir, topology, device))
     if topology.rank == 0:
         _logger.info("%s: %s (%s)", who, "whole on every rank" if whole else "ZeRO-3", reason)
-    if whole:
-        return Placement(device, tiled_mlp=config.train.tiled_mlp)
-    sharding = ds_config.inference_config(config.model.dtype, topology.world_size)
-    return Placement(device, sharding, config.train.tiled_mlp)
+    zero3, settings = None, config.train
+    if not whole:
+        zero3 = ds_config.inference_config(config.model.dtype, topology.world_size)
+    # an export may be verified on any number of ranks
+    shared = 1 if topology.world_size % settings.sequence_parallel else settings.sequence_parallel
+    return Placement(device, zero3, settings.tiled_mlp, shared)
 
 
 def open_frozen(policy: nn.Module, placement: Placement) -> FrozenModel:
     """Readies a policy that was loaded for the placement; all ranks call together."""
     tile_mlps(policy, placement.tiled_mlp, partitioned=placement.zero3 is not None)
-    scorer = PairScorer(policy.requires_grad_(False).eval())
+    team = join_team(placement.sequence_parallel)
+    scorer = PairScorer(policy.requires_grad_(False).eval(), team=team)
     engine = None if placement.zero3 is None else zero.start_inference(scorer, placement.zero3)
     return FrozenModel(scorer, placement.device, engine)
 

@@ -43,6 +43,7 @@ def make_setup(config: RunConfig, world_size: int) -> Setup:
         copies_checkpoints=config.checkpoint.mode == "async",
         mlp_tile=settings.tiled_mlp or 0,
         offload_activations=settings.offload_activations,
+        ranks_per_row=settings.sequence_parallel,
     )
 
 

@@ -13,12 +13,16 @@ from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.checkpoints.commit import check_new_files
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
 from dpo_dist.engine.sharding.schedule import warmup_and_decay
-from dpo_dist.errors import ArtifactError, DataError
+from dpo_dist.errors import ArtifactError, ConfigError, DataError
 from dpo_dist.extras import require_bitsandbytes
 from dpo_dist.metrics import wandb_log
+from dpo_dist.model_files.files import read_model_config
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.run_dir import RunDir
+
+# how families call the number of heads
+HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,39 @@ def checked_work(models: RunModels) -> Work:
     """The prepared pairs, once nothing is left that training would refuse without a model.
 
     The reference pass asks too: what comes after hours of it is found before them. Raises
-    ArtifactError without pairs, DataError when they do not suffice, and as `check_settings` and
-    `check_tokenizer`.
+    ArtifactError without pairs, DataError when they do not suffice, and as `check_settings`,
+    `check_heads` and `check_tokenizer`.
     """
     config = models.config
     check_settings(config)
+    check_heads(models)
     work = _open_work(config)
     check_tokenizer(models)
     _check_held_out(config, len(work.held_out))
     return work
+
+
+def check_heads(models: RunModels) -> None:
+    """Raises ConfigError when ranks that share rows cannot share the heads of a model's attention.
+
+    A padded row is shared by its sequences, whatever the heads.
+    """
+    shared, model = models.config.train.sequence_parallel, models.config.model
+    if shared == 1 or model.layout == "padded":
+        return
+    named = [] if models.config.reference.model is None else [models.reference]
+    for folder in (models.source, *named):
+        found = read_model_config(folder)
+        text = found.get("text_config") or found
+        heads = next((text[name] for name in HEAD_COUNTS if text.get(name)), shared)
+        if heads % shared:
+            fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            raise ConfigError(
+                f"train.sequence_parallel: {shared}, and {folder} has {heads} attention heads",
+                f"a number of ranks that share them evenly: {', '.join(fitting)}",
+                "Set train.sequence_parallel to one of them; or model.layout to padded, where the "
+                "ranks share the sequences of a row.",
+            )
 
 
 def check_tokenizer(models: RunModels) -> None:

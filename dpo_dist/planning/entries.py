@@ -36,6 +36,7 @@ def run_entries(
         Entry("num_trained_parameters", shape.num_trained, trained),
         *([Entry("vocab_size", shape.vocab_size, "with model.add_tokens")] if longer else []),
         Entry("num_ranks", setup.world_size, ranks_why),
+        *_ranks_per_row(setup),
         Entry("zero_stage", setup.sharding.stage, f"train.deepspeed {config.train.deepspeed}"),
         Entry("dtype", config.model.dtype, f"{setup.dtype_bytes} bytes"),
     ]
@@ -90,8 +91,9 @@ def batch_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) ->
     """How the pairs of a step are spread over ranks and micro-batches."""
     pairs, tokens = config.train.global_batch_size, config.train.micro_batch_tokens
     yield Entry("global_batch_pairs", pairs, "train.global_batch_size")
-    why = f"= {pairs} pairs / {setup.world_size} ranks"
-    yield Entry("pairs_per_rank", pairs / setup.world_size, why)
+    shared, places = setup.ranks_per_row, setup.world_size // setup.ranks_per_row
+    ranks = f"{setup.world_size} ranks" if shared == 1 else f"{places} teams of {shared} ranks"
+    yield Entry("pairs_per_rank", pairs / places, f"= {pairs} pairs / {ranks}")
     yield Entry("micro_batch_tokens", tokens, "train.micro_batch_tokens")
     if counts is None:
         yield Entry("micro_batches_per_step", None, NO_PAIRS)
@@ -105,6 +107,27 @@ def batch_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) ->
     micro_batches, steps = sum(counts.micro_batches), len(counts.micro_batches)
     why = f"= {micro_batches} micro-batches of a rank / the first {steps} steps"
     yield Entry("micro_batches_per_step", micro_batches / steps, why)
+    if shared > 1:
+        yield _all_to_all_entry(config, setup, counts)
+
+
+def _all_to_all_entry(config: RunConfig, setup: Setup, counts: PairCounts) -> Entry:
+    """What a rank sends in a step to those that share its rows."""
+    pairs, shared = config.train.global_batch_size, setup.ranks_per_row
+    coupled = config.objective.second_forward is not None
+    tokens = counts.mean_tokens * counts.computed[config.data.order] * pairs * shared
+    tokens /= setup.world_size
+    sent = setup.exchanged_bytes(tokens, 1 + coupled) / GIB
+    if setup.padded:
+        return Entry("all_to_all_gib", sent, "padded rows are shared by their sequences")
+    each, passes = round(setup.exchanged_each), setup.passes + coupled
+    why = f"sent in a step = {tokens / shared:,.0f} tokens x {each:,} bytes x {passes} passes"
+    return Entry("all_to_all_gib", sent, why)
+
+
+def _ranks_per_row(setup: Setup) -> list[Entry]:
+    shared = setup.ranks_per_row
+    return [Entry("ranks_per_row", shared, "train.sequence_parallel")] if shared > 1 else []
 
 
 def work_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) -> Iterator[Entry]:

@@ -77,6 +77,8 @@ def known_shape(
         largest_quantized=max(r * c for r, c in shapes.values()) if quantized else 0,
         num_factors=edges if adapter is None else added_edges,
         num_without_muon=tables * vocab * hidden + all_vectors if adapter is None else 0,
+        num_heads=query // head_size,
+        num_key_value_heads=key_value // head_size,
     )
 
 

@@ -92,9 +92,12 @@ def longest_pair(setup: Setup, limit_bytes: int | float) -> LongestPair:
         return LongestPair(0, f"{room}, which leaves no room for a pair")
     memory = with_pair(low)
     phase = max(memory.transients, key=lambda name: memory.transients[name])
-    each = with_pair(low + 1).transients[phase] - memory.transients[phase]
-    fixed = memory.transients[phase] - low * each
-    text = f"tokens = ({room} - {in_gib(fixed)} of a {phase} of any length) / {each:,} bytes"
+    shared = setup.ranks_per_row  # so many tokens more are one more on each of their ranks
+    each = with_pair(low + shared).transients[phase] - memory.transients[phase]
+    fixed = memory.transients[phase] - -(-low // shared) * each
+    by_ranks = f"{shared} ranks x " if shared > 1 else ""
+    text = f"tokens = {by_ranks}({room} - {in_gib(fixed)} of a {phase} of any length) / "
+    text += f"{each:,} bytes"
     return LongestPair(low, text)
 
 

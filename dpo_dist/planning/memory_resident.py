@@ -129,6 +129,6 @@ def host_sizes(setup: Setup) -> Iterator[Size]:
         yield Size("checkpoint_copy", num_bytes, f"{why}, where memory has room")
     if setup.offload_activations:
         shape, each = setup.shape, setup.dtype_bytes * setup.shape.hidden_size
-        tokens = setup.tokens_in_layers(setup.micro_batch_tokens)
+        tokens = setup.tokens_of_rank(setup.micro_batch_tokens)
         why = f"{of_node}{shape.num_layers} layers x {tokens:,} tokens x {each:,} bytes"
         yield Size("layer_inputs", ranks * shape.num_layers * tokens * each, why)

@@ -87,10 +87,12 @@ def _scoring_activations(setup: Setup) -> Size:
     Residual, layer input and norm, beside the inner parts of the MLP or of the attention. An MLP in
     tiles has its output beside one tile.
     """
-    shape, d = setup.shape, setup.dtype_bytes
+    shape, d = setup.shape_of_slice, setup.dtype_bytes
     tokens, padded = _tokens_in_layers(setup, setup.scoring_tokens)
     mlp = shape.mlp_matrices * shape.mlp_width + 2 * shape.experts_per_token * shape.hidden_size
     attention = 3 * shape.query_width + 4 * shape.key_value_width
+    if setup.ranks_per_row > 1:  # what is sent beside what is received
+        attention += 2 * shape.key_value_width
     tile = min(tokens, setup.mlp_tile) if setup.tiled else tokens
     each = d * (3 * shape.hidden_size + (0 if setup.tiled else max(mlp, attention)))
     arithmetic, num_bytes = f"{tokens:,} tokens{padded} x {each:,} bytes", tokens * each
@@ -110,7 +112,7 @@ def _training_activations(setup: Setup) -> Size:
 
     An MLP in tiles keeps its input, which is that of its matrices, and has the rest of one tile.
     """
-    shape, d = setup.shape, setup.dtype_bytes
+    shape, d = setup.shape_of_slice, setup.dtype_bytes
     tokens, padded = _tokens_in_layers(setup, setup.micro_batch_tokens)
     layer = layer_bytes(shape, d, setup.dropout) - setup.tiled * _mlp_bytes(shape, d)
     kept = d * shape.hidden_size if setup.checkpointing else layer
@@ -140,7 +142,7 @@ def _training_activations(setup: Setup) -> Size:
 def _tile_gradients(setup: Setup) -> Iterator[Size]:
     """Of what trains in one MLP: the sum over tiles in float32, beside a tile's own gradients."""
     shape, each = setup.shape, 4 + setup.dtype_bytes
-    if setup.tiled and setup.tokens_in_layers(setup.micro_batch_tokens) > setup.mlp_tile:
+    if setup.tiled and setup.tokens_of_rank(setup.micro_batch_tokens) > setup.mlp_tile:
         count = min(shape.num_mlp, shape.num_trained // shape.num_layers)
         text = f"{each} bytes x {shortened(count)} trained parameters of an MLP"
         yield Size("tile_gradients", each * count, text)
@@ -168,10 +170,14 @@ def _gathered_parameters(setup: Setup) -> Iterator[Size]:
 def _logits(setup: Setup, tokens: int) -> Size:
     """One chunk of logits in float32, with a copy in dtype for the matrix product."""
     d = setup.dtype_bytes
-    count = min(setup.logits_per_chunk, tokens * setup.shape.vocab_size)
+    of_rank = -(-tokens // setup.ranks_per_row)
+    count = min(setup.logits_per_chunk, of_rank * setup.shape.vocab_size)
     each = 4 if d == 4 else 4 + d
     return Size("head", each * count, f"{each} bytes x {shortened(count)} logits of a chunk")
 
 
 def _tokens_in_layers(setup: Setup, tokens: int) -> tuple[int, str]:
-    return setup.tokens_in_layers(tokens), " (padded)" if setup.padded else ""
+    note = " (padded)" if setup.padded else ""
+    if setup.ranks_per_row > 1:
+        note = f" of {setup.tokens_in_layers(tokens):,}{note}"
+    return setup.tokens_of_rank(tokens), note

@@ -42,6 +42,7 @@ def find_remedies(setup: Setup, limit_bytes: int, others: Alternatives) -> list[
             for change, tiled in _tiled(setup)
             for more, both in _offloaded(tiled)
         ),
+        _shared_rows(setup),
         _smaller_micro_batches(setup, others.least_tokens),
         *(
             iter([(f"train.deepspeed={name}", replace(setup, sharding=sharding))])
@@ -84,6 +85,14 @@ def _tiled(setup: Setup) -> Iterator[Change]:
 def _offloaded(setup: Setup) -> Iterator[Change]:
     if setup.checkpointing and not setup.offload_activations:
         yield "train.offload_activations=true", replace(setup, offload_activations=True)
+
+
+def _shared_rows(setup: Setup) -> Iterator[Change]:
+    shared, heads = 2 * setup.ranks_per_row, setup.shape.num_heads
+    while shared <= min(setup.world_size, heads) and not setup.padded:
+        if setup.world_size % shared == heads % shared == 0:
+            yield f"train.sequence_parallel={shared}", replace(setup, ranks_per_row=shared)
+        shared *= 2
 
 
 def _smaller_micro_batches(setup: Setup, least_tokens: int) -> Iterator[Change]:

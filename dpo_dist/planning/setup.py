@@ -1,7 +1,8 @@
 """What the arithmetic of the planner starts from: a model, its sharding, a run and its pairs."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LOGITS_PER_CHUNK = 2**25  # LOGITS_BUDGET of dpo_dist/objective/logprobs.py, which needs torch
@@ -30,6 +31,8 @@ class ModelShape:
     largest_quantized: int = 0  # of one linear layer
     num_factors: int = 0  # rows and columns of the trained matrices, which Adafactor keeps
     num_without_muon: int = 0  # of num_trained, what Muon leaves to AdamW
+    num_heads: int = 0  # of a layer's attention; 0 where it has none that ranks could share
+    num_key_value_heads: int = 0
 
     @property
     def num_head(self) -> int:
@@ -84,6 +87,7 @@ class Setup:
     copies_checkpoints: bool = False  # which are written behind, from host memory
     mlp_tile: int = 0  # tokens of a tile of a dense MLP; 0: it takes a row at once
     offload_activations: bool = False  # the inputs of recomputed layers, to host memory
+    ranks_per_row: int = 1  # train.sequence_parallel
 
     @property
     def gradient_bytes(self) -> int:
@@ -99,6 +103,41 @@ class Setup:
     def tokens_in_layers(self, tokens: int) -> int:
         """Tokens that pass the layers: padded pairs have their prompt twice, and padding."""
         return 2 * tokens if self.padded else tokens
+
+    def tokens_of_rank(self, tokens: int) -> int:
+        """Of them, those that one rank computes; padded, ranks share a pair's two sequences."""
+        in_layers = self.tokens_in_layers(tokens)
+        return -(-in_layers // (min(2, self.ranks_per_row) if self.padded else self.ranks_per_row))
+
+    @property
+    def shape_of_slice(self) -> ModelShape:
+        """The model as a slice of a row meets it: where the ranks outnumber key-value heads, or
+        cannot share them evenly, these are repeated."""
+        heads = self.shape.num_key_value_heads
+        repeats = 1 if self.padded or not heads else math.lcm(self.ranks_per_row, heads) // heads
+        return replace(self.shape, key_value_width=repeats * self.shape.key_value_width)
+
+    def exchanged_bytes(self, tokens: float, forwards: int = 1) -> float:
+        """What a rank sends to those that share its rows, in a forward and backward over `tokens`.
+
+        Queries, keys and values go one way and what attention makes of them the other; their
+        gradients once more, and recomputed layers too. `forwards` counts those without recomputing.
+        """
+        if self.padded:
+            return 0.0
+        return tokens / self.ranks_per_row * self.exchanged_each * (self.passes + forwards - 1)
+
+    @property
+    def exchanged_each(self) -> float:
+        """The same of a token and a pass, over all layers; a rank keeps its own part."""
+        shape, others = self.shape_of_slice, self.ranks_per_row - 1
+        width = 2 * (shape.query_width + shape.key_value_width)
+        return shape.num_layers * self.dtype_bytes * width * others / self.ranks_per_row
+
+    @property
+    def passes(self) -> int:
+        """Forward, backward, and the forward that is recomputed."""
+        return 2 + self.checkpointing
 
     def shards(self, *, from_stage: int) -> int:
         """The ranks that share what ZeRO shards from `from_stage` on; 1 below that stage."""

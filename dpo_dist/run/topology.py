@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_dist.errors import ConfigError
 
@@ -33,8 +33,30 @@ class Topology:
         )  # fmt: skip
         return dict(zip(VARIABLES, map(str, values), strict=True))
 
+    def in_teams_of(self, size: int) -> "Topology":
+        """The job as its batches see it: `size` consecutive ranks are a team, which reads one.
+
+        Raises ConfigError when ranks would be left over.
+        """
+        places = count_places(self.world_size, size)
+        return replace(self, rank=self.rank // size, world_size=places)
+
 
 SINGLE_PROCESS = Topology(0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def count_places(world_size: int, size: int) -> int:
+    """How many batches are read at once where `size` ranks share each (train.sequence_parallel).
+
+    Raises ConfigError when ranks would be left over.
+    """
+    if world_size % size:
+        raise ConfigError(
+            f"train.sequence_parallel: {size} on {world_size} ranks",
+            "a number of ranks that it divides",
+            f"Start a multiple of {size} ranks, or set train.sequence_parallel to 1.",
+        )
+    return world_size // size
 
 
 def launched(environ: Mapping[str, str] | None = None) -> bool:

@@ -51,9 +51,11 @@ Facts = dict[str, Any]
 def run(config: RunConfig) -> Path:
     """Looks at every node of the job; raises ClusterError naming what is wrong and where.
 
-    Raises what `preflight` raises of a model that is here.
+    Raises what `preflight` raises of a model that is here, and ConfigError for a number of ranks
+    that train.sequence_parallel does not divide.
     """
     paths, topology = RunDir(config.run.dir), from_environment()
+    topology.in_teams_of(config.train.sequence_parallel)
     started = time.time()
     own = _arrival_path(paths, topology.rank)
     try:

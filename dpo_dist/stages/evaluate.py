@@ -44,6 +44,7 @@ from dpo_dist.watch.heartbeat import during
 def run(config: RunConfig) -> Path:
     """Scores the held-out pairs with the export and writes evaluate.json."""
     paths, topology = RunDir(config.run.dir), from_environment()
+    place = topology.in_teams_of(config.train.sequence_parallel)
     pairs = open_pairs(paths.pairs_dir, "eval")
     if len(pairs) == 0:
         raise DataError(
@@ -59,7 +60,7 @@ def run(config: RunConfig) -> Path:
         model = load_chosen(choice, base_dir, config.model, device, placement.zero3)
         frozen = open_frozen(model, placement)
         (held_out,) = with_reference(models, [pairs], frozen.settle(config))
-        scores = _score_all(config, frozen.model, pairs, topology, device)
+        scores = _score_all(config, frozen.model, pairs, place, device)
         frozen.take_down()
         if topology.rank == 0:
             scored = {"model": choice.name, "quantization": quantization}
@@ -72,7 +73,7 @@ def _score_all(
     config: RunConfig,
     model: torch.nn.Module,
     pairs: Pairs,
-    topology: Topology,
+    place: Topology,
     device: torch.device,
 ) -> torch.Tensor:
     """(N, 2) log-probs of all pairs, on every rank."""
@@ -80,15 +81,15 @@ def _score_all(
     waves = plan_scoring_batches(
         pairs.packed_lengths,
         np.arange(len(pairs)),
-        topology.world_size,
+        place.world_size,
         config.scoring_tokens,
         micro_batches_per_wave=1,
         shared=shared_for(model, pairs),
     )
-    with progress_bar("pairs", enabled=topology.rank == 0) as bar:
+    with progress_bar("pairs", enabled=collectives.is_first()) as bar:
         task = bar.add_task("evaluate", total=len(pairs))
         for wave in waves:
-            own = wave[topology.rank]
+            own = wave[place.rank]
             terms = Terms(config.objective.ld_alpha)
             indices, logps = score_on_all_ranks(model, own, pairs.token_ids, device, terms)
             scores[indices] = logps

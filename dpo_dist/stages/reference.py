@@ -53,6 +53,7 @@ def run(config: RunConfig) -> Path:
     models = RunModels(config)
     work = checked_work(models)
     splits, topology = [work.train, work.held_out], from_environment()
+    topology.in_teams_of(config.train.sequence_parallel)  # refuses ranks that would be left over
     stop = StopFlag().install()
     with collectives.process_group(topology) as device:
         if directory := collectives.on_first(lambda: _complete(models, paths, splits)):
@@ -90,12 +91,13 @@ def _run_pass(
     store, todo = _open_store(models, layout, splits)
     num_missing, num_scored = sum(map(len, todo)), 0
     bad: list[dict[str, str]] = []
+    place = topology.in_teams_of(config.train.sequence_parallel)
     if is_first:
         _logger.info("reference: %d of %d pairs to score", num_missing, sum(map(len, splits)))
     with during("reference"), progress_bar("pairs", enabled=is_first) as bar:
         task, began = bar.add_task("reference", total=num_missing), time.monotonic()
-        for pairs, wave in _waves(config, reference.model, splits, todo, topology.world_size):
-            own = wave[topology.rank]
+        for pairs, wave in _waves(config, reference.model, splits, todo, place.world_size):
+            own = wave[place.rank]
             scored = score_on_all_ranks(reference.model, own, pairs.token_ids, device, terms)
             num_scored += _append(store, pairs, *scored, bad)
             bar.update(task, completed=num_scored)

@@ -47,6 +47,7 @@ _logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Path:
     """Trains to the last step and returns its checkpoint. Raises Stopped on a signal."""
     paths, topology, models = RunDir(config.run.dir), from_environment(), RunModels(config)
+    topology.in_teams_of(config.train.sequence_parallel)  # refuses ranks that would be left over
     work, stop = checked_work(models), StopFlag().install()
     if config.train.deterministic:
         make_deterministic()
@@ -112,7 +113,7 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
     The loss is the sum over the global batch divided by its size: the same number for any packing,
     number of ranks and token budget.
     """
-    step, watch = first_step - 1, zero.GradientWatch(job.engine)
+    step, watch, settings = first_step - 1, zero.GradientWatch(job.engine), job.config.train
     for step in profiled(job, range(first_step, job.num_steps + 1)):
         sums = StepSums.zeros(job.objective, job.device)
         batches, step_pairs = job.micro_batches(step), job.step_pairs(step)
@@ -137,7 +138,8 @@ def _train(job: Job, first_step: int, records: Records, stop: StopFlag) -> int:
                 beat()
                 if batch.counted:
                     sums.add_tokens(packed)
-        own, sums = sums, sums.over_ranks(stopping=bool(stop), written=records.is_written)
+        own, alike = sums, settings.sequence_parallel
+        sums = own.over_ranks(stopping=bool(stop), written=records.is_written, alike=alike)
         update = zero.update(job.engine)
         beat()
         if not update.applied:

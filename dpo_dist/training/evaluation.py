@@ -22,11 +22,11 @@ def evaluate(job: Job) -> dict[str, float]:
     for wave in plan_scoring_batches(
         pairs.packed_lengths,
         np.arange(len(pairs)),
-        job.topology.world_size,
+        job.place.world_size,
         job.config.scoring_tokens,
         shared=shared_for(job.engine, pairs),
     ):
-        own = wave[job.topology.rank]
+        own = wave[job.place.rank]
         indices, columns = score_on_all_ranks(
             job.engine, own, pairs.token_ids, job.device, job.terms
         )

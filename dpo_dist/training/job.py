@@ -51,6 +51,11 @@ class Job:
         return self.topology.rank == 0
 
     @property
+    def place(self) -> Topology:
+        """This rank's place among those that read batches, where several ranks share one."""
+        return self.topology.in_teams_of(self.config.train.sequence_parallel)
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The M metrics of the objective."""
         return metric_names(self.objective)
@@ -68,11 +73,11 @@ class Job:
         planned = plan_micro_batches(
             self.train.pairs.packed_lengths,
             self.step_pairs(step),
-            self.topology.world_size,
+            self.place.world_size,
             self.config.train.micro_batch_tokens,
             shared_for(self.engine, self.train.pairs),
         )
-        return planned[self.topology.rank]
+        return planned[self.place.rank]
 
     def packed(self, batches: list[MicroBatch]) -> AbstractContextManager[Iterator[PackedPairs]]:
         """The rows of micro-batches, each packed while the one before it computes."""

@@ -53,11 +53,14 @@ class StepSums:
         self.tokens_unshared += packed.num_tokens_unshared
         self.tokens_scored += packed.num_scored
 
-    def over_ranks(self, *, stopping: bool, written: bool) -> "StepSums":
-        """The sums of all ranks, on the CPU of every rank; the step's one collective."""
+    def over_ranks(self, *, stopping: bool, written: bool, alike: int = 1) -> "StepSums":
+        """The sums of all ranks, on the CPU of every rank; the step's one collective.
+
+        `alike` ranks have each added up the same pairs, as those do that share a row.
+        """
         tokens = (self.tokens, self.tokens_unshared, self.tokens_scored)
-        counts = (*tokens, float(stopping), float(written))
-        vector = torch.cat([self.metrics, self.metrics.new_tensor(counts)])
+        counts = (*(count / alike for count in tokens), float(stopping), float(written))
+        vector = torch.cat([self.metrics / alike, self.metrics.new_tensor(counts)])
         summed = collectives.sum_over_ranks(vector).cpu()
         return StepSums(self.objective, summed[: -len(counts)], *summed[-len(counts) :].tolist())
 

@@ -5,6 +5,7 @@ The other ones are flipped in a real training: test_run_keys.py.
 
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from support.keys.flips import Flip, assert_effect
+from support.ranks import run_ranks
 from support.tiny_run import make_run
 from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
@@ -21,12 +23,19 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from dpo_dist.config.run_config import RunConfig
+from dpo_dist.config.run_config import RunConfig, load_config
 from dpo_dist.config.training_section import TrainSection
+from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.forward.model_parts import backbone_of
+from dpo_dist.engine.forward.packing import pack_pairs
+from dpo_dist.engine.forward.pair_scorer import score_pairs
+from dpo_dist.engine.model.policy import PolicyParts, load_policy
 from dpo_dist.engine.sharding import ds_config, optimizers, schedule
 from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.inputs.frozen_model import open_frozen, place_model
 from dpo_dist.inputs.work import checked_work
 from dpo_dist.model_files.of_run import RunModels
+from dpo_dist.run.topology import from_environment
 from dpo_dist.stages import prepare
 
 NUM_STEPS = 20
@@ -71,7 +80,29 @@ def may_save_as_another(config: RunConfig) -> bool:
             return False
 
 
+def tokens_of_ranks(config: RunConfig) -> list[int]:
+    """What passes the model on each of two ranks that score the same pair of 12 tokens."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(config.model_dump_json())
+        file.flush()
+        return run_ranks(2, count_tokens, file.name)
+
+
+def count_tokens(resolved: str) -> int:
+    config, topology = load_config(Path(resolved), []), from_environment()
+    seen: list[int] = []
+    with collectives.process_group(topology) as device:
+        folder = Path(config.model.path)
+        policy = load_policy(PolicyParts(folder, config.model), device)
+        frozen = open_frozen(policy, place_model(config, folder, topology, device, "test"))
+        embedding = backbone_of(policy).get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].numel()))
+        score_pairs(frozen.model, pack_pairs([([5] * 6, [6] * 4, [7] * 2)], device))
+    return sum(seen)
+
+
 FLIPS = [
+    Flip("train.sequence_parallel", 2, tokens_of_ranks, {"reference.sharding": "whole"}),
     Flip("train.num_epochs", 3.0, steps_of),
     Flip("train.optimizer", "adamw_8bit", optimizer_of),
     Flip("train.learning_rate", 1e-2, optimizer_of),

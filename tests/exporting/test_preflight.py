@@ -130,6 +130,11 @@ CASES = {
         "objective.router_aux_loss_coef is set and LlamaForCausalLM gives no router logits",
         ["objective.router_aux_loss_coef=0.01"],
     ),
+    "inputs/work.py:check_heads": Case(
+        "train.sequence_parallel: 3, and {folder}/model has 4 attention heads; expected a number "
+        "of ranks that share them evenly: 1, 2, 4. Set train.sequence_parallel to one of them; or",
+        ["train.sequence_parallel=3"],
+    ),
     "engine/model/quantized.py:refuse_trained_in": Case(
         "o_proj.modules_to_save.default.weight, which model.quantization has packed",
         ["model.quantization=nf4", "adapter.modules_to_save=[o_proj]"],

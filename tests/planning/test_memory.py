@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_dist.config.training_section import AdapterSection, TrainSection
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.packing import pack_pairs
-from dpo_dist.engine.forward.pair_scorer import PairScorer
+from dpo_dist.engine.forward.pair_scorer import PairScorer, score_pairs
 from dpo_dist.engine.model.adapters import add_adapter
 from dpo_dist.engine.model.model_shape import shape_of
 from dpo_dist.engine.model.recompute import recompute_layers
@@ -384,3 +385,70 @@ def test_the_longest_pair_fits_and_one_token_more_does_not() -> None:
         lengths.append(found.tokens)
     assert lengths[1] > 2 * lengths[0]
     assert longest_pair(setup, 8 * GIB).tokens == 0
+
+
+def test_ranks_that_share_a_row_have_a_slice_of_its_activations() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 32)
+    setup = replace(setup, micro_batch_tokens=131_072, scoring_tokens=131_072)
+    shared = {ranks: replace(setup, ranks_per_row=ranks) for ranks in (1, 8, 16, 32)}
+    sizes = {ranks: sizes_of(each) for ranks, each in shared.items()}
+    alone = sizes.pop(1)
+    assert sizes[8]["activations"].num_bytes * 8 == alone["activations"].num_bytes
+    assert sizes[8]["activations"].arithmetic == (
+        "16,384 tokens of 131,072 x (32 layers x 8,192 + 212,992 of a recomputed layer + 73,728 of "
+        "gradients + 49,152 after the last layer) bytes"
+    )
+    # 8 key-value heads on 16 and 32 ranks are there twice and four times
+    added = [2 * 4 * 1024 * (131_072 // 16), 3 * 2 * 4 * 1024 * (131_072 // 32)]
+    for ranks, more in zip((16, 32), added, strict=True):
+        assert sizes[ranks]["activations"].num_bytes == (
+            alone["activations"].num_bytes // ranks + more
+        )
+    for name in sizes[8].keys() - {"activations", "head"}:  # ZeRO knows nothing of groups
+        assert sizes[8][name].num_bytes == alone[name].num_bytes
+    padded = replace(shared[8], padded=True)
+    assert padded.tokens_of_rank(100) == 100  # two sequences a pair, and a rank each
+
+
+def test_a_longer_pair_fits_when_ranks_share_it() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 8)
+    lengths = []
+    for ranks in (1, 2, 8):
+        each = replace(setup, ranks_per_row=ranks)
+        found = longest_pair(each, 80 * GIB)
+        peaks = [
+            estimate_memory(replace(each, micro_batch_tokens=found.tokens + more)).peak_bytes
+            for more in (0, 1)
+        ]
+        assert [fits(peak, 80 * GIB) for peak in peaks] == [True, False]
+        assert found.arithmetic.startswith(
+            f"tokens = {ranks} ranks x (" if ranks > 1 else "tokens = ("
+        )
+        lengths.append(found.tokens)
+    assert lengths[1] == pytest.approx(2 * lengths[0], rel=1e-3)
+    assert lengths[2] == pytest.approx(8 * lengths[0], rel=1e-3)
+
+
+def shared_peak(layers: int, recomputed: bool) -> float:
+    """Most bytes a token of the row that a micro-batch adds on this rank beside its gradients."""
+    with collectives.process_group(from_environment()):
+        model: Any = llama(layers, torch.float32)
+        if recomputed:
+            recompute_layers(model)
+        scorer = PairScorer(model.train(), team=join_team(2))
+        packed = pairs_of(0)
+        score_pairs(scorer, packed).sum().backward()  # the gradients are there from now on
+        with NewBytes() as new:
+            score_pairs(scorer, packed).sum().backward()
+        return new.peak / packed.num_tokens
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_peak_of_a_shared_row_is_just_below_the_estimate(recomputed: bool) -> None:
+    layers, tokens = 6, pairs_of(0).num_tokens
+    sharding = {"zero_optimization": {"stage": 0}}
+    setup = setup_of(shape_of(llama(layers, torch.float32)), sharding, "float32", 2)
+    setup = replace(setup, checkpointing=recomputed, micro_batch_tokens=tokens, ranks_per_row=2)
+    estimated = sizes_of(setup)["activations"].num_bytes / tokens
+    measured = max(run_ranks(2, shared_peak, layers, recomputed))
+    assert measured <= estimated <= 1.25 * measured, (measured, estimated)

@@ -204,6 +204,25 @@ def test_steps_and_batches_come_from_the_prepared_pairs(prepared: Path) -> None:
     assert as_dict(make_plan(capped, 2, None))["work"]["num_steps"] == 3
 
 
+def test_ranks_that_share_rows_are_planned_as_one(prepared: Path) -> None:
+    config = load_config(prepared, ["train.sequence_parallel=2"])
+    plan, alone = (
+        as_dict(make_plan(each, world_size=4, gpu_memory_gib=1.0))
+        for each in (config, load_config(prepared))
+    )
+    assert plan["run"]["ranks_per_row"] == 2 and plan["batches"]["pairs_per_rank"] == 4
+    assert plan["batches"]["micro_batches_per_step"] >= alone["batches"]["micro_batches_per_step"]
+    assert plan["arithmetic"]["batches.pairs_per_rank"] == "= 8 pairs / 2 teams of 2 ranks"
+    assert plan["batches"]["all_to_all_gib"] > 0 and "all_to_all_gib" not in alone["batches"]
+    assert plan["arithmetic"]["batches.all_to_all_gib"].startswith("sent in a step = ")
+    longest = "longest_pair_that_fits"
+    assert plan["memory_per_gpu"][longest] == pytest.approx(
+        2 * alone["memory_per_gpu"][longest], rel=0.01
+    )
+    with pytest.raises(ConfigError, match="train.sequence_parallel: 2 on 3 ranks; expected a num"):
+        make_plan(config, 3, None)
+
+
 def test_a_pair_longer_than_a_micro_batch_is_found_now(prepared: Path) -> None:
     config = load_config(prepared, ["train.micro_batch_tokens=8"])
     with pytest.raises(DataError, match="expected at most micro_batch_tokens = 8. Set train"):

@@ -47,3 +47,17 @@ def test_long_rows_are_helped_by_tiles_and_by_offloaded_inputs() -> None:
     already = replace(setup, mlp_tile=1024, offload_activations=True)
     changes = {r.change for r in find_remedies(already, 1 * GIB, others)}
     assert not any("tiled" in change or "activations" in change for change in changes)
+
+
+def test_long_rows_are_helped_by_ranks_that_share_them() -> None:
+    setup = setup_of(LLAMA_8B, ds_config.read_sharding("zero3"), "bfloat16", 8)
+    setup = replace(setup, micro_batch_tokens=131_072)
+    others = Alternatives(shardings={}, with_adapter=None, quantized=None, least_tokens=131_072)
+    found = {r.change: r for r in find_remedies(setup, 64 * GIB, others)}
+    shared = found["train.sequence_parallel=4"]  # the fewest that fit
+    assert shared.fits and not any(f"parallel={n}" in change for n in (2, 8) for change in found)
+    assert shared.peak_bytes == estimate_memory(replace(setup, ranks_per_row=4)).peak_bytes
+    nine = replace(LLAMA_8B, num_heads=9)
+    for other in (replace(setup, shape=nine), replace(setup, padded=True)):
+        changes = {r.change for r in find_remedies(other, 64 * GIB, others)}
+        assert not any("sequence_parallel" in change for change in changes)

@@ -49,3 +49,16 @@ def test_wrong_environment(change: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_environment(ENVIRONMENT | change)
     assert str(caught.value) == message
+
+
+def test_ranks_of_a_team_read_one_batch() -> None:
+    places = [
+        from_environment(ENVIRONMENT | {"RANK": str(rank)}).in_teams_of(2) for rank in range(4)
+    ]
+    assert [(place.rank, place.world_size) for place in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    with pytest.raises(ConfigError) as caught:
+        from_environment(ENVIRONMENT).in_teams_of(3)
+    assert str(caught.value) == (
+        "train.sequence_parallel: 3 on 4 ranks; expected a number of ranks that it divides. Start "
+        "a multiple of 3 ranks, or set train.sequence_parallel to 1."
+    )

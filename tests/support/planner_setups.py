@@ -21,6 +21,8 @@ LLAMA_8B = ModelShape(
     head_trained=True,
     adapter_ranks=0,
     adapter_inputs=0,
+    num_heads=32,
+    num_key_value_heads=8,
 )
 
 

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dpo_dist.engine.distributed.sequence_parallel import Team
 from dpo_dist.engine.forward.packing import PackedPairs, upload
+from dpo_dist.engine.forward.padding import unpack
 
 PACKED_ATTENTION = "dpo_dist_packed"
 
@@ -48,6 +50,7 @@ class PackedRow:
     groups: list[list[int]]  # of each the tokens of its prompt, then of its answers
     backend: Backend
     device: torch.device
+    team: Team | None = None  # the ranks that have a slice of the row each
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # shared by the layers
     query_ends: Tensor = field(init=False)  # (A + 1,) int32, in the row
     key_ends: Tensor = field(init=False)  # (A + 1,) int32, in keys with a prompt for each answer
@@ -62,8 +65,8 @@ class PackedRow:
         self.longest_query, self.longest_key = max(query_lengths), max(key_lengths)
 
     @classmethod
-    def of(cls, packed: PackedPairs, backend: Backend) -> PackedRow:
-        return cls(packed.part_lengths, backend, packed.input_ids.device)
+    def of(cls, packed: PackedPairs, backend: Backend, team: Team | None = None) -> PackedRow:
+        return cls(packed.part_lengths, backend, packed.input_ids.device, team)
 
     def query_lengths(self) -> list[int]:
         """Queries of each call: those of a group's first answer begin with the prompt's."""
@@ -112,6 +115,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each group of `packed_row`; returns ((1, T, H, E of the values), None).
 
+    Where ranks share the row, T here and above is a rank's slice of it. Between two exchanges it
+    has all tokens of some heads, and attends as one that has the row alone.
     Raises PackedAttentionError for a layer that is not plain causal attention over the row.
     """
     if packed_row is None:
@@ -122,6 +127,14 @@ def packed_attention(
         raise PackedAttentionError(f"{type(module).__name__} is not causal")
     if query.shape[2] != key.shape[2]:
         raise PackedAttentionError(f"{type(module).__name__} attends to other than its own tokens")
+    team = packed_row.team
+    if team is not None:
+        if query.shape[1] % team.size:
+            raise PackedAttentionError(
+                f"{type(module).__name__} has {query.shape[1]} heads for {team.size} ranks"
+            )
+        query, key, value = team.to_heads(query, key, value, sum(packed_row.query_lengths()))
+        s_aux = None if s_aux is None else team.own_heads(s_aux)
     scoring = Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=None if attention_mask is None else int(attention_mask),
@@ -130,7 +143,8 @@ def packed_attention(
         dropout=dropout,
     )
     attend = _per_answer if packed_row.backend == "sdpa" else _varlen
-    return attend(query, key, value, packed_row, scoring), None
+    out = attend(query, key, value, packed_row, scoring)
+    return (out if team is None else team.to_tokens(out)), None
 
 
 def _window_of_mask(
@@ -206,12 +220,7 @@ def repeat_prompts(tokens: Tensor, row: PackedRow) -> Tensor:
 
     By split and cat rather than by index: the backward is then a sum of slices in a fixed order.
     """
-    parts = iter(tokens.split([length for lengths in row.groups for length in lengths]))
-    repeated: list[Tensor] = []
-    for lengths in row.groups:
-        prompt, *answers = itertools.islice(parts, len(lengths))
-        repeated += [part for answer in answers for part in (prompt, answer)]
-    return torch.cat(repeated)
+    return torch.cat(unpack(tokens, row.groups))
 
 
 def _per_answer(

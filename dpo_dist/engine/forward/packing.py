@@ -58,6 +58,7 @@ class PackedPairs:
     scored_lengths: tuple[int, ...]  # A counts of scored tokens
     pairs: tuple[tuple[int, int], ...]  # B of (chosen, rejected), the numbers of answers
     scored_offsets: Tensor  # (C,) place of each answer's target in it; stays on the host
+    score_places: Tensor  # (C,) the score positions once more; stay on the host
     terms: Terms = COMPLETIONS  # what is to be summed over the tokens of a pair
 
     @property
@@ -155,9 +156,9 @@ def pack_pairs(
     parts, sizes, numbers = _parts(pairs, shared)
     lengths = np.array([len(ids) for ids in parts])  # of prompts and answers as they lie in the row
     row = np.concatenate(parts, dtype=np.int64)  # (T,)
-    starts = lengths.cumsum() - lengths
+    ends = lengths.cumsum()
     part = np.repeat(np.arange(len(parts)), lengths)  # (T,) as the two below
-    place = np.arange(len(row)) - starts[part]  # of a token in its part
+    place = np.arange(len(row)) - (ends - lengths)[part]  # of a token in its part
     prompts = np.cumsum([0, *(1 + size for size in sizes[:-1])])  # (G,) which parts are prompts
     is_prompt = np.isin(np.arange(len(parts)), prompts)
     in_prompt = is_prompt[part]
@@ -166,13 +167,13 @@ def pack_pairs(
     prompt_of = np.repeat(prompts, [1 + size for size in sizes])  # of a part, its own of a prompt
     _check_parts(lengths[prompt_of[~is_prompt]], counts, numbers)
     num_prompt = lengths[prompt_of]
-    last_of_prompt = starts[prompt_of] + num_prompt - 1
-    before = np.where(place[scored] > 0, scored - 1, last_of_prompt[part[scored]])
+    before = np.where(place[scored] > 0, scored - 1, ends[prompt_of[part[scored]]] - 1)
     of_prompt = np.flatnonzero(in_prompt & (place > 0)) if terms.prompt else scored[:0]
-    packed = PackedPairs(
+    score_places = torch.from_numpy(np.concatenate([before, of_prompt - 1]))
+    return PackedPairs(
         input_ids=torch.from_numpy(np.where((row < 0) & ~in_prompt, ~row, row))[None],
         position_ids=torch.from_numpy(np.where(in_prompt, place, place + num_prompt[part]))[None],
-        score_positions=torch.from_numpy(np.concatenate([before, of_prompt - 1])),
+        score_positions=score_places,
         targets=torch.from_numpy(row[np.concatenate([scored, of_prompt])]),
         prompt_lengths=tuple(lengths[prompts].tolist()),
         group_sizes=tuple(sizes),
@@ -180,9 +181,9 @@ def pack_pairs(
         scored_lengths=tuple(counts.tolist()),
         pairs=tuple(numbers),
         scored_offsets=torch.from_numpy(place[scored]),
+        score_places=score_places,
         terms=terms,
-    )
-    return packed.to(device)
+    ).to(device)
 
 
 def _parts(

@@ -6,6 +6,7 @@ Shapes: A answers, T packed tokens, C scored tokens, L tokens of the longest seq
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,11 @@ def unpack_sequences(packed: PackedPairs) -> list[Tensor]:
     >>> [ids.tolist() for ids in unpack_sequences(pack_pairs([([5, 6, 7], [8, 9], [4])]))]
     [[5, 6, 7, 8, 9], [5, 6, 7, 4]]
     """
-    return _unpacked(packed.input_ids[0], packed)
+    return unpack(packed.input_ids[0], packed.part_lengths)
 
 
-def _unpacked(row: Tensor, packed: PackedPairs) -> list[Tensor]:
-    """The A sequences that a (T,) row of the packed tokens is made of."""
-    groups = packed.part_lengths
+def unpack(row: Tensor, groups: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The A sequences that a (T, ...) row is made of; of each group the lengths of its parts."""
     parts = iter(row.split([length for lengths in groups for length in lengths]))
     sequences: list[Tensor] = []
     for lengths in groups:
@@ -43,6 +43,7 @@ class PaddedPairs:
     attention_mask: Tensor  # (A, L), 1 on tokens, 0 on padding
     score_positions: Tensor  # (C,), into the flattened (A * L) positions; order of `packed.targets`
     position_ids: Tensor  # (A, L), 0 on padding
+    score_places: Tensor  # (C,) the score positions once more; stay on the host
 
 
 def pad_pairs(packed: PackedPairs) -> PaddedPairs:
@@ -74,6 +75,8 @@ def pad_pairs(packed: PackedPairs) -> PaddedPairs:
             torch.arange(row * width, row * width + length - 1)
             for row, length in zip(rows, packed.prompt_lengths, strict=True)
         ]
-    score_positions = torch.cat(spans)
-    places = pad_sequence(_unpacked(packed.position_ids[0], packed), batch_first=True)
-    return PaddedPairs(input_ids, attention_mask.long(), upload(score_positions, device), places)
+    score_places = torch.cat(spans)
+    places = pad_sequence(unpack(packed.position_ids[0], packed.part_lengths), batch_first=True)
+    return PaddedPairs(
+        input_ids, attention_mask.long(), upload(score_places, device), places, score_places
+    )

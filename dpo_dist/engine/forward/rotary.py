@@ -14,15 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo_dist.engine.distributed.sequence_parallel import Slice
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.model_files import rope
 
 
 class Parts(NamedTuple):
-    """How position ids divide into pairs: `sizes` along dimension `dim`."""
+    """How position ids divide into pairs: `sizes` along dimension `dim`.
+
+    Where the model is asked for a slice only, `whole` has all of them, because a pair's frequencies
+    depend on all of it.
+    """
 
     dim: int
     sizes: Sequence[int]
+    whole: Tensor | None = None
+    own: Slice | None = None
 
 
 def takes_any_position(policy: nn.Module) -> bool:
@@ -73,22 +80,25 @@ def _by_pair(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any
     ids = next((a for a in given if isinstance(a, Tensor) and not a.is_floating_point()), None)
     if module.pair_parts is None or ids is None:
         return None
-    dim, sizes = module.pair_parts
-    if ids.dim() != 2 or ids.shape[dim] != sum(sizes):
+    dim, sizes, whole, own = module.pair_parts
+    if ids.dim() != 2 or ids.shape[dim] != (sum(sizes) if own is None else own.length):
         return None
+    positions_of_all = ids if whole is None else whole
 
     def at(positions: Tensor) -> tuple[Tensor, ...]:
-        own = module.forward(
+        embedded = module.forward(
             *(positions if arg is ids else arg for arg in args),
             **{key: positions if arg is ids else arg for key, arg in kwargs.items()},
         )
-        return (own,) if isinstance(own, Tensor) else own
+        return (embedded,) if isinstance(embedded, Tensor) else embedded
 
     start, pieces = ids.new_zeros(1, 1), []
-    for piece in ids.split(list(sizes), dim):
+    for piece in positions_of_all.split(list(sizes), dim):
         at(start)  # `dynamic` forgets a long forward at a short one only
         pieces.append(at(piece))
     at(start)
     module.asked_by_pair = True
     joined = tuple(torch.cat(each, dim) for each in zip(*pieces, strict=True))
+    if own is not None:
+        joined = tuple(own.take(each, dim) for each in joined)
     return joined[0] if isinstance(output, Tensor) else joined

@@ -64,7 +64,7 @@ def score_on_all_ranks(
 ) -> tuple[IntArray, LogpArray]:
     """As `score`, for the micro-batches of every rank, with the same answer on every rank."""
     own = score(model, micro_batches, token_ids, device, terms, layout=layout)
-    parts = collectives.gather(own)
+    parts = _of_teams(model, own)
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -74,17 +74,25 @@ def look_ahead(
     token_ids: Callable[[int], PairIds],
     device: torch.device,
     terms: Terms,
-    rank: int,
+    place: int,
 ) -> tuple[IntArray, LogpArray, slice]:
     """Indices (N,) and columns (N, K) of all ranks' counted pairs, and which rows are this rank's.
 
-    This rank's rows are in the order of its micro-batches. Dropout is as in training, and the
-    generators are put back, so that a forward of the same micro-batches makes the same numbers.
+    `place` is this rank's among those that have other micro-batches. Its rows are in the order of
+    its micro-batches. Dropout is as in training, and the generators are put back, so that a
+    forward of the same micro-batches makes the same numbers.
     """
     states = rng_states()
     own = score(model, micro_batches, token_ids, device, terms, dropout=True)
     restore_rng(states)
-    parts = collectives.gather(own)
-    start = sum(len(part[0]) for part in parts[:rank])
+    parts = _of_teams(model, own)
+    start = sum(len(part[0]) for part in parts[:place])
     indices, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
     return indices, columns, slice(start, start + len(own[0]))
+
+
+def _of_teams(
+    model: torch.nn.Module, own: tuple[IntArray, LogpArray]
+) -> list[tuple[IntArray, LogpArray]]:
+    """What the ranks scored, once for those that share their rows."""
+    return collectives.gather(own)[:: scorer_of(model).ranks_per_row]

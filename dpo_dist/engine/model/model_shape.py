@@ -47,7 +47,9 @@ def shape_of(policy: nn.Module) -> ModelShape:
     """The numbers of a causal LM, with or without an adapter, on any device."""
     text = base_of(policy).config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = getattr(text, "num_attention_heads", None) or 1
+    named_heads = getattr(text, "num_attention_heads", None) or 0
+    heads = named_heads or 1
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or hidden // heads
     experts = getattr(text, "num_experts_per_tok", None) or 0
     width_of_expert = getattr(text, "moe_intermediate_size", None) if experts else None
@@ -62,7 +64,7 @@ def shape_of(policy: nn.Module) -> ModelShape:
         num_layers=layers,
         hidden_size=hidden,
         query_width=heads * head_size,
-        key_value_width=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        key_value_width=key_value_heads * head_size,
         mlp_width=width * max(experts, 1),
         mlp_matrices=3 if any("gate_" in name for name in named) else 2,
         experts_per_token=experts,
@@ -72,6 +74,8 @@ def shape_of(policy: nn.Module) -> ModelShape:
         adapter_ranks=sum(shape[0] for shape in inputs) // layers,
         adapter_inputs=sum(shape[1] for shape in inputs) // layers,
         num_factors=_count_factors(policy),
+        num_heads=named_heads,
+        num_key_value_heads=key_value_heads if named_heads else 0,
         num_without_muon=sum(p.numel() for p in split_for_muon(policy)[False]),
     )
 

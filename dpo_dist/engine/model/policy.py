@@ -12,6 +12,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.layout_choice import settle
 from dpo_dist.engine.forward.model_parts import train_text
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
@@ -64,7 +65,7 @@ def build_policy(
         f"{total:,}",
         100 * trainable / total,
     )
-    scorer = PairScorer(policy)
+    scorer = PairScorer(policy, team=join_team(train.sequence_parallel))
     engine = zero.start_training(scorer, sharding, train, num_steps)
     engine.train()
     return engine, scorer
@@ -106,7 +107,7 @@ def settle_layout(
     Raises ConfigError when `section` asks for what the model cannot do or training would be random,
     and DPODistError when the model scores wrong in every layout.
     """
-    key = check_key(scorer.policy, section, device)
+    key = check_key(scorer.policy, section, device, scorer.ranks_per_row)
     known = {} if record is None else read_check(record, key)
     with during("self_check"):
         settled = settle(

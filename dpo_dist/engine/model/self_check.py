@@ -2,8 +2,9 @@
 
 It takes several forwards, and every stage loads a model. A later stage takes over what an earlier
 one found for the same key: the model's class, config, adapter and dtype, what the run config asks
-for, the code that scores, its libraries, and the devices of all ranks. Weights are not in it: the
-layout follows from what a model computes, not from the numbers that it learned.
+for, the code that scores, its libraries, the devices of all ranks, and how many share a row.
+Weights are not in it: the layout follows from what a model computes, not from the numbers that it
+learned.
 """
 
 import importlib.metadata
@@ -19,6 +20,7 @@ from torch import nn
 
 from dpo_dist.config.training_section import ModelSection
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import Team
 from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.parsing import parse_object
 from dpo_dist.run.manifest import digest_of, digest_of_file, write_json
@@ -30,7 +32,9 @@ _BESIDE = ("name_or_path", "version", "dtype", "architectures", "use_cache", "to
            "jitter", "inference_mode", "revision")  # fmt: skip
 
 
-def check_key(policy: nn.Module, section: ModelSection, device: torch.device) -> dict[str, Any]:
+def check_key(
+    policy: nn.Module, section: ModelSection, device: torch.device, ranks_per_row: int = 1
+) -> dict[str, Any]:
     """All that the outcome depends on, as JSON; all ranks call together."""
     base = base_of(policy)
     adapters = getattr(policy, "peft_config", None) or {}
@@ -44,6 +48,7 @@ def check_key(policy: nn.Module, section: ModelSection, device: torch.device) ->
         "requested": [section.layout, section.attention, section.quantization],
         "code": _digest_of_code(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
+        "ranks_per_row": ranks_per_row,
         "devices": sorted(set(collectives.gather(_device_name(device)))),
     }
 
@@ -89,8 +94,9 @@ def _sorted_or_named(value: Any) -> Any:
 
 
 def _digest_of_code() -> str:
-    folder = Path(inspect.getfile(base_of)).parent
-    return digest_of([digest_of_file(path) for path in sorted(folder.glob("*.py"))])
+    folder, beside = (Path(inspect.getfile(one)) for one in (base_of, Team))
+    paths = [*sorted(folder.parent.glob("*.py")), beside]
+    return digest_of([digest_of_file(path) for path in paths])
 
 
 def _version(library: str) -> str | None:

@@ -165,7 +165,7 @@ DIFFERS: Left = {
     **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"),
                     (None, "look at the margins; train.non_finite stops at NaN")),
     "save_first_step": (False, "a signal saves at any step"),
-    "context_parallel_size": (1, "ranks share the data; there is no context parallelism"),
+    "context_parallel_size": (1, "no ring; train.sequence_parallel lets ranks share rows"),
     "tensor_parallel_size": (1, "ranks share the data; there is no tensor parallelism"),
     "qat": (None, "quantize the export afterwards"),
     "quantization": (None, "quantize the export afterwards"),

@@ -65,11 +65,12 @@ def scale(setup: Setup, hardware: Hardware, nodes: int, work: Work) -> Scale:
                 ).hardware
                 for one in ranks
             )  # fmt: skip
-            compute = flops / hardware.flops
+            compute = flops / setup.ranks_per_row / hardware.flops
             compute_s += compute
-            exchange_s += exchange
+            shared = _all_to_all_seconds(setup, hardware, max(packed for packed, _ in ranks), work)
+            exchange_s += exchange + shared
             overlaps = setup.sharding.overlaps
-            step_s += max(compute, exchange) if overlaps else compute + exchange
+            step_s += shared + (max(compute, exchange) if overlaps else compute + exchange)
             tokens += sum(packed for packed, _ in ranks)
             fullest += len(ranks) * max(packed for packed, _ in ranks)
             count += 1
@@ -101,6 +102,19 @@ def _micro_batch_seconds(traffic: Traffic, hardware: Hardware, nodes: int) -> tu
     moved = traffic.gathered + traffic.scattered + 2 * traffic.reduced
     inside, between = hardware.seconds(moved, nodes)
     return inside + hardware.seconds(traffic.gathered_inside, 1)[0], between
+
+
+def _all_to_all_seconds(setup: Setup, hardware: Hardware, tokens: int, work: Work) -> float:
+    """What attention waits for where ranks share rows: nothing overlaps with it.
+
+    A team of more ranks than a node has sends to the other nodes through the node's link.
+    """
+    shared, inside = setup.ranks_per_row, hardware.gpus_per_node
+    if shared == 1:
+        return 0.0
+    sent = setup.exchanged_bytes(tokens, 1 + work.second_forward)
+    outside = sent * max(0, shared - inside) / (shared - 1)
+    return max((sent - outside) / hardware.inside, outside * inside / hardware.between)
 
 
 def _update_seconds(traffic: Traffic, hardware: Hardware, nodes: int) -> float:

@@ -229,6 +229,6 @@ def test_a_copy_to_cuda_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPat
 
 def test_to_moves_every_tensor_of_the_row() -> None:
     moved = pack_pairs(random_pairs(2)).to("meta")
-    host = "scored_offsets"  # of which other positions are made
-    tensors = [v for k, v in vars(moved).items() if isinstance(v, torch.Tensor) and k != host]
+    host = {"scored_offsets", "score_places"}  # of which other positions are made
+    tensors = [v for k, v in vars(moved).items() if isinstance(v, torch.Tensor) and k not in host]
     assert len(tensors) == 4 and all(tensor.is_meta for tensor in tensors)

@@ -66,6 +66,23 @@ def test_what_follows_the_last_micro_batch_is_not_overlapped() -> None:
     assert found.step_s == pytest.approx(found.compute_s + update)
 
 
+def test_ranks_that_share_a_row_compute_a_part_of_it_and_wait_for_each_other() -> None:
+    alone = {"zero_optimization": {"stage": 0}}
+    setup = setup_of(LLAMA_8B, alone, "bfloat16", 4)
+    one, two, four = (
+        scale(replace(setup, ranks_per_row=ranks), NODES, 2, work([PAIR] * (4 // ranks)))
+        for ranks in (1, 2, 4)
+    )
+    assert two.compute_s == pytest.approx(one.compute_s / 2)
+    assert (two.tokens_per_gpu, four.tokens_per_gpu) == (500, 250)
+    # forward, backward and forward again of 32 layers: q, k, v and what attention makes of them
+    sent = 3 * 32 * 2 * 2 * (4096 + 1024) * 1000
+    assert two.exchange_s - one.exchange_s == pytest.approx(2 * sent / 4 / 1e12)
+    # four ranks on two nodes: of the three that a rank sends to, two are on the other one
+    between = 2 * (sent / 4 * 3 / 4) * 2 / 3
+    assert four.exchange_s - one.exchange_s == pytest.approx(2 * between / 1e12)
+
+
 def test_the_reference_pass_needs_no_exchange() -> None:
     found = times(NODES, 1, work([PAIR] * 2, reference_tokens=10**9))
     assert found.reference_h == pytest.approx(2 * 7_504_658_432 * 10**9 / (2 * 4e14) / 3600)

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_dist.config.training_section import AdapterSection, ModelSection, TrainSection
 from dpo_dist.engine.distributed import collectives
+from dpo_dist.engine.distributed.sequence_parallel import join_team
 from dpo_dist.engine.forward.packing import pack_pairs
-from dpo_dist.engine.forward.pair_scorer import score_pairs
-from dpo_dist.engine.model.model_shape import count_model
+from dpo_dist.engine.forward.pair_scorer import PairScorer, score_pairs
+from dpo_dist.engine.model.model_shape import count_model, shape_of
 from dpo_dist.engine.model.policy import PolicyParts, build_policy
+from dpo_dist.engine.model.recompute import recompute_layers
 from dpo_dist.engine.sharding import ds_config, zero
 from dpo_dist.planning.scaling.traffic import Traffic, traffic_of
 from dpo_dist.planning.setup import Setup, sharding_of
 from dpo_dist.run.topology import from_environment
 
 CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 128,
+}  # fmt: skip
 MICRO_BATCHES = 2
 # (ZeRO stage, an adapter, stage3_max_live_parameters); some models are larger than the last
 CASES = {
@@ -96,14 +104,8 @@ def second_step(model: str, name: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        vocab_size=128,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(LlamaConfig(**TINY)).save_pretrained(folder)
     return folder
 
 
@@ -145,3 +147,39 @@ def test_one_rank_exchanges_nothing_and_hpz_gathers_inside_nodes(model: Path) ->
     from dataclasses import replace
 
     assert traffic_of(replace(setup, world_size=1)) == Traffic(0, 0, 0, 0, 0, 0)
+
+
+def sent_to_the_group(recomputed: bool) -> tuple[int, int]:
+    """Bytes that leave this rank in a micro-batch, and its tokens; one key-value head."""
+    sent: Counter[str] = Counter()
+    real = dist.all_to_all_single
+
+    def watched(received: torch.Tensor, parts: torch.Tensor, **settings: Any) -> Any:
+        sent["bytes"] += parts.nbytes * (len(parts) - 1) // len(parts)
+        return real(received, parts, **settings)
+
+    dist.all_to_all_single = watched
+    with collectives.process_group(from_environment()):
+        policy: Any = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, num_key_value_heads=1))
+        if recomputed:
+            recompute_layers(policy)
+        scorer = PairScorer(policy.train(), team=join_team(dist.get_world_size()))
+        packed = pack_pairs([(list(range(3, 13)), [5] * 12, [6] * 6)])
+        score_pairs(scorer, packed).sum().backward()
+    return sent["bytes"], packed.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("ranks", "recomputed"),
+    [(2, True), pytest.param(4, False, marks=pytest.mark.slow)],
+)
+def test_bytes_between_ranks_that_share_a_row(ranks: int, recomputed: bool) -> None:
+    skeleton = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, num_key_value_heads=1))
+    setup = Setup(
+        shape=shape_of(skeleton), sharding=sharding_of(config_of(0, 1, ranks)), world_size=ranks,
+        dtype_bytes=4, micro_batch_tokens=1, scoring_tokens=0, logits_per_chunk=1,
+        checkpointing=recomputed, ranks_per_row=ranks,
+    )  # fmt: skip
+    for sent, tokens in run_ranks(ranks, sent_to_the_group, recomputed):
+        assert sent == setup.exchanged_bytes(tokens) > 0
+    assert replace(setup, padded=True).exchanged_bytes(28) == 0
