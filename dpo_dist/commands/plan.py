@@ -18,7 +18,6 @@ from dpo_dist.config.keys import to_yaml
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.config.training_section import AdapterSection
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
-from dpo_dist.data.pairs import Pairs
 from dpo_dist.errors import ConfigError
 from dpo_dist.inputs.disk import disk_sizes
 from dpo_dist.inputs.setup import (
@@ -28,7 +27,7 @@ from dpo_dist.inputs.setup import (
     shares_prompts,
     without_quantization,
 )
-from dpo_dist.inputs.work import Work, prepared_work
+from dpo_dist.inputs.work import Work, computed_by_order, prepared_work
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.planning import entries
 from dpo_dist.planning.memory import estimate_memory, fits, longest_pair, reference_sizes
@@ -40,7 +39,6 @@ from dpo_dist.run.local_ranks import LOOPBACK, count_gpus, count_workers
 from dpo_dist.run.pipeline import stage_argv, stages_of
 from dpo_dist.run.topology import Topology, count_places
 
-STEPS_PACKED = 16  # optimizer steps whose micro-batches are counted
 LEAST_MICRO_BATCH = 1024  # tokens a remedy goes down to while the pairs are unknown
 
 
@@ -128,18 +126,13 @@ def _count_pairs(config: RunConfig, work: Work, places: int) -> PairCounts:
     train, settings = work.train, config.train
     lengths, size, seed = train.packed_lengths, settings.global_batch_size, config.run.seed
     shared = train.shared if shares_prompts(config) else None
-    steps = range(min(work.num_steps, STEPS_PACKED))
     micro_batches: list[int] = []
-    for step in steps:
+    for step in work.first_steps:
         together = train.together(config.data.order)
         indices = step_pair_indices(step, len(lengths), size, seed, together)
         tokens = settings.micro_batch_tokens
         on_ranks = plan_micro_batches(lengths, indices, places, tokens, shared)
         micro_batches.append(len(on_ranks[0]))
-    computed = {
-        order: 1.0 if shared is None else _computed(train, order, steps, size, seed)
-        for order in ("pairs", "prompts")
-    }
     return PairCounts(
         num_pairs=len(work.train),
         num_held_out=len(work.held_out),
@@ -148,19 +141,8 @@ def _count_pairs(config: RunConfig, work: Work, places: int) -> PairCounts:
         longest_tokens=int(lengths.max()),
         reference_tokens=int(lengths.sum() + work.held_out.packed_lengths.sum()),
         micro_batches=tuple(micro_batches),
-        computed=computed,
+        computed=computed_by_order(config, work),
     )
-
-
-def _computed(train: Pairs, order: str, steps: range, size: int, seed: int) -> float:
-    """Tokens of the steps with what their pairs share counted once, over those of pairs alone."""
-    alone = together = 0
-    for step in steps:
-        indices = step_pair_indices(step, len(train), size, seed, train.together(order))
-        alone += int(train.packed_lengths[indices].sum())
-        assert train.shared is not None, "there is nothing to share"
-        together += train.shared.tokens(indices)
-    return together / alone
 
 
 def _reference_passes(config: RunConfig, setup: Setup) -> dict[str, tuple[Size, ...]]:

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_dist.config.run_config import RunConfig
-from dpo_dist.data.batches import check_token_budget, num_steps
+from dpo_dist.data.batches import check_token_budget, num_steps, step_pair_indices
 from dpo_dist.data.pairs import Pairs, open_pairs
 from dpo_dist.engine.checkpoints.commit import check_new_files
 from dpo_dist.engine.sharding.ds_config import check_optimizer, read_sharding
 from dpo_dist.engine.sharding.schedule import warmup_and_decay
 from dpo_dist.errors import ArtifactError, ConfigError, DataError
 from dpo_dist.extras import require_bitsandbytes
+from dpo_dist.inputs.setup import shares_prompts
 from dpo_dist.metrics import wandb_log
 from dpo_dist.model_files.files import read_model_config
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.run.manifest import read_manifest
 from dpo_dist.run.run_dir import RunDir
 
+ORDERS = ("pairs", "prompts")  # values of data.order
 # how families call the number of heads
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
@@ -32,6 +34,33 @@ class Work:
     train: Pairs
     held_out: Pairs
     num_steps: int
+
+    @property
+    def first_steps(self) -> range:
+        """Those that stand for all where counting them all would take long."""
+        return range(min(self.num_steps, 16))
+
+
+def computed_by_order(config: RunConfig, work: Work) -> dict[str, float]:
+    """Of each `data.order`, which share of the tokens of a step is computed.
+
+    It is the tokens of the first steps with what their pairs share counted once, over those of
+    pairs alone; 1 where nothing is shared.
+    """
+    if work.train.shared is None or not shares_prompts(config):
+        return dict.fromkeys(ORDERS, 1.0)
+    return {order: _computed(config, work.train, work.first_steps, order) for order in ORDERS}
+
+
+def _computed(config: RunConfig, train: Pairs, steps: range, order: str) -> float:
+    assert train.shared is not None, "there is nothing to share"
+    size, seed, together = config.train.global_batch_size, config.run.seed, train.together(order)
+    alone = shared = 0
+    for step in steps:
+        indices = step_pair_indices(step, len(train), size, seed, together)
+        alone += int(train.packed_lengths[indices].sum())
+        shared += train.shared.tokens(indices)
+    return shared / alone
 
 
 def prepared_work(config: RunConfig) -> Work | None:

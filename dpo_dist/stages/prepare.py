@@ -52,7 +52,7 @@ from dpo_dist.data.tokens.tokenize import PairTokenizer
 from dpo_dist.data.tokens.vocabulary import check_vocabulary
 from dpo_dist.exporting.preflight import preflight
 from dpo_dist.inputs.own_base import make_base
-from dpo_dist.inputs.work import checked_work
+from dpo_dist.inputs.work import checked_work, computed_by_order
 from dpo_dist.model_files.files import digest_of_tokenizer, position_limit
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.report.data_section import report_page
@@ -112,7 +112,11 @@ def run(config: RunConfig) -> Path:
                 pairs = open_pairs(partial, split)
                 check_vocabulary(pairs, model_dir, config.model.trust_remote_code)
         _logger.info("prepare: pairs in %s", folder)
-    checked_work(models)  # the pairs stay: what is wrong here is a setting of training
+    # the pairs stay when it refuses: what is wrong is a setting of training then
+    computed = computed_by_order(config, checked_work(models))
+    if min(computed.values()) < 1:
+        each = ", ".join(f"{part:.3f} with data.order {order}" for order, part in computed.items())
+        _logger.info("prepare: what pairs of a step share is computed once: %s of the tokens", each)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,35 @@ def test_rows_become_pairs_with_report_and_manifest(tmp_path: Path) -> None:
         "train": {"num_pairs": 31, "digest": train.digest},
         "eval": {"num_pairs": 2, "digest": held_out.digest},
     }
+
+
+def test_what_pairs_of_a_prompt_save_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [f"{word} {word}" for word in WORDS[:4]]
+    rows = [
+        {"prompt": f"{WORDS[number]} " * 8, "responses": answers, "scores": [4, 3, 2, 1]}
+        for number in range(8)
+    ]
+    caplog.set_level("INFO")
+    told = {}
+    for pairs in ("best_vs_worst", "all"):
+        caplog.clear()
+        folder = tmp_path / pairs
+        folder.mkdir()
+        write_jsonl(folder / "rows.jsonl", rows)
+        config = make_config(folder, train=[{"path": f"{folder}/rows.jsonl", "pairs": pairs}])
+        step = config.train.model_copy(update={"global_batch_size": 8})
+        prepare.run(config.model_copy(update={"train": step}))
+        told[pairs] = [line for line in caplog.messages if "is computed once" in line]
+    assert told["best_vs_worst"] == [], "every pair has its own prompt"
+    (line,) = told["all"]
+    found = re.fullmatch(
+        r"prepare: what pairs of a step share is computed once: (0\.\d{3}) with data.order pairs, "
+        r"(0\.\d{3}) with data.order prompts of the tokens",
+        line,
+    )
+    assert found is not None and float(found[2]) < float(found[1]) < 1
 
 
 def test_max_length_auto_is_reported_with_its_arithmetic(tmp_path: Path) -> None:
