@@ -27,7 +27,7 @@ from dpo_dist.inputs.setup import (
     shares_prompts,
     without_quantization,
 )
-from dpo_dist.inputs.work import Work, computed_by_order, prepared_work
+from dpo_dist.inputs.work import Work, computed_by_order, prepared_work, tokens_of
 from dpo_dist.model_files.of_run import RunModels
 from dpo_dist.planning import entries
 from dpo_dist.planning.memory import estimate_memory, fits, longest_pair, reference_sizes
@@ -125,7 +125,8 @@ def _count_pairs(config: RunConfig, work: Work, places: int) -> PairCounts:
     """The prepared pairs in numbers, the micro-batches of the first steps among them."""
     train, settings = work.train, config.train
     lengths, size, seed = train.packed_lengths, settings.global_batch_size, config.run.seed
-    shared = train.shared if shares_prompts(config) else None
+    shares = shares_prompts(config)
+    shared = train.shared if shares else None
     micro_batches: list[int] = []
     for step in work.first_steps:
         together = train.together(config.data.order)
@@ -139,7 +140,9 @@ def _count_pairs(config: RunConfig, work: Work, places: int) -> PairCounts:
         num_steps=work.num_steps,
         mean_tokens=float(lengths.mean()),
         longest_tokens=int(lengths.max()),
-        reference_tokens=int(lengths.sum() + work.held_out.packed_lengths.sum()),
+        reference_tokens=sum(
+            tokens_of(split, range(len(split)), shares)[0] for split in (train, work.held_out)
+        ),
         micro_batches=tuple(micro_batches),
         computed=computed_by_order(config, work),
     )

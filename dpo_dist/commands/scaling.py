@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass
 from dpo_dist.config.run_config import RunConfig
 from dpo_dist.data.batches import plan_micro_batches, step_pair_indices
 from dpo_dist.errors import ArtifactError, ConfigError
-from dpo_dist.inputs.setup import make_setup
+from dpo_dist.inputs.setup import make_setup, shares_prompts
 from dpo_dist.inputs.work import Work as PreparedWork
-from dpo_dist.inputs.work import prepared_work
+from dpo_dist.inputs.work import prepared_work, tokens_of
 from dpo_dist.planning.scaling.hardware import LINK_SHARE, Hardware, hardware_of
 from dpo_dist.planning.scaling.timing import Scale, Tokens, Work, scale
 from dpo_dist.run.run_dir import RunDir
 from dpo_dist.run.status import duration
 from dpo_dist.run.topology import count_places
 
-STEPS_LOOKED_AT = 16
 MOST_NODES = 64
 
 
@@ -91,30 +90,24 @@ def scales_of(config: RunConfig, hardware: Hardware, nodes: Sequence[int]) -> li
 def _work(config: RunConfig, prepared: PreparedWork, places: int) -> Work:
     """The micro-batches of the first steps as training makes them, and the rest in numbers."""
     train, settings = prepared.train, config.train
-    packed = train.packed_lengths
-    scored = train.chosen_lengths + train.rejected_lengths
+    shares, together = shares_prompts(config), train.together(config.data.order)
+    size, seed = settings.global_batch_size, config.run.seed
+    packed, shared = train.packed_lengths, train.shared if shares else None
     steps: list[list[list[Tokens]]] = []
-    for step in range(min(prepared.num_steps, STEPS_LOOKED_AT)):
-        indices = step_pair_indices(step, len(packed), settings.global_batch_size, config.run.seed)
-        plan = plan_micro_batches(packed, indices, places, settings.micro_batch_tokens)
+    for step in prepared.first_steps:
+        indices = step_pair_indices(step, len(packed), size, seed, together)
+        plan = plan_micro_batches(packed, indices, places, settings.micro_batch_tokens, shared)
         steps.append(
             [
-                [
-                    (
-                        sum(int(packed[pair]) for pair in batch.pair_indices),
-                        sum(int(scored[pair]) for pair in batch.pair_indices),
-                    )
-                    for batch in on_ranks
-                ]
+                [tokens_of(train, batch.pair_indices, shares) for batch in on_ranks]
                 for on_ranks in zip(*plan, strict=True)
             ]
         )
-    held_out = prepared.held_out.packed_lengths
-    needed = not config.objective.reference_free
+    passed = () if config.objective.reference_free else (train, prepared.held_out)
     return Work(
         steps=steps,
         num_steps=prepared.num_steps,
-        reference_tokens=int(packed.sum() + held_out.sum()) if needed else 0,
+        reference_tokens=sum(tokens_of(split, range(len(split)), shares)[0] for split in passed),
         second_forward=config.objective.second_forward is not None,
     )
 

@@ -40,9 +40,11 @@ class SharedParts:
     def tokens(self, pair_indices: IntArray) -> int:
         """Tokens of these pairs in one row, every prompt and every answer once."""
         # an answer that is the same as a prompt is none: their keys are of different lengths
-        numbers, lengths = self.numbers_of(pair_indices), self.lengths_of(pair_indices)
-        _, first = np.unique(numbers, return_index=True)
-        return int(lengths.ravel()[first].sum())
+        return _once(self.numbers_of(pair_indices), self.lengths_of(pair_indices))
+
+    def answer_tokens(self, pair_indices: IntArray) -> int:
+        """Those of the answers among `tokens`."""
+        return _once(self.numbers_of(pair_indices)[:, 1:], self.lengths_of(pair_indices)[:, 1:])
 
     def together(self, pair_indices: IntArray, most_tokens: int) -> list[Unit]:
         """Divides the pairs into those that belong into one row since they share a prompt.
@@ -60,6 +62,12 @@ class SharedParts:
         for positions in by_prompt.values():
             units += _divided(positions, numbers, lengths, most_tokens)
         return sorted(units)
+
+
+def _once(numbers: npt.NDArray[np.uint64], lengths: IntArray) -> int:
+    """The sum of the lengths, each number counted once."""
+    _, first = np.unique(numbers, return_index=True)
+    return int(lengths.ravel()[first].sum())
 
 
 def _numbered(values: npt.NDArray[np.uint64]) -> IntArray:

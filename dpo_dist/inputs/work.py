@@ -3,6 +3,7 @@
 Opened by the planner, the doctor, and the stages that load a model, which look before they do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,18 @@ def _computed(config: RunConfig, train: Pairs, steps: range, order: str) -> floa
         alone += int(train.packed_lengths[indices].sum())
         shared += train.shared.tokens(indices)
     return shared / alone
+
+
+def tokens_of(pairs: Pairs, pair_indices: Sequence[int], shares: bool) -> tuple[int, int]:
+    """Tokens of these pairs in a row, and how many of them are scored.
+
+    Where pairs may share (`shares_prompts`), every prompt and every answer counts once.
+    """
+    indices = np.asarray(pair_indices, dtype=np.int64)
+    if shares and pairs.shared is not None:
+        return pairs.shared.tokens(indices), pairs.shared.answer_tokens(indices)
+    scored = pairs.chosen_lengths[indices] + pairs.rejected_lengths[indices]
+    return int(pairs.packed_lengths[indices].sum()), int(scored.sum())
 
 
 def prepared_work(config: RunConfig) -> Work | None:

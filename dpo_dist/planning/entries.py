@@ -159,7 +159,7 @@ def work_entries(config: RunConfig, setup: Setup, counts: PairCounts | None) -> 
         yield Entry("reference_pflop", 0.0, "no reference pass")
         return
     scored = counts.reference_tokens
-    why = f"= {forward / 1e9:.3g} GFLOP x {scored:,} tokens, every pair once"
+    why = f"= {forward / 1e9:.3g} GFLOP x {scored:,} tokens, every prompt and answer once"
     yield Entry("reference_pflop", scored * forward / 1e15, why)
 
 

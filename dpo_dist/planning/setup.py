@@ -153,7 +153,7 @@ class PairCounts:
     num_steps: int
     mean_tokens: float  # of a training pair
     longest_tokens: int
-    reference_tokens: int  # of all pairs, held-out ones included
+    reference_tokens: int  # of all pairs, held-out ones included; what they share once
     micro_batches: tuple[int, ...]  # of a rank, in each of the first steps
     computed: Mapping[str, float]  # by data.order: share of a step's tokens that is not shared
 

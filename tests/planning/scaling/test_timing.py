@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from support.commands import dpo_dist, succeed
 from support.planner_setups import LLAMA_8B, setup_of
-from support.tiny_run import make_run
+from support.tiny_run import WORDS, make_run
 
+from dpo_dist.config.run_config import load_config
 from dpo_dist.errors import ConfigError
+from dpo_dist.inputs.work import prepared_work, tokens_of
 from dpo_dist.planning.flops import PEAKS, step_flops
 from dpo_dist.planning.scaling.hardware import LINKS_INSIDE, Hardware, hardware_of
 from dpo_dist.planning.scaling.timing import Scale, Tokens, Work, scale
@@ -144,3 +146,38 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         refused = dpo_dist("plan", run_yaml, *options)
         assert refused.returncode == 2 and words in refused.stderr
+
+
+def test_what_pairs_share_is_planned_once(tmp_path: Path) -> None:
+    run_yaml = make_run(tmp_path)
+    rows = [
+        {
+            "prompt": f"{word} " * 6,
+            "responses": [f"{other} " * 3 for other in WORDS[:4]],
+            "scores": [4, 3, 2, 1],
+        }
+        for word in WORDS[:9]
+    ]
+    for split, part in (("train", rows[:8]), ("eval", rows[8:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part))
+    pairs = [f"data.{split}.0.pairs=all" for split in ("train", "eval")]
+    settings = *pairs, "train.global_batch_size=12", "train.num_epochs=1"
+    succeed("prepare", run_yaml, *settings)
+    asked = "--nodes", "1", "--gpu", "H100", "--gpus-per-node", "1", "--json"
+    tokens = {}
+    for order in ("pairs", "prompts"):
+        asked_for = *asked, *settings, "model.dtype=bfloat16", f"data.order={order}"
+        (one,) = json.loads(succeed("plan", run_yaml, *asked_for).stdout)["scales"]
+        tokens[order] = one["tokens_per_gpu"] * one["micro_batches"]
+    work = prepared_work(load_config(run_yaml, list(settings)))
+    assert work is not None and work.train.shared is not None and work.num_steps == 4
+    (alone, _), (once, scored) = (
+        tokens_of(work.train, range(48), shares) for shares in (False, True)
+    )
+    assert tokens["prompts"] == once / 4 < tokens["pairs"] < alone / 4
+    # six pairs of a prompt have it six times, and each of four answers three times
+    assert alone - once == 5 * (once - scored) + 2 * scored
+    held_out, _ = tokens_of(work.held_out, range(len(work.held_out)), True)
+    assert len(work.held_out) == 6
+    told = succeed("plan", run_yaml, *settings).stdout
+    assert f" x {once + held_out:,} tokens, every prompt and answer once" in told
