@@ -7,10 +7,12 @@ RUN ?= runs/quickstart
 MODEL := models/SmolLM2-135M-Instruct
 DATA := runs/quickstart/data
 AGENT := examples/agent_trajectories
-# What `make coverage` runs, all by default; how tests share the cores; options of .ci/matrix.py.
+# What `make coverage` runs, all by default; how tests share the cores; options of .ci/matrix.py
+# and of benchmarks/against_trl.
 TESTS ?=
 PARALLEL := -n $(shell echo $$(($$(nproc) * 3 / 2))) --dist loadfile --no-loadscope-reorder
 MATRIX ?=
+BENCH ?=
 # Of each test that `make fuzz` runs, and where its random inputs begin.
 EXAMPLES ?= 300
 FAULTS ?= 200
@@ -20,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 # Set in many containers; then every process compiles anew what it imports, 14 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart agent test test-slow faults fuzz soak gpu test-matrix coverage docs check format hooks clean
+.PHONY: install quickstart agent test test-slow faults fuzz soak gpu bench test-matrix coverage docs check format hooks clean
 
 install: $(STAMP)
 
@@ -72,6 +74,12 @@ faults: install
 # Acceptance on a machine with GPUs: build/gpu/RESULTS.md; fails where there is none.
 gpu: install
 	DPO_DIST_GPU_RESULTS=build/gpu/RESULTS.md $(BIN)/python -m pytest tests/gpu
+
+# Against TRL, on CPUs: benchmarks/RESULTS.md, with DPO_DIST_REAL_MODEL and DPO_DIST_REAL_DATA, in
+# about half an hour on two cores. BENCH=quick tries all of it on a tiny model in two minutes;
+# BENCH=page writes the page again from what was measured.
+bench: install
+	$(BIN)/python -m benchmarks.against_trl $(BENCH:%=--%)
 
 # Refreshes the output blocks and the tables of keys in docs/; read the diff before you commit it.
 docs: install

@@ -1056,7 +1056,8 @@ LIBRARIES = (
 DOCUMENTED = {
     "_current_frames",
     "bitsandbytes.functional",
-    "bitsandbytes.optim", "deepspeed.ops.adam", "huggingface_hub.errors", "lm_eval.evaluator",
+    "bitsandbytes.optim", "deepspeed.ops.adam", "deepspeed.utils.zero_to_fp32",
+    "huggingface_hub.errors", "lm_eval.evaluator",
     "lm_eval.models.huggingface", "lm_eval.tasks", "ray.exceptions", "ray.train",
     "ray.train.collective", "ray.util.metrics", "ray.util.scheduling_strategies",
     "torch.autograd.function", "torch.distributed", "torch.nn", "torch.nn.attention.varlen",
