@@ -76,7 +76,7 @@ gpu: install
 	DPO_DIST_GPU_RESULTS=build/gpu/RESULTS.md $(BIN)/python -m pytest tests/gpu
 
 # Against TRL, on CPUs: benchmarks/RESULTS.md, with DPO_DIST_REAL_MODEL and DPO_DIST_REAL_DATA, in
-# about half an hour on two cores. BENCH=quick tries all of it on a tiny model in two minutes;
+# about 20 minutes on two cores. BENCH=quick tries all of it on a tiny model in two minutes;
 # BENCH=page writes the page again from what was measured.
 bench: install
 	$(BIN)/python -m benchmarks.against_trl $(BENCH:%=--%)

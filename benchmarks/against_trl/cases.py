@@ -60,7 +60,7 @@ class Case:
 
 
 def whole(has_real_rows: bool) -> list[Case]:
-    """About 25 minutes on two cores with a model of 135M parameters."""
+    """About 20 minutes on two cores with a model of 135M parameters."""
     several: tuple[System, ...] = ("trl", "ours", "alone")
     cases = [
         Case("75 % prompt", Rows(8, share=75, length=320)),
@@ -76,14 +76,15 @@ def whole(has_real_rows: bool) -> list[Case]:
 def sweep() -> list[Case]:
     """Over prompt shares with two answers, and over numbers of answers at half a share."""
     cases = [
-        Case(f"share {share} %", Rows(8, share=share, length=256), SWEEP_LAYERS) for share in SHARES
+        Case(f"share {share} %", Rows(8, share=share, length=256), SWEEP_LAYERS, rounds=1)
+        for share in SHARES
     ]
     for answers, prompts in ((4, 2), (8, 1)):
         rows = Rows(prompts, answers, share=50, length=160)
         systems: tuple[System, ...] = ("trl", "ours", "alone")
         cases.append(
             Case(f"{answers} answers, share 50 %", rows, SWEEP_LAYERS, micro=2, same="tokens",
-                 systems=systems)
+                 rounds=1, systems=systems)
         )  # fmt: skip
     return cases
 

@@ -13,6 +13,7 @@ from benchmarks.against_trl.results.figures import difference, of_case
 from benchmarks.against_trl.results.page import write_page
 from benchmarks.against_trl.results.targets import targets
 
+pytestmark = pytest.mark.slow
 SEVERAL, FULL = "4 answers", "2 ranks, zero2, full"
 
 
