@@ -1,6 +1,6 @@
 """dpo-dist against TRL's DPOTrainer and against the layout of dpo-prefix-sharing, on CPUs.
 
-    python -m benchmarks.against_trl            # about 25 minutes on two cores, a 135M model
+    python -m benchmarks.against_trl            # about 20 minutes on two cores, a 135M model
     python -m benchmarks.against_trl --quick    # a tiny model, a minute or two
     python -m benchmarks.against_trl --page     # the page again, from what was measured before
 
