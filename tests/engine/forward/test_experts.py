@@ -16,6 +16,7 @@ from dpo_dist.config.training_section import ModelSection, TrainSection
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.backend_choice import choose_experts
 from dpo_dist.engine.forward.layout_choice import settle
+from dpo_dist.engine.forward.model_parts import base_of
 from dpo_dist.engine.forward.packing import pack_pairs
 from dpo_dist.engine.forward.pair_scorer import Layout, PairScorer
 from dpo_dist.engine.model.policy import settle_layout
@@ -24,6 +25,7 @@ from dpo_dist.run.topology import from_environment
 
 CPU = torch.device("cpu")
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+SECTION = {"path": "m", "dtype": "float32"}
 ADAPTED = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -49,8 +51,8 @@ def test_grouped_experts_equal_a_loop(adapter: bool, family: str, layout: Layout
     """Log-probs and gradients, in float32, relative to the largest of them."""
     found = []
     for kind in ("eager", "grouped_mm"):
-        model = adapted(family, **ADAPTED) if adapter else tiny_model(family)
-        (model.get_base_model() if adapter else model).set_experts_implementation(kind)
+        model: Any = adapted(family, **ADAPTED) if adapter else tiny_model(family)
+        base_of(model).set_experts_implementation(kind)
         found.append(scores_and_gradients(model, layout))
     (scores, gradients), (grouped, of_grouped) = found
     assert (grouped - scores).abs().max() <= 1e-5 * scores.abs().max()
@@ -93,7 +95,7 @@ def test_experts_with_other_numbers_go_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what was found with the one product does not hold for the other."""
-    section, record = ModelSection(path="m", dtype="float32"), tmp_path / "self_check.json"
+    section, record = ModelSection.model_validate(SECTION), tmp_path / "self_check.json"
     caplog.set_level("INFO")
     scorer = PairScorer(tiny_model("mixtral"))
     settle_layout(scorer, scorer, section, CPU, record)
