@@ -11,8 +11,8 @@ from dpo_dist.config.run_config import RunConfig
 from dpo_dist.planning.flops import flops_per_token
 from dpo_dist.planning.memory import RESERVE_BYTES, LongestPair, MemoryEstimate, fits
 from dpo_dist.planning.run_plan import Entry, spelled
-from dpo_dist.planning.setup import PairCounts, Setup
-from dpo_dist.planning.sizes import GIB, Size, in_gib, total
+from dpo_dist.planning.setup import ModelShape, PairCounts, Setup
+from dpo_dist.planning.sizes import GIB, Size, in_gib, shortened, total
 
 NO_PAIRS = "known after `dpo-dist prepare`"
 
@@ -33,6 +33,7 @@ def run_entries(
     return [
         Entry("model", config.model.path),
         Entry("num_parameters", shape.num_parameters),
+        *_active_parameters(shape),
         Entry("num_trained_parameters", shape.num_trained, trained),
         *([Entry("vocab_size", shape.vocab_size, "with model.add_tokens")] if longer else []),
         Entry("num_ranks", setup.world_size, ranks_why),
@@ -40,6 +41,20 @@ def run_entries(
         Entry("zero_stage", setup.sharding.stage, f"train.deepspeed {config.train.deepspeed}"),
         Entry("dtype", config.model.dtype, f"{setup.dtype_bytes} bytes"),
     ]
+
+
+def _active_parameters(shape: ModelShape) -> list[Entry]:
+    """Of a mixture of experts, what a token is multiplied with: its FLOPs count these."""
+    experts, taken = shape.num_experts, shape.experts_per_token
+    if not experts:
+        return []
+    passed_by = round(shape.num_in_experts * (experts - taken) / experts)
+    beside = shape.num_parameters - shape.num_active - passed_by
+    why = (
+        f"= {shortened(shape.num_parameters)} - {shortened(passed_by)} in the {experts - taken} of "
+        f"{experts} experts that a token passes by - {shortened(beside)} of embedding and vectors"
+    )
+    return [Entry("num_active_parameters", shape.num_active, why)]
 
 
 def memory_entries(

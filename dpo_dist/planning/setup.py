@@ -33,6 +33,8 @@ class ModelShape:
     num_without_muon: int = 0  # of num_trained, what Muon leaves to AdamW
     num_heads: int = 0  # of a layer's attention; 0 where it has none that ranks could share
     num_key_value_heads: int = 0
+    num_experts: int = 0  # of a layer
+    num_in_experts: int = 0  # elements of all experts' matrices
 
     @property
     def num_head(self) -> int:

@@ -115,6 +115,15 @@ def test_experts_of_other_tokens_are_not_active(tmp_path: Path) -> None:
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     embedding = model.get_input_embeddings().weight.numel()
     assert count_model(tmp_path, None).num_active == matrices - embedding - experts // 2
+    plan = as_dict(make_plan(config_of(tmp_path, str(tmp_path)), 8, 80))
+    total = plan["run"]["num_parameters"]
+    assert plan["run"]["num_active_parameters"] == matrices - embedding - experts // 2
+    assert plan["arithmetic"]["run.num_active_parameters"] == (
+        f"= {total:,} - {experts // 2:,} in the 2 of 4 experts that a token passes by - "
+        f"{total - matrices + embedding:,} of embedding and vectors"
+    )
+    flops = 2 * plan["run"]["num_active_parameters"]
+    assert plan["work"]["forward_gflop_per_token"] == flops / 1e9
 
 
 def test_json_has_every_number_with_its_unit_and_arithmetic(tmp_path: Path) -> None:

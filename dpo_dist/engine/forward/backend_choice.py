@@ -1,7 +1,8 @@
-"""Which kernel attends over the packed row, and why."""
+"""Which kernel attends over the packed row, which one multiplies with experts, and why."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +21,9 @@ _NAMES = {"flash_attn": "flash-attn", "torch": "torch's kernel", "sdpa": "sdpa"}
 _TRIAL_PAIRS = [([1] * 9, [2] * 3, [3] * 5), ([1], [2] * 6, [3])]
 _TRIAL_WINDOW = 4
 _TRIAL_TOLERANCE = 0.05  # of numbers around 1; a wrong mask or scale moves them by tenths
+Experts = Literal["grouped_mm", "eager"]  # transformers' names
+_TRIAL_EXPERTS, _TRIAL_TOKENS = 3, 8
+_ALIGNED = 64  # elements; where sizes are multiples of it, smaller ones show as much
 
 
 def choose_backend(
@@ -108,6 +112,93 @@ def _trial(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[T
     out, _ = packed_attention(nn.Module(), q, k, v, torch.tensor(_TRIAL_WINDOW), packed_row=row)
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out) / 8)
     return [tensor.detach().float() for tensor in (out, *grads)]
+
+
+def choose_experts(model: nn.Module, device: torch.device) -> tuple[Experts, str] | None:
+    """(implementation, reason), and sets it; None for a model without experts to choose for.
+
+    transformers takes `grouped_mm`, one call for all experts of a layer, wherever a family has it,
+    and does not try it. Where it fails or gives other numbers, the loop over experts is taken. All
+    ranks of a process group call it together and get the same one.
+    """
+    base = base_of(model)
+    layers = {
+        tuple(tuple(shape) for shape in _shapes(module).values()): module
+        for module in base.modules()
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    }
+    own = next(filter(None, (experts_obstacle(base, one, device) for one in layers.values())), None)
+    obstacle = next((one for one in collectives.gather(own) if one), None)
+    if not layers:
+        return None
+    chosen: Experts = "eager" if obstacle else "grouped_mm"
+    base.set_experts_implementation(chosen)
+    return chosen, obstacle or "it works here"
+
+
+def experts_obstacle(base: Any, experts: nn.Module, device: torch.device) -> str | None:
+    """What is wrong when `grouped_mm` runs a few experts of this family and alignment, or None."""
+    dtype = next(experts.parameters()).dtype
+    try:
+        found = _trial_of_experts(base, experts, "grouped_mm", device, dtype)
+        exact = _trial_of_experts(base, experts, "eager", device, torch.float32)
+        away = max(float((a - b).abs().max()) for a, b in zip(found, exact, strict=True))
+    except Exception as error:
+        return f"grouped_mm does not run here: {in_one_line(error)}"
+    if not away <= _TRIAL_TOLERANCE:
+        return f"grouped_mm gives numbers that are {away:.1e} away from a loop over experts"
+    return None
+
+
+class _FewExperts:
+    """The experts of a layer with other weights: stands in as `self` of their forward."""
+
+    def __init__(self, experts: nn.Module, weights: dict[str, Tensor]) -> None:
+        self._experts = experts
+        vars(self).update(weights, num_experts=_TRIAL_EXPERTS)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+
+@torch.enable_grad()
+def _trial_of_experts(
+    base: Any, experts: nn.Module, kind: Experts, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients of a few experts, one of which gets no token, in float32."""
+    chance = torch.Generator().manual_seed(0)
+    shapes = {name: (_TRIAL_EXPERTS, *shape[1:]) for name, shape in _small_shapes(experts).items()}
+    weights = {
+        name: (torch.randn(shape, generator=chance) / shape[-1] ** 0.5).to(dtype)
+        for name, shape in shapes.items()
+    }
+    transposed = bool(experts.is_transposed)
+    hidden_size = shapes["down_proj"][-1 if transposed else -2]
+    hidden = torch.randn(_TRIAL_TOKENS, hidden_size, generator=chance).to(dtype)
+    given = [t.to(device).requires_grad_() for t in (hidden, *weights.values())]
+    few = _FewExperts(experts, dict(zip(weights, given[1:], strict=True)))
+    chosen = torch.tensor([[0, 1], [1, 0]] * (_TRIAL_TOKENS // 2), device=device)
+    shares = torch.tensor([[0.75, 0.25]], device=device, dtype=dtype).expand(_TRIAL_TOKENS, -1)
+    base.set_experts_implementation(kind)
+    out = type(experts).forward(cast(Any, few), given[0], chosen, shares)
+    grads = torch.autograd.grad(out, given, torch.ones_like(out) / 8)
+    return [tensor.detach().float() for tensor in (out, *grads)]
+
+
+def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
+    """Of the parameters of a layer's experts, also while ZeRO-3 holds them in partitions."""
+    return {
+        name: getattr(parameter, "ds_shape", parameter.shape)
+        for name, parameter in experts.named_parameters(recurse=False)
+    }
+
+
+def _small_shapes(experts: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The same for smaller experts whose rows start at addresses as even as theirs."""
+    shapes = _shapes(experts)
+    common = math.gcd(*shapes["down_proj"][1:])
+    divisor = common // math.gcd(common, _ALIGNED)
+    return {name: tuple(size // divisor for size in shape) for name, shape in shapes.items()}
 
 
 def model_obstacle(backend: Backend, model: nn.Module) -> str | None:

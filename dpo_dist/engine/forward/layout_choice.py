@@ -1,8 +1,8 @@
 """How a model is scored: in the packed layout where that is right, found out by trying.
 
-`settle` is the self-check after loading. It picks the attention kernel, then the layout. Some
-synthetic pairs are scored packed and plainly, one sequence at a time with the model's own
-logits. Both must agree, and a rejected completion must not notice other tokens in the chosen one.
+`settle` is the self-check after loading. It picks the kernels of attention and experts, then the
+layout. Some synthetic pairs are scored packed and plainly, one sequence at a time with the model's
+own logits. Both must agree, and a rejected completion must not notice other tokens in the chosen.
 This tells a model that mixes tokens outside of its attention (state-space, linear attention,
 convolution) from one that does not, whatever its name. In the layout that was picked, a pair must
 not notice how far another one reaches either.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpo_dist.engine.distributed import collectives
 from dpo_dist.engine.forward.attention import Backend, PackedAttentionError
-from dpo_dist.engine.forward.backend_choice import choose_backend
+from dpo_dist.engine.forward.backend_choice import Experts, choose_backend, choose_experts
 from dpo_dist.engine.forward.model_parts import backbone_of, base_of
 from dpo_dist.engine.forward.packing import PackedPairs, PairIds, pack_pairs
 from dpo_dist.engine.forward.padding import unpack_sequences
@@ -53,19 +53,21 @@ class Settled:
     backend: Backend
     backend_reason: str
     moved: float  # nats per token, by which a far neighbor moves a pair
+    experts: tuple[Experts, str] | None = None  # how they are multiplied with, and why
 
     @property
     def found(self) -> dict[str, Any]:
         """What another `settle` of the same model, on the same device, may take as known."""
         return {
             "layout": self.layout, "layout_reason": self.layout_reason, "backend": self.backend,
-            "moved_by_neighbors": self.moved,
+            "moved_by_neighbors": self.moved, "experts": self.experts and self.experts[0],
         }  # fmt: skip
 
     def __str__(self) -> str:
         return (
             f"layout: {self.layout} ({self.layout_reason}); "
             f"attention: {self.backend} ({self.backend_reason})"
+            + ("" if self.experts is None else "; experts: {} ({})".format(*self.experts))
         )
 
 
@@ -78,12 +80,12 @@ def settle(
     device: torch.device | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> Settled:
-    """The self-check after loading: sets the scorer's attention backend and its layout.
+    """The self-check after loading: sets attention backend, experts' kernel and layout.
 
     `engine` is what the scorer runs in, such as DeepSpeed's, and `device` where it computes; by
     default the scorer itself and the place of its parameters. All ranks of a process group call it
     together and get the same layout. A padded layout that is asked for is taken unchecked. `known`
-    is the `found` of an earlier check; with the same backend it is taken over.
+    is the `found` of an earlier check; with the same kernels it is taken over.
 
     Raises ConfigError for a layout or backend that this model cannot have here, and DPODistError
     when neither layout gives the log-probs of the model's own logits.
@@ -92,10 +94,12 @@ def settle(
     place = parameter.device if device is None else device
     backend, backend_reason = choose_backend(scorer.policy, attention, place, parameter.dtype)
     scorer.backend = backend
-    if known and known.get("backend") == backend:
+    experts = choose_experts(scorer.policy, place)
+    same = known and known.get("experts") == (experts and experts[0])
+    if known and same and known.get("backend") == backend:
         scorer.layout, reason = known["layout"], known["layout_reason"]
         moved = known["moved_by_neighbors"]
-        return Settled(scorer.layout, reason, backend, backend_reason, moved)
+        return Settled(scorer.layout, reason, backend, backend_reason, moved, experts)
     chosen: tuple[Layout, str] = ("padded", "requested")
     if layout != "padded":
         chosen = choose_layout(engine or scorer, place)
@@ -107,7 +111,7 @@ def settle(
             "Set model.layout to auto.",
         )
     moved = check_neighbors(engine or scorer, place)
-    return Settled(scorer.layout, reason, backend, backend_reason, moved)
+    return Settled(scorer.layout, reason, backend, backend_reason, moved, experts)
 
 
 @torch.no_grad()

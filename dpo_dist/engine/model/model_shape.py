@@ -57,10 +57,12 @@ def shape_of(policy: nn.Module) -> ModelShape:
     named = dict(policy.named_parameters())
     inputs = [matrix.shape for name, matrix in named.items() if ".lora_A." in name]
     head = output_module(policy).weight
+    available = next(filter(None, (getattr(text, name, None) for name in EXPERT_COUNTS)), 0)
+    num_active, num_in_experts = _count_active(policy, experts / (available or 1))
     return ModelShape(
         num_parameters=sum(p.numel() for p in named.values()),
         num_trained=sum(p.numel() for p in named.values() if p.requires_grad),
-        num_active=_count_active(policy, text, experts),
+        num_active=num_active,
         num_layers=layers,
         hidden_size=hidden,
         query_width=heads * head_size,
@@ -77,6 +79,8 @@ def shape_of(policy: nn.Module) -> ModelShape:
         num_heads=named_heads,
         num_key_value_heads=key_value_heads if named_heads else 0,
         num_without_muon=sum(p.numel() for p in split_for_muon(policy)[False]),
+        num_experts=available if experts else 0,
+        num_in_experts=num_in_experts,
     )
 
 
@@ -98,17 +102,17 @@ def _count_norms(policy: nn.Module, hidden_size: int) -> int:
     return sum(weight is not None and weight.shape == (hidden_size,) for weight in weights)
 
 
-def _count_active(policy: nn.Module, text: Any, experts: int) -> int:
-    """Elements of the matrices that a token is multiplied with.
+def _count_active(policy: nn.Module, share: float) -> tuple[int, int]:
+    """Elements of the matrices that a token is multiplied with, and of those of all experts.
 
-    An embedding is looked up, not multiplied, unless it is the head too; of the experts only a
-    token's own count.
+    An embedding is looked up, not multiplied, unless it is the head too; of the experts only the
+    token's `share`.
     """
-    available = next(filter(None, (getattr(text, name, None) for name in EXPERT_COUNTS)), 1)
-    share = experts / available if experts else 1.0
     embedding, head = base_of(policy).get_input_embeddings().weight, output_module(policy).weight
-    active = 0.0
+    elsewhere = in_experts = 0
     for name, parameter in policy.named_parameters():
-        if parameter.ndim > 1 and (parameter is not embedding or embedding is head):
-            active += parameter.numel() * (share if ".experts." in name else 1.0)
-    return round(active)
+        if ".experts." in name and parameter.ndim > 1:
+            in_experts += parameter.numel()
+        elif parameter.ndim > 1 and (parameter is not embedding or embedding is head):
+            elsewhere += parameter.numel()
+    return elsewhere + round(share * in_experts), in_experts

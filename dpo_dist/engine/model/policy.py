@@ -115,7 +115,7 @@ def settle_layout(
             device=device, known=known,
         )  # fmt: skip
         found = settled.found
-        if known.get("backend") == settled.backend:
+        if all(known.get(name) == found[name] for name in ("backend", "experts")):
             found = known | found
         if model.training and "random_in_training" not in found:
             found["random_in_training"] = check_no_dropout(model, scorer, device)
