@@ -29,7 +29,7 @@ OWNED = {
 }
 
 
-# What splits layers over ranks, which then read the same pairs, where here each reads its own.
+# What DeepSpeed would split over ranks beside ZeRO. Tried: it does not hold here (DESIGN.md, 93, 94).
 SPLITS_LAYERS = ("tensor_parallel", "expert_parallel")
 
 
