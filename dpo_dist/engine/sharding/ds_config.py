@@ -29,7 +29,7 @@ OWNED = {
 }
 
 
-# What DeepSpeed would split over ranks beside ZeRO. Tried: it does not hold here (DESIGN.md, 93, 94).
+# What DeepSpeed would split over ranks beside ZeRO: tried, and it does not hold here.
 SPLITS_LAYERS = ("tensor_parallel", "expert_parallel")
 
 
