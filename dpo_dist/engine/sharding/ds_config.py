@@ -29,6 +29,10 @@ OWNED = {
 }
 
 
+# What DeepSpeed would split over ranks beside ZeRO: tried, and it does not hold here.
+SPLITS_LAYERS = ("tensor_parallel", "expert_parallel")
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -80,6 +84,14 @@ def read_sharding(name: str) -> dict[str, Any]:
             f"{path} sets {', '.join(owned)}",
             "only how to shard",
             "Remove it there and set the run config's key.",
+        )
+    split = [key for key in SPLITS_LAYERS if raw.get(key)]
+    if split:
+        raise ConfigError(
+            f"{path} sets {', '.join(split)}",
+            "layers that are whole on every rank or in the partitions of ZeRO-3",
+            "Remove it there; train.deepspeed=zero3 shards all weights, and "
+            "train.sequence_parallel lets ranks share a row.",
         )
     _check_kinds(raw, path)
     if "stage" not in raw.get("zero_optimization", {}):

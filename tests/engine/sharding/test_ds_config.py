@@ -58,6 +58,18 @@ def test_an_owned_number_is_refused(tmp_path: Path, key: str) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ds_config.SPLITS_LAYERS)
+def test_layers_split_over_ranks_are_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 1}, key: {"autotp_size": 2}})
+    with pytest.raises(ConfigError) as caught:
+        ds_config.read_sharding(path)
+    assert str(caught.value) == (
+        f"{path} sets {key}; expected layers that are whole on every rank or in the partitions of "
+        "ZeRO-3. Remove it there; train.deepspeed=zero3 shards all weights, and "
+        "train.sequence_parallel lets ranks share a row."
+    )
+
+
 def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
     zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch"}}
     path = write(tmp_path, {"zero_optimization": zero})
