@@ -273,6 +273,7 @@ def test_nothing_of_an_offloaded_layer_is_kept() -> None:
     assert many == few
 
 
+@pytest.mark.slow
 def test_an_mlp_in_tiles_keeps_its_input() -> None:
     few, many = (kept_and_peak(layers, False, tile=64)[0] for layers in (2, 6))
     inner = 4 * 4 * 224  # gate, activation, up and product

@@ -52,8 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
         SFT_PLAIN,
         ["adapter.start=merge", BOTH_SAVED, "adapter.use_dora=true", *TOKENS],
     ),
-}  # fmt: skip
-MORE: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
     "continued, rslora, patterns, head saved": (
         "llama",
         SFT_PLAIN
@@ -117,7 +115,7 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, list[str]]] = {
 
 
 def config_of(folder: Path, name: str) -> RunConfig:
-    family, sft, overrides = (CASES | MORE)[name]
+    family, sft, overrides = CASES[name]
     adapter = [] if "adapter=null" in overrides else ["adapter.rank=3", "adapter.alpha=6"]
     if sft is not None:
         adapter = [f"adapter.path={folder / 'sft'}"]
@@ -131,7 +129,7 @@ def config_of(folder: Path, name: str) -> RunConfig:
 
 def make_case(folder: Path, name: str) -> RunConfig:
     """A prepared run, with a trained adapter to start from where the case has one."""
-    family, sft, _ = (CASES | MORE)[name]
+    family, sft, _ = CASES[name]
     make_run(folder, family)
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": ZERO3}))
     if sft is not None:
@@ -207,33 +205,24 @@ def check(name: str, folder: Path, two_ranks: list[dict[str, Any]]) -> None:
         run_ranks(1, work, str(folder), name, "generate")
 
 
-def run_case(folder: Path, name: str) -> None:
-    config = make_case(folder, name)
-    paths = RunDir(config.run.dir)
-    in_partitions = config.reference.sharding == "zero3"
-    run_ranks(1 + in_partitions, work, str(folder), name, "reference", timeout_s=400)
-    run_ranks(2, work, str(folder), name, "train", timeout_s=400)
-    two_ranks = metrics_of(paths.root)
-    shutil.rmtree(paths.checkpoint_dir(NUM_STEPS))
-    run_ranks(1, work, str(folder), name, "train", timeout_s=400)
-    check(name, folder, two_ranks)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_trained_continued_on_one_rank_exported_and_verified(name: str, tmp_path: Path) -> None:
-    run_case(tmp_path, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
-def test_the_rest_of_the_matrix(name: str, tmp_path: Path) -> None:
-    run_case(tmp_path, name)
+    config = make_case(tmp_path, name)
+    paths = RunDir(config.run.dir)
+    in_partitions = config.reference.sharding == "zero3"
+    run_ranks(1 + in_partitions, work, str(tmp_path), name, "reference", timeout_s=400)
+    run_ranks(2, work, str(tmp_path), name, "train", timeout_s=400)
+    two_ranks = metrics_of(paths.root)
+    shutil.rmtree(paths.checkpoint_dir(NUM_STEPS))
+    run_ranks(1, work, str(tmp_path), name, "train", timeout_s=400)
+    check(name, tmp_path, two_ranks)
 
 
 def test_partitions_beside_adapted_experts_are_refused(tmp_path: Path) -> None:
     name = "transposed experts"
     make_case(tmp_path, name)
-    overrides = [f"train.deepspeed={tmp_path / 'zero3.json'}", *COMMON, *MORE[name][2][:-1]]
+    overrides = [f"train.deepspeed={tmp_path / 'zero3.json'}", *COMMON, *CASES[name][2][:-1]]
     message = fail_on(1, "train", tmp_path / "run.yaml", "adapter.rank=3", *overrides)
     assert (
         "the adapter takes down_proj, gate_up_proj of experts that have gate_up_proj_bias, "
